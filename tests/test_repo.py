@@ -1,0 +1,110 @@
+"The house rules of CONTRIBUTING.md"
+import ast, re, subprocess, sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat, yaml
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.process import extract_directives
+from run_nbs import complaints
+
+root = Path(__file__).resolve().parents[1]
+cfg = get_config(path=root)
+flags = set(cfg.tst_flags.split())
+known = flags | {'default_exp', 'export', 'exports', 'exporti', 'hide', 'hide_line', 'exec_doc',
+                 'eval:', 'echo:', 'output:', 'include:', 'code-fold:', 'fig-alt:'}
+files = sorted(nbglob(cfg.nbs_path, as_path=True))
+nbs = {f.relative_to(cfg.nbs_path).as_posix(): nbformat.read(f, as_version=4) for f in files}
+modules = sorted(f for f in cfg.lib_path.glob('*.py') if f.name[0] != '_')
+cells = [(f'{name} cell {c.get("id")}', c) for name,nb in nbs.items() for c in nb.cells]
+code = [(at, c, extract_directives(c, remove=False)) for at,c in cells if c.cell_type == 'code']
+
+
+def check(bad): assert not (bad := list(bad)), '\n'.join(['', *bad])
+
+
+def tree(cell):
+    "The syntax tree of `cell`, without magics"
+    return ast.parse(re.sub(r'^\s*[%!].*$', '', cell.source, flags=re.M))
+
+
+def imports(t, walk=False):
+    return [o for o in (ast.walk(t) if walk else t.body) if isinstance(o, (ast.Import, ast.ImportFrom))]
+
+
+def number(name): return int(m[1]) if (m := re.match(r'(\d+)\w*_', name)) else 99
+
+
+def test_notebooks_are_valid():
+    for nb in nbs.values(): nbformat.validate(nb)
+    check(f'{name}: metadata {" ".join(nb.metadata)}' for name,nb in nbs.items() if set(nb.metadata) - {'kernelspec'})
+
+def test_cell_ids_are_unique():
+    counts = Counter(c.get('id') for _,c in cells)
+    check(f'cell id {k} occurs {n} times' for k,n in counts.items() if n > 1 or k is None)
+
+def test_title_and_subtitle():
+    head = re.compile(r'# \S[^\n]*\n\n> (\S[^\n]{0,69})(\n|$)')
+    check(f'{name}: the first cell is not a title and a subtitle' for name,nb in nbs.items()
+          if nb.cells[0].cell_type != 'markdown' or not head.match(nb.cells[0].source))
+
+def test_outputs_are_fit_to_read(): check(f'{at}: {s}' for at,c in cells for s in complaints(c))
+
+def test_notebooks_are_small():
+    sizes = {name: (cfg.nbs_path/name).stat().st_size/1e3 for name in nbs}
+    check(f'{name}: {kb:.0f} KB' for name,kb in sizes.items() if kb > 400)
+
+def test_known_directives_come_first():
+    check(f'{at}: #| {d} is no directive' for at,_,ds in code for d in ds if d not in known)
+    late = re.compile(r'^[^#\s%].*\n(?:.*\n)*?#\|', re.M)
+    check(f'{at}: a directive below code is ignored' for at,c,_ in code if late.search(c.source))
+
+def test_imports_have_their_own_cells():
+    "Docs builds execute every cell that imports, so it must do nothing else; a flagged cell must not import at all"
+    def mixed(c, ds):
+        if ds.get('eval:', [''])[0] == 'false' or 'nbdev_export()' in c.source: return False
+        t = tree(c)
+        found = imports(t, walk=not any(o.startswith('export') for o in ds))
+        return found and (len(imports(t)) < len(t.body) or flags & set(ds))
+    check(f'{at}: imports belong into a cell of their own, without flags' for at,c,ds in code if mixed(c, ds))
+
+def test_last_cell_exports():
+    check(f'{name}: the last cell is not a hidden nbdev_export()' for name,nb in nbs.items()
+          if any('default_exp' in c.source for c in nb.cells)
+          and not re.match(r'#\| *hide\nimport nbdev; nbdev.nbdev_export\(\)$', nb.cells[-1].source))
+
+def test_exported_cells_are_short():
+    check(f'{at}: {n} lines' for at,c,ds in code if any(o.startswith('export') for o in ds)
+          and (n := len(c.source.splitlines()) - 1) > 40)
+
+def test_every_notebook_is_in_the_sidebar():
+    def leaves(o): return [f for c in o['contents'] for f in leaves(c)] if isinstance(o, dict) else [o]
+    listed = leaves(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar'])
+    assert sorted(listed) == sorted(nbs)
+
+def test_imports_go_down_in_number():
+    rank = {re.sub(r'^\d+\w*?_', '', Path(name).stem): number(name) for name in nbs if '/' not in name}
+    pat = re.compile(r'^\s*from (?:cellmae)?\.(\w+) import', re.M)
+    check(f'{at}: imports {m}' for at,c,_ in code for m in pat.findall(c.source)
+          if number(at) < 99 and rank.get(m, 0) > number(at))
+
+def test_public_names_have_one_line_docstrings():
+    def doc(o): return ast.get_docstring(o) or ''
+    defs = [(f.name, o) for f in modules for o in ast.parse(f.read_text()).body
+            if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name[0] != '_']
+    check(f'{f}: {o.name} has no docstring' for f,o in defs if not doc(o))
+    check(f'{f}: the docstring of {o.name} has {len(doc(o).splitlines())} lines' for f,o in defs if '\n' in doc(o))
+
+def test_ascii():
+    pats = '*.md', '*.ini', '*.py', '*.yml', '*/*.py', 'tools/*', 'nbs/*.css', '.ci/*'
+    texts = {str(f.relative_to(root)): f.read_text() for pat in pats for f in root.glob(pat) if f.is_file()}
+    texts |= {at: c.source for at,c in cells}
+    check(f'{at}: {m[0]!r}' for at,s in texts.items() if (m := re.search(r'[^\x00-\x7F].{0,20}', s)))
+
+def test_evaluation_imports_stay_light():
+    "Someone with embeddings from any model needs neither torchvision nor fastai"
+    prog = "import sys, cellmae.tvn, cellmae.recall; print({'torchvision', 'timm', 'fastai'} & set(sys.modules) or '')"
+    res = subprocess.run([sys.executable, '-c', prog], cwd=root, capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr
+    assert not res.stdout.strip(), f'tvn or recall imports {res.stdout}'
