@@ -66,10 +66,11 @@ def sincos_positions(
     d:int, # Width of a token, a multiple of 4
     h:int, # Rows of patches
     w:int, # Columns of patches
+    slowest:float=10000, # Periods of the waves reach from `2*pi` to almost `slowest` times that, in patches
 )->Tensor: # Fixed positions `(h*w,d)`, row by row, in `[-1,1]`
     "Sine and cosine fingerprints of each token's row and column"
     if d%4: raise ValueError(f"Token width must be a multiple of 4 (sine and cosine of row and column), got {d}.")
-    omega = 10000**(-torch.arange(d//4, dtype=torch.float64)/(d//4)) # (d/4,)
+    omega = slowest**(-torch.arange(d//4, dtype=torch.float64)/(d//4)) # (d/4,)
     row,col = [torch.arange(n)[:,None]*omega for n in (h,w)] # (h,d/4), (w,d/4)
     row,col = [torch.cat([a.sin(), a.cos()], 1) for a in (row,col)] # (h,d/2), (w,d/2)
     pos = torch.cat([row[:,None].expand(h,w,-1), col[None].expand(h,w,-1)], -1) # (h,w,d)

@@ -505,6 +505,8 @@ def synth_screen(
 )->Screen:
     "Simulate a screen and write it to the folder `out`"
     spec = {k:v for k,v in locals().items() if k not in ('out','n_workers')} | dict(version=1)
+    if size<64: raise ValueError(f'size={size}: a site needs at least 64 px, the size of one large cell.')
+    if difficulty<=0: raise ValueError(f'difficulty={difficulty}: it divides the effects of the genes, so it must be above 0.')
     out = Path(out)
     if out.exists(): return _reopen(out, spec)
     genes = make_genes(n_pathways, genes_per_pathway, n_inactive, difficulty, seed)

@@ -104,7 +104,8 @@ def _repack(X, res, tfm):
     if not isinstance(X, AnnData): return res
     same = res.shape[1]==X.n_vars
     var = X.var.copy() if same else pd.DataFrame(index=[f'component_{i}' for i in range(res.shape[1])])
-    return AnnData(res.astype(np.float32), obs=X.obs.copy(), var=var, uns={**X.uns, 'correction':repr(tfm)})
+    note = f'{type(tfm).__name__}({", ".join(f"{k}={v!r}" for k,v in tfm.get_params().items())})'
+    return AnnData(res.astype(np.float32), obs=X.obs.copy(), var=var, uns={**X.uns, 'correction':note})
 
 def _scale(
     C, # List of G arrays `(n,D)`: the controls, by batch or all together
@@ -190,7 +191,7 @@ def _efaar(C, sd, k=None):
 class TVN(Correction):
     "Typical variation normalisation: take the batch out, and count each direction by how much wells vary in it anyway"
     def __init__(self,
-        wells=0.1, # Weight of the spread of all wells against that of controls: 0 is classical whitening on controls, 1 sphering on wells
+        wells=0.2, # Weight of the spread of all wells against that of controls: 0 is classical whitening on controls, 1 sphering on wells
         n_components=None, # Principal components to keep; None keeps all
         variant='blend', # `'blend'`, or `'efaar'` for the reference implementation (which has no `wells`)
     ): self.wells,self.n_components,self.variant = wells,n_components,variant

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['use_fused', 'Blocks', 'set_attention', 'Encoder', 'Decoder', 'decoder_blocks', 'MAEOutput', 'MAE', 'init_weights',
-           'pool_tokens']
+           'start_local', 'pool_tokens']
 
 # %% ../nbs/13_vit.ipynb #4cce5862
 from functools import partial
@@ -141,17 +141,20 @@ class MAE(nn.Module):
         drop_path:float=.1, # Chance to skip the last block, rising from 0 at the first
         final_norm:bool=True, # LayerNorm after the encoder?
         qkv_bias:bool=False, # Bias on all inner projections of the encoder
+        slowest:float=10000, # Slowest wave of the positions, see `sincos_positions`
+        local:bool=False, # Start with attention to places nearby? (for short runs, see `start_local`)
     ):
         super().__init__()
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder=decoder or {},
-            mask_ratio=mask_ratio, alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias)
+            mask_ratio=mask_ratio, alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local)
         self.patch_size,self.in_chans,self.embed_dim,self.mask_ratio,self.alpha = patch_size,in_chans,embed_dim,mask_ratio,alpha
         self.name,self.channels = None,None
         self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias)
         self.decoder = self._make_decoder(**(decoder or {}))
         for name,d in [('enc_pos',embed_dim),('dec_pos',self.decoder.embed.out_features)]:
-            self.register_buffer(name, sincos_positions(d, img_size//patch_size, img_size//patch_size), persistent=False)
+            self.register_buffer(name, sincos_positions(d, img_size//patch_size, img_size//patch_size, slowest), persistent=False)
         self.apply(init_weights)
+        if local: start_local(self)
 
     @property
     def n_pixels(self): return self.patch_size**2*self.in_chans # numbers in a patch
@@ -169,6 +172,18 @@ def init_weights(
         if m.bias is not None: nn.init.zeros_(m.bias)
     for name in ('cls_token','mask_token'):
         if isinstance(getattr(m, name, None), nn.Parameter): nn.init.normal_(getattr(m, name), std=.02)
+
+# %% ../nbs/13_vit.ipynb #e1d0c019
+def start_local(
+    model:nn.Module, # Model whose blocks are changed in place
+):
+    "Start queries and keys of each block with equal weights"
+    for m in model.modules():
+        qkv = m.in_proj.weight if isinstance(m, ParallelScalingBlock) else m.attn.qkv.weight if isinstance(m, Block) else None
+        if qkv is None: continue
+        q,k,_ = qkv.data[-3*qkv.shape[1]:].chunk(3)
+        nn.init.xavier_uniform_(q)
+        k.copy_(q)
 
 # %% ../nbs/13_vit.ipynb #63cef6e0
 @patch
@@ -205,7 +220,7 @@ def _pos(self:MAE, name, x):
     "Positions `(N,d)` of the grid of images `x`: the stored ones, or fresh ones for another size"
     pos,(h,w) = getattr(self, name),(n//self.patch_size for n in x.shape[-2:])
     n = self.config['img_size']//self.patch_size
-    return pos if (h,w)==(n,n) else sincos_positions(pos.shape[1], h, w).to(pos)
+    return pos if (h,w)==(n,n) else sincos_positions(pos.shape[1], h, w, self.config['slowest']).to(pos)
 
 # %% ../nbs/13_vit.ipynb #fe9603c7
 @patch

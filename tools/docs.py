@@ -213,7 +213,8 @@ def readme(check=False):
     files = {'README.md': page.markdown().encode(), **page.files}
     stale = {f.relative_to(root).as_posix() for f in root.glob(page.figures + '_*.png')} - set(files)
     wrong = sorted(stale | {f for f,data in files.items() if not Path(f).exists() or Path(f).read_bytes() != data})
-    if check: sys.exit(wrong and f'run python tools/docs.py readme: {index} gives other {" ".join(wrong)}')
+    if check and wrong: sys.exit(f'run python tools/docs.py readme: {index} gives other {" ".join(wrong)}')
+    if check: return
     for f in stale: Path(f).unlink()
     for f,data in files.items(): write(Path(f), data)
 
