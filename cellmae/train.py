@@ -114,8 +114,9 @@ class Reconstructions(Callback):
 
     def draw(self, n_images=2):
         "Input, visible part and reconstruction of the first validation images"
-        x,_ = self.dls.valid.one_batch()
-        return show_reconstruction(self.model, x[:n_images], self.model.channels)
+        x,ids = self.dls.valid.one_batch()
+        screen,_ = self.dls.valid.sites.where(int(ids[0]))
+        return show_reconstruction(self.model, x[:n_images], screen.channels)
 
 # %% ../nbs/20_train.ipynb #99ad8778
 class SeedSteps(Callback):
@@ -189,8 +190,13 @@ def mae_loss(
     "The loss that the model computed"
     return out.loss
 
-def mse(out, ids): return out.parts['mse']
-def fourier(out, ids): return out.parts['fourier']
+def mse(out, ids):
+    "Pixel part of the loss"
+    return out.parts['mse']
+
+def fourier(out, ids):
+    "Fourier part of the loss"
+    return out.parts['fourier']
 
 # %% ../nbs/20_train.ipynb #3400e3b3
 def mae_learner(

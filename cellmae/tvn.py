@@ -80,23 +80,24 @@ class Correction(TransformerMixin, BaseEstimator):
         "Correct each row with the centre and map of its batch"
         A,obs,rows,cols = _unpack(X)
         _,b,_ = _check(A, None, _default(batches, obs, 'batch') if self.batched_ else None, rows, cols)
-        return _repack(X, self._apply(A, b), self)
+        return _repack(X, _apply(A, b, self.centres_, self.maps_, len(self.feature_names_)), self)
 
     def fit_transform(self, X, y=None, controls=None, batches=None):
         "`fit`, then `transform` of the same rows"
         return self.fit(X, controls=controls, batches=batches).transform(X, batches=batches)
 
-    def _apply(self, A, batches):
-        "Corrected rows of `A`, batch by batch"
-        D,new = len(self.feature_names_),sorted(set(batches)-set(self.maps_))
-        if A.shape[1]!=D: raise ValueError(f'X has {A.shape[1]} features, but the correction was fitted on {D}')
-        if new: raise ValueError(f'batch {", ".join(new[:3])} was not there when the correction was fitted (it knows '
-                                 f'{", ".join(list(self.maps_)[:3])}...): pass `batches=`, or fit again with its controls')
-        res = np.empty((len(A), next(iter(self.maps_.values())).shape[-1]))
-        for k,rows in pd.Series(range(len(A))).groupby(batches).indices.items():
-            r,m = A[rows]-self.centres_[k],self.maps_[k]
-            res[rows] = r*m if m.ndim==1 else r@m
-        return res
+# %% ../nbs/31_tvn.ipynb #6d8f71d0
+def _apply(A, batches, centres, maps, D):
+    "Corrected rows of `A`, batch by batch; the correction was fitted on `D` features"
+    new = sorted(set(batches)-set(maps))
+    if A.shape[1]!=D: raise ValueError(f'X has {A.shape[1]} features, but the correction was fitted on {D}')
+    if new: raise ValueError(f'batch {", ".join(new[:3])} was not there when the correction was fitted (it knows '
+                             f'{", ".join(list(maps)[:3])}...): pass `batches=`, or fit again with its controls')
+    res = np.empty((len(A), next(iter(maps.values())).shape[-1]))
+    for k,rows in pd.Series(range(len(A))).groupby(batches).indices.items():
+        r,m = A[rows]-centres[k],maps[k]
+        res[rows] = r*m if m.ndim==1 else r@m
+    return res
 
 # %% ../nbs/31_tvn.ipynb #d7d2e6c6
 def _repack(X, res, tfm):
