@@ -10,7 +10,6 @@ import warnings
 import numpy as np, pandas as pd
 from anndata import AnnData
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
 # %% ../nbs/31_tvn.ipynb #e0afd98c
@@ -143,7 +142,12 @@ def _second_moment(
     dof, # Degrees of freedom
 ): # `(D,D)`, never singular unless `R` is zero
     "Mean of `r r'`, shrunk towards a sphere by Ledoit and Wolf's rule"
-    return ledoit_wolf(R, assume_centered=True)[0]*(len(R)/dof)
+    n,D = R.shape
+    S = R.T@R/n
+    mu,size = np.trace(S)/D,(S**2).sum()
+    error,gap = ((R**2).sum(1)**2).sum()/n**2-size/n, size-D*mu**2 # squared: of the estimate, from the sphere
+    a = min(1, error/gap) if gap>0 else 1.
+    return ((1-a)*S + a*mu*np.eye(D))*(n/dof)
 
 def _inv_root(S):
     "Symmetric `S^(-1/2)`"
@@ -174,15 +178,24 @@ def _blend(
     return V@_inv_root(V.T@S@V)/sd[:,None]
 
 # %% ../nbs/31_tvn.ipynb #723472e6
-def _coral(Y, ridge=0.5):
-    "`(cov(Y) + ridge I)^(-1/2)`"
-    _,s,Vt = np.linalg.svd(Y-Y.mean(0), full_matrices=False)
-    a = 1/np.sqrt(s**2/(len(Y)-1)+ridge) - 1/np.sqrt(ridge)
-    return np.eye(Y.shape[1])/np.sqrt(ridge) + (Vt.T*a)@Vt
+def _coral(
+    M, # `(D,K)` map so far
+    C, # `(n,D)` controls of a batch
+    r=0.5, # Ridge
+): # `(D,K)`
+    "`M (cov(C M) + r I)^(-1/2)`"
+    Y = (C-C.mean(0))@M
+    n,K = Y.shape
+    if n>K: return M@_inv_root(Y.T@Y/(n-1)+r*np.eye(K))
+    w,U = np.linalg.eigh(Y@Y.T/(n-1))
+    s = np.sqrt(w.clip(0)+r)
+    V = Y.T@U # (K,n)
+    return M/np.sqrt(r) - (M@V/((n-1)*np.sqrt(r)*s*(s+np.sqrt(r))))@V.T
 
+# %% ../nbs/31_tvn.ipynb #737bd1bf
 def _efaar(C, sd, k=None):
     "`(D,K)` map to standardised principal components of the controls `C (n,D)`, centred"
-    _,s,Vt = np.linalg.svd(C/sd, full_matrices=False)
+    _,s,Vt = np.linalg.svd(np.linalg.qr(C/sd, mode='r'), full_matrices=False)
     keep = (s>1e-10*s[0]).nonzero()[0][:k]
     if len(keep)<(k or len(sd)): warnings.warn(f'{len(C)} controls show {len(keep)} of {len(sd)} dimensions, the others are lost: use the default variant, '
                                                'or n_components well below the number of controls', stacklevel=5)
@@ -207,7 +220,7 @@ class TVN(Correction):
     def _fit_efaar(self, X, controls, batches, ks, sd):
         mu = X[controls].mean(0)
         M = _efaar(X[controls]-mu, sd, self.n_components)
-        return dict.fromkeys(ks, mu), {k: M@_coral((X[controls&(batches==k)]-mu)@M) if self.batched_ else M for k in ks}
+        return dict.fromkeys(ks, mu), {k: _coral(M, X[controls&(batches==k)]) if self.batched_ else M for k in ks}
 
     def _fit_blend(self, X, controls, batches, ks, sd):
         centres,R,dof = {k: X[controls&(batches==k)].mean(0) for k in ks},X.copy(),controls.sum()-len(ks)

@@ -142,7 +142,7 @@ class MAE(nn.Module):
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder=decoder or {}, mask_ratio=mask_ratio,
             alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local)
         self.patch_size,self.in_chans,self.embed_dim,self.mask_ratio,self.alpha,self.slowest = patch_size,in_chans,embed_dim,mask_ratio,alpha,slowest
-        self.name = self.channels = None
+        self.channels = None
         self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias)
         self.decoder = self._make_decoder(**(decoder or {}))
         self.grid = (img_size//patch_size,)*2
@@ -229,7 +229,7 @@ def forward(self:MAE,
     m = random_mask(self._noise(noise, target), self.mask_ratio)
     latent = self._encode(x, target, m.ids_keep)
     pred = self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1])
-    loss,parts = self.losses(pred, target, m)
+    loss,parts = self.compare(pred, target, m)
     return MAEOutput(loss, parts, pred, target, m.mask, latent, m.ids_restore)
 
 # %% ../nbs/13_vit.ipynb #97e17992
@@ -255,7 +255,7 @@ def _encode(self:MAE, x, tokens, ids=None):
 
 # %% ../nbs/13_vit.ipynb #5748d8dc
 @patch
-def losses(self:MAE,
+def compare(self:MAE,
     pred:Tensor, # Predicted tokens `(B,L,P)`
     target:Tensor, # True tokens `(B,L,P)`
     m:Mask, # From `random_mask`
