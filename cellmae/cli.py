@@ -7,6 +7,7 @@ __all__ = ['simulated', 'baselines', 'summary', 'demo', 'demo_report', 'cellmae_
            'cellmae_recall']
 
 # %% ../nbs/50_cli.ipynb #abe2a234
+import warnings
 from pathlib import Path
 import pandas as pd
 import anndata as ad
@@ -64,7 +65,7 @@ def demo(
 )->pd.DataFrame: # Recall of every encoder before and after TVN; empty without relationships
     "From plates to a map: simulate or open a screen, train, embed, correct, measure, report"
     out,extra = Path(out),{}
-    print('1/5  Screen'); 
+    print('1/5  Screen')
     if screen is None: screen,relationships,extra = simulated(out, seed, **(size or {}))
     screen = open_screen(screen)
     problems = screen.check()
@@ -74,8 +75,11 @@ def demo(
     for name,encoder in baselines(learn.model).items():
         print(f'     {name}'); profiles[name] = embed(encoder, screen, pool=pool)
     to_parquet(profiles['trained MAE'], out/'profiles.parquet')
-    print('4/5  Correct and measure'); corrected = TVN().fit_transform(profiles['trained MAE'])
-    table = recall_table({**profiles, **extra}, relationships, {'uncorrected':None, 'after TVN':TVN()}) if relationships else pd.DataFrame()
+    print('4/5  Correct and measure')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='.*shrunk towards a sphere')   # always so here: few controls, many dimensions
+        corrected = TVN().fit_transform(profiles['trained MAE'])
+        table = recall_table({**profiles, **extra}, relationships, {'uncorrected':None, 'after TVN':TVN()}) if relationships else pd.DataFrame()
     print('5/5  Report'); path = demo_report(out, screen, problems, learn, corrected, table)
     if len(table): print(f'\nRecall of {table.n_pairs.iloc[0]} known relationships among {table.n_genes.iloc[0]} genes [95 % interval]; by chance {table.chance.iloc[0]:.2f}\n\n{summary(table).to_string(index=False)}')
     print(f'\nReport: {path}')

@@ -7,11 +7,11 @@ __all__ = ['Recipe', 'list_models', 'recipe', 'create_model', 'save_model', 'loa
 
 # %% ../nbs/16_zoo.ipynb #8bf1b7db
 import copy, json, os, shutil, tempfile
-from dataclasses import dataclass, asdict
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from safetensors.torch import load_file, save_file
 from .patching import from_conv
 from .vit import MAE
@@ -76,41 +76,56 @@ def create_model(
     model.name = name
     return model
 
-# %% ../nbs/16_zoo.ipynb #397ec667
+# %% ../nbs/16_zoo.ipynb #977c727d
 def save_model(
     model:MAE, # Trained model
-    folder, # Folder of the bundle; replaced if it is one already
+    folder, # Folder of the bundle; one that exists is replaced
     channels:list[str]|None=None, # Names of the channels in the model's order; None: `model.channels`
     **provenance, # Anything worth knowing: data, epochs, seed, licence
 )->Path: # The folder
     "Write weights and description of a model, all or nothing"
-    folder,channels = Path(folder),list(channels or model.channels or [])
+    folder,channels = Path(folder),_check_names(model, channels or model.channels)
+    if folder.exists() and not (folder/'config.json').exists() and (folder.is_file() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not a model bundle; it was left as it is. Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
     try:
-        save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, tmp/'model.safetensors')
-        (tmp/'config.json').write_text(json.dumps(_config(model, channels, provenance), indent=1))
-        if folder.exists(): shutil.rmtree(folder)
-        os.replace(tmp, folder)
+        (tmp/'new').mkdir()
+        save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, tmp/'new'/'model.safetensors')
+        (tmp/'new'/'config.json').write_text(json.dumps(_description(model, channels, provenance), indent=1, default=str))
+        if folder.exists(): os.replace(folder, tmp/'old')
+        os.replace(tmp/'new', folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/16_zoo.ipynb #8f1a618b
-def _config(model, channels, provenance):
-    return dict(format=1, model=type(model).__name__, args=model.config, channels=channels, pool='mean',
-                normaliser='x/255, then each channel of each crop: zero mean, unit biased variance, eps 1e-5',
-                provenance=provenance, versions={p: version(p) for p in ('torch','timm')})
+# %% ../nbs/16_zoo.ipynb #cfd0cb53
+def _check_names(model, channels):
+    "Channel names as a list, if a model that needs one per channel has them"
+    channels = list(channels or [])
+    if channels and type(model) is MAE and len(channels) != model.in_chans:
+        raise ValueError(f"{len(channels)} channel names ({', '.join(channels)}) for a model with {model.in_chans} channels. Give one name per channel, in the order of the images.")
+    return channels
 
-# %% ../nbs/16_zoo.ipynb #8dbb9f96
+def _description(model, channels, provenance):
+    "What `config.json` says"
+    return dict(format='cellmae model 1', model=type(model).__name__, name=getattr(model, 'name', None), channels=channels, args=model.config,
+                input='uint8 or float 0..255; the model divides by 255 and gives each channel of each crop mean 0 and variance 1 (biased, eps 1e-5)',
+                pool='mean', provenance=provenance, versions={p: version(p) for p in ('torch','timm')})
+
+# %% ../nbs/16_zoo.ipynb #ed88343d
 def load_model(
     folder, # Folder written by `save_model`
-)->MAE: # The model in evaluation mode, on the CPU, with its `channels`
-    "Read a model back"
+)->MAE: # The model in evaluation mode on the CPU, with its `channels`, `name` and `provenance`
+    "Read a bundle"
     folder = Path(folder)
+    missing = [f for f in ('config.json','model.safetensors') if not (folder/f).is_file()]
+    if missing: raise FileNotFoundError(f"{folder} has no {missing[0]}, so it is not a model bundle. Give the folder that `save_model` wrote, or that `fit_mae` left as `model` in its output folder.")
     cfg = json.loads((folder/'config.json').read_text())
     model = {'MAE':MAE,'CAMAE':CAMAE}[cfg['model']](**cfg['args'])
-    model.load_state_dict(load_file(folder/'model.safetensors'))
+    try: model.load_state_dict(load_file(folder/'model.safetensors'))
+    except Exception as e: raise ValueError(f"The weights {folder/'model.safetensors'} are damaged or belong to another model ({type(e).__name__}: {str(e)[:200]}). Copy the bundle again.") from e
     model.channels,model.provenance = cfg['channels'] or None,cfg['provenance']
+    if cfg['name']: model.name = cfg['name']
     return model.eval()
 
 # %% ../nbs/16_zoo.ipynb #3b0052e0
@@ -132,8 +147,10 @@ def load_released(
 def _read_weights(state):
     "A flat state dict from a dict or a file, by what the file is and not by its name"
     if isinstance(state, (str,Path)):
-        with open(state, 'rb') as f: pickled = f.read(2) == b'PK'
-        state = torch.load(state, map_location='cpu', weights_only=True) if pickled else load_file(state)
+        with open(state, 'rb') as f: # an open file, because `torch.load` trusts names too
+            pickled = f.read(2) == b'PK'
+            f.seek(0)
+            state = torch.load(f, map_location='cpu', weights_only=True) if pickled else load_file(state)
     return state.get('state_dict', state)
 
 # %% ../nbs/16_zoo.ipynb #24b336fb

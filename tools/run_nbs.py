@@ -37,7 +37,8 @@ class Runner(NotebookClient):
 def kernel_env():
     "The environment of the kernel: inline pictures, fixed hashes, two threads unless told otherwise"
     env = {k:v for k,v in os.environ.items() if k not in ('MPLBACKEND', 'IN_TEST')}
-    return {**env, 'PYTHONPATH':str(root), 'PYTHONHASHSEED':'0', 'OMP_NUM_THREADS':env.get('OMP_NUM_THREADS', '2')}
+    return {**env, 'PYTHONPATH':str(root), 'PYTHONHASHSEED':'0', 'OMP_NUM_THREADS':env.get('OMP_NUM_THREADS', '2'),
+            'PYTHONWARNINGS':'ignore:IProgress not found,ignore:`torch.jit.script` is deprecated'}
 
 
 def output_text(o):
