@@ -118,7 +118,7 @@ class Page:
         "Output number `i` of `cell`: the richest form it was stored in"
         data = o.get('data', {})
         get = lambda k: ''.join(data[k])
-        if 'text/markdown' in data: return (self.symbol if self.documented(cell) else self.text)(get('text/markdown'))
+        if 'text/markdown' in data and ('text/html' not in data or self.documented(cell)): return (self.symbol if self.documented(cell) else self.text)(get('text/markdown'))
         if 'image/png' in data:
             name = f'{self.figures}_{cell.id}_{i}.png'
             self.files[join(dirname(self.name), name)] = base64.b64decode(get('image/png'))

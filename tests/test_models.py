@@ -1,0 +1,96 @@
+"What no reader wants to see of the models: copies, compilation, odd shapes and types"
+import copy, pickle
+import pytest, torch
+from cellmae.images import standardise
+from cellmae.zoo import create_model, list_models
+
+names = [n for n in list_models() if n.endswith(('8','8_shared'))]
+small = dict(img_size=16, in_chans=3, embed_dim=32, depth=2, num_heads=2, patch_size=4, decoder=dict(embed_dim=32, depth=1, num_heads=4))
+
+def make(name, **kw):
+    torch.manual_seed(0)
+    return create_model(name, **{**small, **kw})
+
+def images(*shape, seed=0): return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+@pytest.fixture(params=names)
+def name(request): return request.param
+
+def test_every_weight_learns(name):
+    model = make(name)
+    model(images(4,3,16,16)).loss.backward()
+    assert not [k for k,p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+def test_same_loss_in_float_and_bytes(name):
+    model,x = make(name),images(2,3,16,16)
+    noise = torch.rand(model.tokens(x).shape[:2])
+    assert torch.equal(model(x, noise).loss, model(x.float(), noise).loss)
+
+@pytest.mark.parametrize('h,w', [(16,24), (8,16), (32,4)])
+def test_other_sizes_than_in_training(name, h, w):
+    model,x = make(name),images(2,3,h,w)
+    out = model(x)
+    torch.testing.assert_close(model.images(out.target, h, w), standardise(x))
+    assert model.encode(x).shape == (2,32) and torch.isfinite(out.loss)
+
+def test_size_of_training_is_a_label(name):
+    "Weights trained at one crop size give the same embedding in a model made for another"
+    a,b = make(name).eval(),make(name, img_size=24).eval()
+    b.load_state_dict(a.state_dict())
+    with torch.no_grad():
+        for x in (images(2,3,16,16), images(2,3,24,24)): torch.testing.assert_close(a.encode(x), b.encode(x), atol=1e-6, rtol=0)
+
+def test_copies_are_equal_and_apart(name):
+    model = make(name).eval()
+    x = images(2,3,16,16)
+    noise = torch.rand(model.tokens(x).shape[:2])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad(): assert torch.equal(model(x, noise).pred, twin(x, noise).pred)
+        assert twin.encoder.cls_token.data_ptr() != model.encoder.cls_token.data_ptr()
+
+def test_inference_mode_leaves_no_trace(name):
+    model = make(name)
+    with torch.inference_mode(): model(images(2,3,16,24)); model.encode(images(2,3,24,24))
+    model(images(2,3,16,24)).loss.backward()
+
+def test_no_breaks_in_the_graph(name):
+    "torch.compile sees one graph: no prints, no values read back, no data-dependent branches"
+    model = make(name, local=False)
+    x = images(2,3,16,16)
+    noise = torch.rand(model.tokens(x).shape[:2])
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x, noise).loss, model(x, noise).loss)
+
+def test_low_precision_stays_close(name):
+    model,x = make(name),images(4,3,16,16)
+    noise = torch.rand(model.tokens(x).shape[:2])
+    ref = model(x, noise)
+    with torch.autocast('cpu', dtype=torch.bfloat16): low = model(x, noise)
+    low.loss.backward()
+    assert low.loss.dtype == torch.float32 and abs(low.loss-ref.loss) < .02
+    half = copy.deepcopy(model).bfloat16().eval()
+    with torch.no_grad(): assert torch.cosine_similarity(half.encode(x), model.eval().encode(x)).min() > .999
+
+def test_blank_channel_is_no_nan(name):
+    x = images(2,3,16,16)
+    x[:,1] = 7
+    model = make(name)
+    out = model(x)
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert torch.isfinite(model.encode(x, pool='meanstd')).all()
+
+def test_shared_decoder_in_any_channel_order():
+    "Training itself does not depend on the order of channels"
+    model,x,perm = make('camae_vitt8_shared'),images(2,4,16,16),[2,0,3,1]
+    noise = torch.rand(2,4,16)
+    a,b = model(x, noise.flatten(1)),model(x[:,perm], noise[:,perm].flatten(1))
+    torch.testing.assert_close(a.loss, b.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(a.pred.unflatten(1, (4,16))[:,perm], b.pred.unflatten(1, (4,16)), atol=1e-5, rtol=0)
+
+def test_shared_decoder_with_a_hidden_channel():
+    from cellmae.masking import hide_channels
+    model = make('camae_vitt8_shared')
+    out = model(images(2,3,16,16), hide_channels(torch.rand(2,48), [1], 3))
+    out.loss.backward()
+    assert out.mask.view(2,3,16)[:,1].all() and torch.isfinite(out.loss)
