@@ -8,6 +8,7 @@ __all__ = ['STYLE', 'to_html', 'write_report']
 # %% ../nbs/41_report.ipynb #a0b6b19e
 import base64, html, io
 from pathlib import Path
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from .train import write_whole
@@ -18,6 +19,7 @@ def _img(png:bytes): return f'<img src="data:image/png;base64,{base64.b64encode(
 def _fig(fig:Figure):
     buf = io.BytesIO()
     fig.savefig(buf, dpi=100, bbox_inches='tight', format='png')
+    plt.close(fig)
     return _img(buf.getvalue())
 
 # %% ../nbs/41_report.ipynb #3bba1f6a
