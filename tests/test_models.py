@@ -53,6 +53,7 @@ def test_inference_mode_leaves_no_trace(name):
     with torch.inference_mode(): model(images(2,3,16,24)); model.encode(images(2,3,24,24))
     model(images(2,3,16,24)).loss.backward()
 
+@pytest.mark.parametrize('name', ['mae_vitt8','camae_vitt8_shared'])
 def test_no_breaks_in_the_graph(name):
     "torch.compile sees one graph: no prints, no values read back, no data-dependent branches"
     model = make(name, local=False)
