@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
 from .cavit import CAMAE
 from .images import tile
-from .screen import KEYS, open_screen
-from .train import has_bf16, write_whole
+from .screen import KEYS, open_screen, write_whole
+from .train import has_bf16
 from .zoo import load_model
 
 # %% ../nbs/30_embed.ipynb #3940e17b

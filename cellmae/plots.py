@@ -211,4 +211,4 @@ def _bars(ax, t, groups, bars):
         ax.errorbar(x, b['recall'], err, fmt='none', ecolor='k', elinewidth=1, capsize=2)
         ax.bar(x, b['null_high']-b['null_low'], .92*width, b['null_low'], color='0.5', alpha=.5, lw=0)
     ax.axhline(t['chance'].iloc[0], color='k', lw=1, ls='--')
-    ax.set(xticks=range(len(groups)), ylim=(0,None)); ax.set_xticklabels(groups, size=8)
+    ax.set(xticks=range(len(groups)), ylim=(0,None)); ax.set_xticklabels([str(g).replace(' ', '\n') for g in groups], size=8)

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from .train import write_whole
+from .screen import write_whole
 
 # %% ../nbs/41_report.ipynb #8d4f9d97
 def _img(png:bytes): return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'

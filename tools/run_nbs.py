@@ -56,11 +56,19 @@ def complaints(cell):
             if m := re.search(pat + '.{0,60}', output_text(o)): yield f'its output shows {what}: {m[0]!r}'
 
 
+def is_blank(o):
+    "Is output `o` only what a vanished progress bar left behind?"
+    html = ''.join(o.get('data', {}).get('text/html', '-'))
+    return not re.sub(r'<style>.*?</style>', '', html, flags=re.S).strip()
+
+
 def clean(nb):
-    "What `nbdev_clean` does, on a notebook in memory, and no trace of jupytext"
+    "What `nbdev_clean` does, on a notebook in memory, and no trace of jupytext or of vanished bars"
     cfg = get_config(path=root)
     nb.metadata.pop('jupytext', None)
     keys = cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split()
+    for c in nb.cells:
+        if 'outputs' in c: c.outputs = [o for o in c.outputs if not is_blank(o)]
     clean_nb(nb, cfg.clear_all, *keys, clean_ids=cfg.clean_ids)
 
 
