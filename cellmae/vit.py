@@ -71,12 +71,14 @@ class Encoder(nn.Module):
         drop_path:float=.1, # Chance to skip the last block, rising from 0 at the first
         final_norm:bool=True, # LayerNorm after the last block?
         qkv_bias:bool=False, # Bias on all inner projections (released weights in the legacy layout need it)
+        mlp_ratio:float=4., # Width of the MLPs over `embed_dim`
+        parallel:bool=True, # Parallel blocks? Otherwise standard ones, which can hold the weights of other ViTs
     ):
         super().__init__()
         self.embed = PatchEmbed(n_pixels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1,1,embed_dim))
-        rates = [drop_path*i/max(depth-1,1) for i in range(depth)]
-        self.blocks = Blocks(*[ParallelScalingBlock(embed_dim, num_heads, qkv_bias=qkv_bias, qk_norm=True, init_values=init_values, drop_path=r) for r in rates])
+        block,kw = (ParallelScalingBlock, dict(qkv_bias=qkv_bias, qk_norm=True, init_values=init_values)) if parallel else (Block, dict(qkv_bias=True))
+        self.blocks = Blocks(*[block(embed_dim, num_heads, mlp_ratio, drop_path=drop_path*i/max(depth-1,1), **kw) for i in range(depth)])
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
 
     def forward(self, patches, pos):
@@ -137,13 +139,15 @@ class MAE(nn.Module):
         qkv_bias:bool=False, # Bias on all inner projections of the encoder
         slowest:float=10000, # Slowest wave of the positions, see `sincos_positions`
         local:bool=False, # Start with attention to places nearby? See `start_local`
+        mlp_ratio:float=4., # Width of the encoder's MLPs over `embed_dim`
+        parallel:bool=True, # Parallel blocks in the encoder?
     ):
         super().__init__()
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder=decoder or {}, mask_ratio=mask_ratio,
-            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local)
+            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local, mlp_ratio=mlp_ratio, parallel=parallel)
         self.patch_size,self.in_chans,self.embed_dim,self.mask_ratio,self.alpha,self.slowest = patch_size,in_chans,embed_dim,mask_ratio,alpha,slowest
         self.channels = None
-        self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias)
+        self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias, mlp_ratio, parallel)
         self.decoder = self._make_decoder(**(decoder or {}))
         self.grid = (img_size//patch_size,)*2
         for name,d in [('enc_pos',embed_dim), ('dec_pos',self.decoder.embed.out_features)]:

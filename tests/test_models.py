@@ -4,7 +4,7 @@ import pytest, torch
 from cellmae.images import standardise
 from cellmae.zoo import create_model, list_models
 
-names = [n for n in list_models() if n.endswith(('8','8_shared'))]
+names = [n for n in list_models() if 'vitt8' in n]
 small = dict(img_size=16, in_chans=3, embed_dim=32, depth=2, num_heads=2, patch_size=4, decoder=dict(embed_dim=32, depth=1, num_heads=4))
 
 def make(name, **kw):
