@@ -16,7 +16,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, ParallelScalingBlock
 from .images import standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
-from .masking import Mask, random_mask, take, restore
+from .masking import Mask, random_mask, restore, shape_noise, take
 from .fourier import pixel_loss, fourier_loss, mix
 
 # %% ../nbs/13_vit.ipynb #255c5691
@@ -141,12 +141,13 @@ class MAE(nn.Module):
         local:bool=False, # Start with attention to places nearby? See `start_local`
         mlp_ratio:float=4., # Width of the encoder's MLPs over `embed_dim`
         parallel:bool=True, # Parallel blocks in the encoder?
+        masking:str='joint', # How tokens are hidden, see `shape_noise`: `joint` or `block`; with tokens per channel also `same` or `channel`
     ):
         super().__init__()
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder=decoder or {}, mask_ratio=mask_ratio,
-            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local, mlp_ratio=mlp_ratio, parallel=parallel)
+            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local, mlp_ratio=mlp_ratio, parallel=parallel, masking=masking)
         self.patch_size,self.in_chans,self.embed_dim,self.mask_ratio,self.alpha,self.slowest = patch_size,in_chans,embed_dim,mask_ratio,alpha,slowest
-        self.channels = None
+        self.masking,self.channels = masking,None
         self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias, mlp_ratio, parallel)
         self.decoder = self._make_decoder(**(decoder or {}))
         self.grid = (img_size//patch_size,)*2
@@ -230,7 +231,7 @@ def forward(self:MAE,
 )->MAEOutput: # Named tuple; `.loss` is what to minimise
     "Hide, encode, decode, compare"
     target = self.tokens(x)
-    m = random_mask(self._noise(noise, target), self.mask_ratio)
+    m = random_mask(self._noise(noise, target, x), self.mask_ratio)
     latent = self._encode(x, target, m.ids_keep)
     pred = self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1])
     loss,parts = self.compare(pred, target, m)
@@ -238,11 +239,12 @@ def forward(self:MAE,
 
 # %% ../nbs/13_vit.ipynb #97e17992
 @patch
-def _noise(self:MAE, noise, tokens):
-    "Noise as given, if it fits, or fresh"
-    if noise is None: return torch.rand(tokens.shape[:2], device=tokens.device)
-    if noise.shape != tokens.shape[:2]: raise ValueError(f"Noise must have one number per token, {tuple(tokens.shape[:2])}, got {tuple(noise.shape)}.")
-    return noise
+def _noise(self:MAE, noise, tokens, x):
+    "Noise as given, if it fits, or fresh; in the shape of this model's masks"
+    (b,l),(h,w) = tokens.shape[:2],[n//self.patch_size for n in x.shape[-2:]]
+    if noise is None: noise = torch.rand(b, l, device=tokens.device)
+    if noise.shape != (b,l): raise ValueError(f"Noise must have one number per token, {(b,l)}, got {tuple(noise.shape)}.")
+    return shape_noise(noise, self.masking, l//(h*w), h, w)
 
 @patch
 def _pos(self:MAE, name, x):
