@@ -148,3 +148,9 @@ def _encode(self:CAMAE, x, tokens, ids=None):
     pos = self._pos('enc_pos', x)
     if ids is None: return self.encoder(tokens, pos.repeat(x.shape[1],1))
     return self.encoder(take(tokens, ids), take(pos, ids%len(pos)))
+
+# %% ../nbs/14_cavit.ipynb #95d7c2b6
+@patch
+def _by_channel(self:CAMAE, error, m, c):
+    own = F.one_hot(m.ids_mask//(m.mask.shape[1]//c), c) # (B,L-K,C)
+    return (own*error.mean(-1, keepdim=True)).sum((0,1))/own.sum((0,1))

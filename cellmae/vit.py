@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock
 from .images import standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
 from .masking import Mask, random_mask, restore, shape_noise, take
-from .fourier import pixel_loss, fourier_loss, mix
+from .fourier import fourier_loss, image_fourier_loss, masked_mean, mix, pixel_loss, released_fourier_loss, token_stats
 
 # %% ../nbs/13_vit.ipynb #255c5691
 def use_fused(
@@ -142,12 +142,14 @@ class MAE(nn.Module):
         mlp_ratio:float=4., # Width of the encoder's MLPs over `embed_dim`
         parallel:bool=True, # Parallel blocks in the encoder?
         masking:str='joint', # How tokens are hidden, see `shape_noise`: `joint` or `block`; with tokens per channel also `same` or `channel`
+        fourier:str='patch', # What the Fourier loss transforms: each `patch`, the `image`, or the planes of the `released` code
+        norm_pix:bool=False, # Compare tokens after each was brought to mean 0 and variance 1?
     ):
         super().__init__()
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder=decoder or {}, mask_ratio=mask_ratio,
-            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local, mlp_ratio=mlp_ratio, parallel=parallel, masking=masking)
+            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local, mlp_ratio=mlp_ratio, parallel=parallel, masking=masking, fourier=fourier, norm_pix=norm_pix)
         self.patch_size,self.in_chans,self.embed_dim,self.mask_ratio,self.alpha,self.slowest = patch_size,in_chans,embed_dim,mask_ratio,alpha,slowest
-        self.masking,self.channels = masking,None
+        self.masking,self.fourier,self.norm_pix,self.channels = masking,fourier,norm_pix,None
         self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias, mlp_ratio, parallel)
         self.decoder = self._make_decoder(**(decoder or {}))
         self.grid = (img_size//patch_size,)*2
@@ -216,7 +218,7 @@ def images(self:MAE,
 class MAEOutput(NamedTuple):
     "What a masked autoencoder returns"
     loss:Tensor # Scalar to minimise
-    parts:dict # Its terms before mixing: `mse` and `fourier`
+    parts:dict # Its terms before mixing, `mse` and `fourier`, and `channels`: the mse of each channel `(C,)`
     pred:Tensor # Predicted tokens `(B,L,P)`
     target:Tensor # True tokens, self-standardised `(B,L,P)`
     mask:Tensor # 1 where hidden `(B,L)`
@@ -234,7 +236,9 @@ def forward(self:MAE,
     m = random_mask(self._noise(noise, target, x), self.mask_ratio)
     latent = self._encode(x, target, m.ids_keep)
     pred = self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1])
-    loss,parts = self.compare(pred, target, m)
+    if self.norm_pix: mean,std = token_stats(target)
+    loss,parts = self.compare(pred, (target-mean)/std if self.norm_pix else target, m, x.shape)
+    if self.norm_pix: pred = pred*std + mean
     return MAEOutput(loss, parts, pred, target, m.mask, latent, m.ids_restore)
 
 # %% ../nbs/13_vit.ipynb #97e17992
@@ -265,12 +269,27 @@ def compare(self:MAE,
     pred:Tensor, # Predicted tokens `(B,L,P)`
     target:Tensor, # True tokens `(B,L,P)`
     m:Mask, # From `random_mask`
+    shape:tuple, # Shape of the images `(B,C,H,W)`
 )->tuple[Tensor,dict]: # The loss and its parts
     "Pixel and Fourier loss of the hidden tokens"
-    pred,target = take(pred, m.ids_mask),take(target, m.ids_mask)
-    mse = pixel_loss(pred, target).mean()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha>0): fourier = fourier_loss(pred, target, self.patch_size).mean()
-    return mix(mse, fourier, self.alpha), dict(mse=mse.detach(), fourier=fourier.detach())
+    a,b = take(pred, m.ids_mask),take(target, m.ids_mask) # (B,L-K,P)
+    mse = pixel_loss(a, b).mean()
+    with torch.no_grad(): channels = self._by_channel((a.float()-b.float()).square(), m, shape[1])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha>0):
+        if self.fourier == 'patch': fourier = fourier_loss(a, b, self.patch_size).mean()
+        else: fourier = self._other_fourier(pred, target, m, *shape[2:])
+    return mix(mse, fourier, self.alpha), dict(mse=mse.detach(), fourier=fourier.detach(), channels=channels)
+
+@patch
+def _by_channel(self:MAE, error, m, c): return error.unflatten(-1, (-1,c)).mean((0,1,2)) # (B,L-K,p*p,C) -> (C,)
+
+@patch
+def _other_fourier(self:MAE, pred, target, m, h, w):
+    "Fourier loss of whole images, hidden tokens as predicted, or of the released planes"
+    if self.fourier == 'released': return masked_mean(released_fourier_loss(pred, target, pred.shape[1]*self.patch_size**2//(h*w)), m.mask)
+    if self.fourier != 'image': raise ValueError(f"Unknown fourier={self.fourier!r}: use 'patch', 'image' or 'released'.")
+    drawn = torch.where(m.mask[...,None]>0, pred.float(), target)
+    return image_fourier_loss(self.images(drawn, h, w), self.images(target, h, w), self.patch_size).mean()
 
 # %% ../nbs/13_vit.ipynb #0ca0cd8e
 @patch
