@@ -146,23 +146,32 @@ class MAE(nn.Module):
         norm_pix:bool=False, # Compare tokens after each was brought to mean 0 and variance 1?
     ):
         super().__init__()
-        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder=decoder or {}, mask_ratio=mask_ratio,
-            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local, mlp_ratio=mlp_ratio, parallel=parallel, masking=masking, fourier=fourier, norm_pix=norm_pix)
-        self.patch_size,self.in_chans,self.embed_dim,self.mask_ratio,self.alpha,self.slowest = patch_size,in_chans,embed_dim,mask_ratio,alpha,slowest
-        self.masking,self.fourier,self.norm_pix,self.channels = masking,fourier,norm_pix,None
+        decoder = decoder or {}
+        self.config = {k: v for k,v in locals().items() if k not in ('self','__class__')}
+        for k in ('patch_size','in_chans','embed_dim','mask_ratio','alpha','slowest','masking','fourier','norm_pix'): setattr(self, k, self.config[k])
+        self.channels = None
         self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias, mlp_ratio, parallel)
-        self.decoder = self._make_decoder(**(decoder or {}))
+        self.decoder = self._make_decoder(**decoder)
         self.grid = (img_size//patch_size,)*2
         for name,d in [('enc_pos',embed_dim), ('dec_pos',self.decoder.embed.out_features)]:
             self.register_buffer(name, sincos_positions(d, *self.grid, slowest), persistent=False)
         self.apply(init_weights)
         if local: start_local(self)
 
-    @property
-    def n_pixels(self): return self.patch_size**2*self.in_chans # numbers in a patch
-    def _make_decoder(self, **kw): return Decoder(self.embed_dim, self.n_pixels, **kw)
-    def _cut(self, x): return patchify(x, self.patch_size)
-    def _glue(self, t, h, w): return unpatchify(t, self.patch_size, self.in_chans, h, w)
+# %% ../nbs/13_vit.ipynb #a3f9b6e2
+@patch(as_prop=True)
+def n_pixels(self:MAE):
+    "Numbers in a patch"
+    return self.patch_size**2*self.in_chans
+
+@patch
+def _make_decoder(self:MAE, **kw): return Decoder(self.embed_dim, self.n_pixels, **kw)
+
+@patch
+def _cut(self:MAE, x): return patchify(x, self.patch_size)
+
+@patch
+def _glue(self:MAE, t, h, w): return unpatchify(t, self.patch_size, self.in_chans, h, w)
 
 # %% ../nbs/13_vit.ipynb #595bd4c7
 def init_weights(
