@@ -44,11 +44,14 @@ def pick_kernel(
 class Blocks(nn.Sequential):
     "timm's blocks in a row, with the attention kernel that is fastest for the input"
     fused = None # True or False forces a kernel, see `set_attention`
-    def forward(self, x):
+    def forward(self, x, blocks=None):
         fused = pick_kernel(self.fused, x)
         for m in self.modules():
             if getattr(m, 'fused_attn', fused) != fused: m.fused_attn = fused
-        return super().forward(x)
+        if blocks is None: return super().forward(x)
+        after = [x] # after no block, the first, the second, ...
+        for block in list(self)[:max(blocks)]: after.append(block(after[-1]))
+        return [after[i] for i in blocks]
 
 # %% ../nbs/13_vit.ipynb #2dbb485f
 def set_attention(
@@ -81,10 +84,10 @@ class Encoder(nn.Module):
         self.blocks = Blocks(*[block(embed_dim, num_heads, mlp_ratio, drop_path=drop_path*i/max(depth-1,1), **kw) for i in range(depth)])
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
 
-    def forward(self, patches, pos):
+    def forward(self, patches, pos, blocks=None):
         x = self.embed(patches.to(self.embed.weight.dtype)) + pos # (B,K,D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x),-1,-1), x], 1) # (B,1+K,D)
-        return self.norm(self.blocks(x))
+        return self.norm(self.blocks(x)) if blocks is None else self.blocks(x, blocks)
 
 # %% ../nbs/13_vit.ipynb #4a73c435
 class Decoder(nn.Module):
@@ -266,10 +269,10 @@ def _pos(self:MAE, name, x):
     return pos if grid == self.grid else sincos_positions(pos.shape[1], *grid, self.slowest).to(pos)
 
 @patch
-def _encode(self:MAE, x, tokens, ids=None):
-    "Encoder on the tokens at `ids`, or on all"
+def _encode(self:MAE, x, tokens, ids=None, blocks=None):
+    "Encoder on the tokens at `ids`, or on all; for `blocks` a list of what they give"
     pos = self._pos('enc_pos', x)
-    if ids is None: return self.encoder(tokens, pos)
+    if ids is None: return self.encoder(tokens, pos, blocks)
     return self.encoder(take(tokens, ids), take(pos, ids))
 
 # %% ../nbs/13_vit.ipynb #5748d8dc
@@ -306,10 +309,11 @@ def encode(self:MAE,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
     pool:str='mean', # `mean` of the patch tokens, `meanstd`: mean and standard deviation, `cls`: class token
     channelwise:bool=False, # One embedding per channel, side by side (channel-agnostic models only)
-    block:int|None=None, # Stop after this many blocks; None: all, and the final norm
-)->Tensor: # Embeddings `(B,D)`, twice as wide for `meanstd`, `C` times as wide if channelwise
+    blocks:int|list[int]|None=None, # After which block or blocks, 1 to depth; None: all, and the final norm
+)->Tensor: # Embeddings `(B,D)`, twice as wide for `meanstd`, `C` times as wide if channelwise; `(n,B,D)` for a list of `n` blocks
     "Embed images; nothing is hidden"
-    return pool_tokens(self.features(x, block), pool, self._groups(x, channelwise))
+    z,groups = self.features(x, blocks),self._groups(x, channelwise)
+    return torch.stack([pool_tokens(o, pool, groups) for o in z]) if isinstance(z, list) else pool_tokens(z, pool, groups)
 
 @patch
 def _groups(self:MAE, x, channelwise):
@@ -335,16 +339,19 @@ def pool_tokens(
 @patch
 def features(self:MAE,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
-    block:int|None=None, # Stop after this many blocks, 1 to depth; None: all, and the final norm
-)->Tensor: # Tokens, class token first `(B,1+L,D)`
+    blocks:int|list[int]|None=None, # After which block or blocks, 1 to depth; None: all, and the final norm
+)->Tensor: # Tokens, class token first `(B,1+L,D)`; a list of them for a list of blocks
     "Encode all tokens of images"
-    if block is None: return self._encode(x, self.tokens(x))
-    if not 1 <= block <= len(self.encoder.blocks): raise ValueError(f"The encoder has blocks 1 to {len(self.encoder.blocks)}, there is no block {block}.")
-    kept = []
-    hook = self.encoder.blocks[block-1].register_forward_hook(lambda m,i,o: kept.append(o))
-    try: self._encode(x, self.tokens(x))
-    finally: hook.remove()
-    return kept[0]
+    if blocks is None: return self._encode(x, self.tokens(x))
+    wanted = [blocks] if isinstance(blocks, int) else list(blocks)
+    self._check_blocks(wanted)
+    z = self._encode(x, self.tokens(x), blocks=wanted)
+    return z[0] if isinstance(blocks, int) else z
+
+@patch
+def _check_blocks(self:MAE, blocks):
+    bad = [k for k in blocks if not 1 <= k <= len(self.encoder.blocks)]
+    if bad or not blocks: raise ValueError(f"The encoder has blocks 1 to {len(self.encoder.blocks)}, there is no block {bad[0] if bad else 'to return'}.")
 
 @patch
 def latent(self:MAE,
@@ -353,3 +360,16 @@ def latent(self:MAE,
 )->Tensor: # Tokens after the encoder, class token first `(B,1+K,D)`
     "Encode some tokens of images"
     return self._encode(x, self.tokens(x), ids_keep)
+
+# %% ../nbs/13_vit.ipynb #0b5fee1e
+@patch
+def trim(self:MAE,
+    k:int, # Blocks to keep, 1 to depth
+): # A model with the first `k` blocks and no final norm
+    "Cut the encoder after block `k`"
+    self._check_blocks([k])
+    model = type(self)(**{**self.config, 'depth': k, 'final_norm': False}).to(self.enc_pos.device).train(self.training)
+    model.load_state_dict({n: v for n,v in self.state_dict().items() if n in model.state_dict()})
+    for n in ('name','channels','provenance'):
+        if hasattr(self, n): setattr(model, n, getattr(self, n))
+    return model
