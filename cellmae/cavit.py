@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from timm.layers import LayerNorm, Mlp
 from .patching import patchify_channels, unpatchify_channels
-from .masking import Mask, restore, take
+from .masking import Mask, hide_channels, random_mask, restore, take
 from .vit import MAE, decoder_blocks, pick_kernel
 
 # %% ../nbs/14_cavit.ipynb #29039665
@@ -143,8 +143,53 @@ def _groups(self:CAMAE, x, channelwise): return x.shape[1] if channelwise else 1
 
 # %% ../nbs/14_cavit.ipynb #d1c42415
 @patch
-def _encode(self:CAMAE, x, tokens, ids=None):
+def _encode(self:CAMAE, x, tokens, ids=None, blocks=None):
     "Encoder on the tokens at `ids`, or on all; every channel has the same positions"
     pos = self._pos('enc_pos', x)
-    if ids is None: return self.encoder(tokens, pos.repeat(x.shape[1],1))
+    if ids is None: return self.encoder(tokens, pos.repeat(x.shape[1],1), blocks)
     return self.encoder(take(tokens, ids), take(pos, ids%len(pos)))
+
+# %% ../nbs/14_cavit.ipynb #95d7c2b6
+@patch
+def _by_channel(self:CAMAE, error, m, c):
+    own = F.one_hot(m.ids_mask//(m.mask.shape[1]//c), c) # (B,L-K,C)
+    return (own*error.mean(-1, keepdim=True)).sum((0,1))/own.sum((0,1))
+
+# %% ../nbs/14_cavit.ipynb #4fe92e82
+@patch
+def draw_channels(self:CAMAE,
+    x:Tensor, # Images `(B,C,H,W)` in the channels of training; missing ones may hold anything, zeros for example
+    channels:list[int], # Channels to draw
+)->Tensor: # Those channels as predicted from the others, standardised `(B,len(channels),H,W)`
+    "Predict missing stains"
+    if isinstance(self.decoder, SharedDecoder): raise ValueError("A shared decoder cannot draw a stain of which nothing is visible. Use a model with a decoder per channel.")
+    t,c = self.tokens(x),x.shape[1]
+    noise = hide_channels(torch.zeros(t.shape[:2], device=x.device), channels, c)
+    m = random_mask(noise, len(channels)/c - .5/t.shape[1]) # half a token less: safe from rounding
+    pred = self.decoder(self._encode(x, t, m.ids_keep), m, self._pos('dec_pos', x), c)
+    return self.images(pred, *x.shape[-2:])[:,channels]
+
+# %% ../nbs/14_cavit.ipynb #fc28faac
+def _stacks(images):
+    "Places and stacked tensors `(b,C,H,W)` of images that have the same shape"
+    shapes = {}
+    for i,x in enumerate(images): shapes.setdefault(tuple(x.shape), []).append(i)
+    return [(ids, torch.stack([images[i] for i in ids])) for ids in shapes.values()]
+
+@patch
+def encode_mixed(self:CAMAE,
+    images:list[Tensor], # Images `(C,H,W)`, each with channels and size of its own
+    **kwargs, # Arguments of `encode`
+)->Tensor: # Embeddings `(len(images),D)`, in the order of the images
+    "Embed images of different panels"
+    ids,z = zip(*[(i, self.encode(x, **kwargs)) for i,x in _stacks(images)])
+    return torch.cat(z)[torch.tensor(sum(ids, [])).argsort()]
+
+@patch
+def loss_mixed(self:CAMAE,
+    images:list[Tensor], # Images `(C,H,W)`, each with channels and size of its own
+)->Tensor: # Scalar to minimise
+    "Loss of a batch of different panels (shared decoder)"
+    outs = [self(x) for _,x in _stacks(images)]
+    n = [o.mask.sum() for o in outs]
+    return sum(o.loss*k for o,k in zip(outs, n))/sum(n)

@@ -16,8 +16,8 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, ParallelScalingBlock
 from .images import standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
-from .masking import Mask, random_mask, take, restore
-from .fourier import pixel_loss, fourier_loss, mix
+from .masking import Mask, random_mask, restore, shape_noise, take
+from .fourier import fourier_loss, image_fourier_loss, masked_mean, mix, pixel_loss, released_fourier_loss, token_stats
 
 # %% ../nbs/13_vit.ipynb #255c5691
 def use_fused(
@@ -44,11 +44,14 @@ def pick_kernel(
 class Blocks(nn.Sequential):
     "timm's blocks in a row, with the attention kernel that is fastest for the input"
     fused = None # True or False forces a kernel, see `set_attention`
-    def forward(self, x):
+    def forward(self, x, blocks=None):
         fused = pick_kernel(self.fused, x)
         for m in self.modules():
             if getattr(m, 'fused_attn', fused) != fused: m.fused_attn = fused
-        return super().forward(x)
+        if blocks is None: return super().forward(x)
+        after = [x] # after no block, the first, the second, ...
+        for block in list(self)[:max(blocks)]: after.append(block(after[-1]))
+        return [after[i] for i in blocks]
 
 # %% ../nbs/13_vit.ipynb #2dbb485f
 def set_attention(
@@ -71,18 +74,20 @@ class Encoder(nn.Module):
         drop_path:float=.1, # Chance to skip the last block, rising from 0 at the first
         final_norm:bool=True, # LayerNorm after the last block?
         qkv_bias:bool=False, # Bias on all inner projections (released weights in the legacy layout need it)
+        mlp_ratio:float=4., # Width of the MLPs over `embed_dim`
+        parallel:bool=True, # Parallel blocks? Otherwise standard ones, which can hold the weights of other ViTs
     ):
         super().__init__()
         self.embed = PatchEmbed(n_pixels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1,1,embed_dim))
-        rates = [drop_path*i/max(depth-1,1) for i in range(depth)]
-        self.blocks = Blocks(*[ParallelScalingBlock(embed_dim, num_heads, qkv_bias=qkv_bias, qk_norm=True, init_values=init_values, drop_path=r) for r in rates])
+        block,kw = (ParallelScalingBlock, dict(qkv_bias=qkv_bias, qk_norm=True, init_values=init_values)) if parallel else (Block, dict(qkv_bias=True))
+        self.blocks = Blocks(*[block(embed_dim, num_heads, mlp_ratio, drop_path=drop_path*i/max(depth-1,1), **kw) for i in range(depth)])
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
 
-    def forward(self, patches, pos):
+    def forward(self, patches, pos, blocks=None):
         x = self.embed(patches.to(self.embed.weight.dtype)) + pos # (B,K,D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x),-1,-1), x], 1) # (B,1+K,D)
-        return self.norm(self.blocks(x))
+        return self.norm(self.blocks(x)) if blocks is None else self.blocks(x, blocks)
 
 # %% ../nbs/13_vit.ipynb #4a73c435
 class Decoder(nn.Module):
@@ -137,25 +142,39 @@ class MAE(nn.Module):
         qkv_bias:bool=False, # Bias on all inner projections of the encoder
         slowest:float=10000, # Slowest wave of the positions, see `sincos_positions`
         local:bool=False, # Start with attention to places nearby? See `start_local`
+        mlp_ratio:float=4., # Width of the encoder's MLPs over `embed_dim`
+        parallel:bool=True, # Parallel blocks in the encoder?
+        masking:str='joint', # How tokens are hidden, see `shape_noise`: `joint` or `block`; with tokens per channel also `same` or `channel`
+        fourier:str='patch', # What the Fourier loss transforms: each `patch`, the `image`, or the planes of the `released` code
+        norm_pix:bool=False, # Compare tokens after each was brought to mean 0 and variance 1?
     ):
         super().__init__()
-        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder=decoder or {}, mask_ratio=mask_ratio,
-            alpha=alpha, init_values=init_values, drop_path=drop_path, final_norm=final_norm, qkv_bias=qkv_bias, slowest=slowest, local=local)
-        self.patch_size,self.in_chans,self.embed_dim,self.mask_ratio,self.alpha,self.slowest = patch_size,in_chans,embed_dim,mask_ratio,alpha,slowest
+        decoder = decoder or {}
+        self.config = {k: v for k,v in locals().items() if k not in ('self','__class__')}
+        for k in ('patch_size','in_chans','embed_dim','mask_ratio','alpha','slowest','masking','fourier','norm_pix'): setattr(self, k, self.config[k])
         self.channels = None
-        self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias)
-        self.decoder = self._make_decoder(**(decoder or {}))
+        self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias, mlp_ratio, parallel)
+        self.decoder = self._make_decoder(**decoder)
         self.grid = (img_size//patch_size,)*2
         for name,d in [('enc_pos',embed_dim), ('dec_pos',self.decoder.embed.out_features)]:
             self.register_buffer(name, sincos_positions(d, *self.grid, slowest), persistent=False)
         self.apply(init_weights)
         if local: start_local(self)
 
-    @property
-    def n_pixels(self): return self.patch_size**2*self.in_chans # numbers in a patch
-    def _make_decoder(self, **kw): return Decoder(self.embed_dim, self.n_pixels, **kw)
-    def _cut(self, x): return patchify(x, self.patch_size)
-    def _glue(self, t, h, w): return unpatchify(t, self.patch_size, self.in_chans, h, w)
+# %% ../nbs/13_vit.ipynb #a3f9b6e2
+@patch(as_prop=True)
+def n_pixels(self:MAE):
+    "Numbers in a patch"
+    return self.patch_size**2*self.in_chans
+
+@patch
+def _make_decoder(self:MAE, **kw): return Decoder(self.embed_dim, self.n_pixels, **kw)
+
+@patch
+def _cut(self:MAE, x): return patchify(x, self.patch_size)
+
+@patch
+def _glue(self:MAE, t, h, w): return unpatchify(t, self.patch_size, self.in_chans, h, w)
 
 # %% ../nbs/13_vit.ipynb #595bd4c7
 def init_weights(
@@ -211,7 +230,7 @@ def images(self:MAE,
 class MAEOutput(NamedTuple):
     "What a masked autoencoder returns"
     loss:Tensor # Scalar to minimise
-    parts:dict # Its terms before mixing: `mse` and `fourier`
+    parts:dict # Its terms before mixing, `mse` and `fourier`, and `channels`: the mse of each channel `(C,)`
     pred:Tensor # Predicted tokens `(B,L,P)`
     target:Tensor # True tokens, self-standardised `(B,L,P)`
     mask:Tensor # 1 where hidden `(B,L)`
@@ -226,19 +245,22 @@ def forward(self:MAE,
 )->MAEOutput: # Named tuple; `.loss` is what to minimise
     "Hide, encode, decode, compare"
     target = self.tokens(x)
-    m = random_mask(self._noise(noise, target), self.mask_ratio)
+    m = random_mask(self._noise(noise, target, x), self.mask_ratio)
     latent = self._encode(x, target, m.ids_keep)
     pred = self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1])
-    loss,parts = self.compare(pred, target, m)
+    if self.norm_pix: mean,std = token_stats(target)
+    loss,parts = self.compare(pred, (target-mean)/std if self.norm_pix else target, m, x.shape)
+    if self.norm_pix: pred = pred*std + mean
     return MAEOutput(loss, parts, pred, target, m.mask, latent, m.ids_restore)
 
 # %% ../nbs/13_vit.ipynb #97e17992
 @patch
-def _noise(self:MAE, noise, tokens):
-    "Noise as given, if it fits, or fresh"
-    if noise is None: return torch.rand(tokens.shape[:2], device=tokens.device)
-    if noise.shape != tokens.shape[:2]: raise ValueError(f"Noise must have one number per token, {tuple(tokens.shape[:2])}, got {tuple(noise.shape)}.")
-    return noise
+def _noise(self:MAE, noise, tokens, x):
+    "Noise as given, if it fits, or fresh; in the shape of this model's masks"
+    (b,l),(h,w) = tokens.shape[:2],[n//self.patch_size for n in x.shape[-2:]]
+    if noise is None: noise = torch.rand(b, l, device=tokens.device)
+    if noise.shape != (b,l): raise ValueError(f"Noise must have one number per token, {(b,l)}, got {tuple(noise.shape)}.")
+    return shape_noise(noise, self.masking, l//(h*w), h, w)
 
 @patch
 def _pos(self:MAE, name, x):
@@ -247,10 +269,10 @@ def _pos(self:MAE, name, x):
     return pos if grid == self.grid else sincos_positions(pos.shape[1], *grid, self.slowest).to(pos)
 
 @patch
-def _encode(self:MAE, x, tokens, ids=None):
-    "Encoder on the tokens at `ids`, or on all"
+def _encode(self:MAE, x, tokens, ids=None, blocks=None):
+    "Encoder on the tokens at `ids`, or on all; for `blocks` a list of what they give"
     pos = self._pos('enc_pos', x)
-    if ids is None: return self.encoder(tokens, pos)
+    if ids is None: return self.encoder(tokens, pos, blocks)
     return self.encoder(take(tokens, ids), take(pos, ids))
 
 # %% ../nbs/13_vit.ipynb #5748d8dc
@@ -259,12 +281,27 @@ def compare(self:MAE,
     pred:Tensor, # Predicted tokens `(B,L,P)`
     target:Tensor, # True tokens `(B,L,P)`
     m:Mask, # From `random_mask`
+    shape:tuple, # Shape of the images `(B,C,H,W)`
 )->tuple[Tensor,dict]: # The loss and its parts
     "Pixel and Fourier loss of the hidden tokens"
-    pred,target = take(pred, m.ids_mask),take(target, m.ids_mask)
-    mse = pixel_loss(pred, target).mean()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha>0): fourier = fourier_loss(pred, target, self.patch_size).mean()
-    return mix(mse, fourier, self.alpha), dict(mse=mse.detach(), fourier=fourier.detach())
+    a,b = take(pred, m.ids_mask),take(target, m.ids_mask) # (B,L-K,P)
+    mse = pixel_loss(a, b).mean()
+    with torch.no_grad(): channels = self._by_channel((a.float()-b.float()).square(), m, shape[1])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha>0):
+        if self.fourier == 'patch': fourier = fourier_loss(a, b, self.patch_size).mean()
+        else: fourier = self._other_fourier(pred, target, m, *shape[2:])
+    return mix(mse, fourier, self.alpha), dict(mse=mse.detach(), fourier=fourier.detach(), channels=channels)
+
+@patch
+def _by_channel(self:MAE, error, m, c): return error.unflatten(-1, (-1,c)).mean((0,1,2)) # (B,L-K,p*p,C) -> (C,)
+
+@patch
+def _other_fourier(self:MAE, pred, target, m, h, w):
+    "Fourier loss of whole images, hidden tokens as predicted, or of the released planes"
+    if self.fourier == 'released': return masked_mean(released_fourier_loss(pred, target, pred.shape[1]*self.patch_size**2//(h*w)), m.mask)
+    if self.fourier != 'image': raise ValueError(f"Unknown fourier={self.fourier!r}: use 'patch', 'image' or 'released'.")
+    drawn = torch.where(m.mask[...,None]>0, pred.float(), target)
+    return image_fourier_loss(self.images(drawn, h, w), self.images(target, h, w), self.patch_size).mean()
 
 # %% ../nbs/13_vit.ipynb #0ca0cd8e
 @patch
@@ -272,10 +309,11 @@ def encode(self:MAE,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
     pool:str='mean', # `mean` of the patch tokens, `meanstd`: mean and standard deviation, `cls`: class token
     channelwise:bool=False, # One embedding per channel, side by side (channel-agnostic models only)
-    block:int|None=None, # Stop after this many blocks; None: all, and the final norm
-)->Tensor: # Embeddings `(B,D)`, twice as wide for `meanstd`, `C` times as wide if channelwise
+    blocks:int|list[int]|None=None, # After which block or blocks, 1 to depth; None: all, and the final norm
+)->Tensor: # Embeddings `(B,D)`, twice as wide for `meanstd`, `C` times as wide if channelwise; `(n,B,D)` for a list of `n` blocks
     "Embed images; nothing is hidden"
-    return pool_tokens(self.features(x, block), pool, self._groups(x, channelwise))
+    z,groups = self.features(x, blocks),self._groups(x, channelwise)
+    return torch.stack([pool_tokens(o, pool, groups) for o in z]) if isinstance(z, list) else pool_tokens(z, pool, groups)
 
 @patch
 def _groups(self:MAE, x, channelwise):
@@ -301,16 +339,19 @@ def pool_tokens(
 @patch
 def features(self:MAE,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
-    block:int|None=None, # Stop after this many blocks, 1 to depth; None: all, and the final norm
-)->Tensor: # Tokens, class token first `(B,1+L,D)`
+    blocks:int|list[int]|None=None, # After which block or blocks, 1 to depth; None: all, and the final norm
+)->Tensor: # Tokens, class token first `(B,1+L,D)`; a list of them for a list of blocks
     "Encode all tokens of images"
-    if block is None: return self._encode(x, self.tokens(x))
-    if not 1 <= block <= len(self.encoder.blocks): raise ValueError(f"The encoder has blocks 1 to {len(self.encoder.blocks)}, there is no block {block}.")
-    kept = []
-    hook = self.encoder.blocks[block-1].register_forward_hook(lambda m,i,o: kept.append(o))
-    try: self._encode(x, self.tokens(x))
-    finally: hook.remove()
-    return kept[0]
+    if blocks is None: return self._encode(x, self.tokens(x))
+    wanted = [blocks] if isinstance(blocks, int) else list(blocks)
+    self._check_blocks(wanted)
+    z = self._encode(x, self.tokens(x), blocks=wanted)
+    return z[0] if isinstance(blocks, int) else z
+
+@patch
+def _check_blocks(self:MAE, blocks):
+    bad = [k for k in blocks if not 1 <= k <= len(self.encoder.blocks)]
+    if bad or not blocks: raise ValueError(f"The encoder has blocks 1 to {len(self.encoder.blocks)}, there is no block {bad[0] if bad else 'to return'}.")
 
 @patch
 def latent(self:MAE,
@@ -319,3 +360,16 @@ def latent(self:MAE,
 )->Tensor: # Tokens after the encoder, class token first `(B,1+K,D)`
     "Encode some tokens of images"
     return self._encode(x, self.tokens(x), ids_keep)
+
+# %% ../nbs/13_vit.ipynb #0b5fee1e
+@patch
+def trim(self:MAE,
+    k:int, # Blocks to keep, 1 to depth
+): # A model with the first `k` blocks and no final norm
+    "Cut the encoder after block `k`"
+    self._check_blocks([k])
+    model = type(self)(**{**self.config, 'depth': k, 'final_norm': False}).to(self.enc_pos.device).train(self.training)
+    model.load_state_dict({n: v for n,v in self.state_dict().items() if n in model.state_dict()})
+    for n in ('name','channels','provenance'):
+        if hasattr(self, n): setattr(model, n, getattr(self, n))
+    return model

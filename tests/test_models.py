@@ -4,7 +4,7 @@ import pytest, torch
 from cellmae.images import standardise
 from cellmae.zoo import create_model, list_models
 
-names = [n for n in list_models() if n.endswith(('8','8_shared'))]
+names = [n for n in list_models() if 'vitt8' in n]
 small = dict(img_size=16, in_chans=3, embed_dim=32, depth=2, num_heads=2, patch_size=4, decoder=dict(embed_dim=32, depth=1, num_heads=4))
 
 def make(name, **kw):
@@ -95,3 +95,15 @@ def test_shared_decoder_with_a_hidden_channel():
     out = model(images(2,3,16,16), hide_channels(torch.rand(2,48), [1], 3))
     out.loss.backward()
     assert out.mask.view(2,3,16)[:,1].all() and torch.isfinite(out.loss)
+
+@pytest.mark.parametrize('masking', ['joint', 'same', 'channel', 'block'])
+def test_every_mask_trains(masking):
+    model = make('camae_vitt8_shared', masking=masking)
+    out = model(images(4,3,16,16))
+    out.loss.backward()
+    assert (out.mask.sum(1)==36).all() and torch.isfinite(out.loss)
+    if masking == 'same': assert (out.mask.view(4,3,16) == out.mask.view(4,3,16)[:,:1]).all()
+
+def test_unknown_mask_is_refused():
+    with pytest.raises(ValueError, match='joint, same, channel, block'): make('mae_vitt8', masking='rows')(images(1,3,16,16))
+    with pytest.raises(ValueError, match='channel-agnostic'): make('mae_vitt8', masking='channel')(images(1,3,16,16))
