@@ -41,11 +41,13 @@ class Recipe:
 # %% ../nbs/16_zoo.ipynb #397bd23d
 _S16 = dict(img_size=256, patch_size=16, embed_dim=384, depth=12, num_heads=6, init_values=1e-4, drop_path=.1)
 _T8 = dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3, init_values=.1, drop_path=0., final_norm=True, slowest=20, local=True)
+_T4 = dict(_T8, patch_size=4, embed_dim=128, num_heads=4)
 _small,_large = dict(embed_dim=128, depth=2, num_heads=4),dict(embed_dim=512, depth=8, num_heads=16)
 _shared = dict(kind='shared', embed_dim=256, depth=2, num_heads=8)
 _tiny,_paper = Recipe(lr=1e-3, alpha=.1, epochs=12, bs=64, crop=64),Recipe()
 _zoo = {
     'mae_vitt8': (MAE, dict(**_T8, decoder=_small), _tiny),
+    'mae_vitt4': (MAE, dict(**_T4, decoder=dict(embed_dim=96, depth=2, num_heads=4)), replace(_tiny, epochs=80)),
     'camae_vitt8': (CAMAE, dict(**_T8, decoder=dict(kind='multi', **_small)), _tiny),
     'camae_vitt8_shared': (CAMAE, dict(**_T8, decoder=dict(kind='shared', **_small)), _tiny),
 }
