@@ -9,6 +9,7 @@ from .masking import *
 from .fourier import *
 from .vit import *
 from .cavit import *
+from .munet import *
 from .imagenet import *
 from .zoo import *
 from .plots import *

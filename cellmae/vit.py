@@ -246,14 +246,19 @@ def forward(self:MAE,
     "Hide, encode, decode, compare"
     target = self.tokens(x)
     m = random_mask(self._noise(noise, target, x), self.mask_ratio)
-    latent = self._encode(x, target, m.ids_keep)
-    pred = self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1])
+    latent,pred = self._draw(x, target, m)
     if self.norm_pix: mean,std = token_stats(target)
     loss,parts = self.compare(pred, (target-mean)/std if self.norm_pix else target, m, x.shape)
     if self.norm_pix: pred = pred*std + mean
     return MAEOutput(loss, parts, pred, target, m.mask, latent, m.ids_restore)
 
 # %% ../nbs/13_vit.ipynb #97e17992
+@patch
+def _draw(self:MAE, x, tokens, m):
+    "What the encoder makes of the visible tokens, and the decoder of that"
+    latent = self._encode(x, tokens, m.ids_keep)
+    return latent,self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1])
+
 @patch
 def _noise(self:MAE, noise, tokens, x):
     "Noise as given, if it fits, or fresh; in the shape of this model's masks"
@@ -368,8 +373,11 @@ def trim(self:MAE,
 ): # A model with the first `k` blocks and no final norm
     "Cut the encoder after block `k`"
     self._check_blocks([k])
-    model = type(self)(**{**self.config, 'depth': k, 'final_norm': False}).to(self.enc_pos.device).train(self.training)
+    model = type(self)(**{**self.config, **self._cut_config(k)}).to(next(self.parameters()).device).train(self.training)
     model.load_state_dict({n: v for n,v in self.state_dict().items() if n in model.state_dict()})
     for n in ('name','channels','provenance'):
         if hasattr(self, n): setattr(model, n, getattr(self, n))
     return model
+
+@patch
+def _cut_config(self:MAE, k): return dict(depth=k, final_norm=False)

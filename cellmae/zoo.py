@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .patching import from_conv
 from .vit import MAE, set_attention
 from .cavit import CAMAE
+from .munet import MUNet
 from .imagenet import ImageNetEncoder
 
 # %% ../nbs/16_zoo.ipynb #f24c2d43
@@ -69,6 +70,10 @@ for k,size,r in [('s16',_S16,_paper), ('b16',_B,_paper), ('l16',_L,_big), ('l16_
     _zoo[f'camae_vit{k}'] = _agnostic(size, r, kind='multi', **_large)
     _zoo[f'camae_vit{k}_shared'] = _agnostic(size, r, **_shared)
 
+# %% ../nbs/16_zoo.ipynb #4a49116f
+_scales = (32,64,128,256,512)
+_zoo |= {'munet_m': (MUNet, dict(widths=_scales, depth=6), _paper), 'munet_l': (MUNet, dict(widths=(*_scales,1024), depth=4), _paper)}
+
 # %% ../nbs/16_zoo.ipynb #183083d3
 _zoo |= {f'imagenet_{k}': (ImageNetEncoder, dict(arch=arch), None) for k,arch in {
     'vits16': 'vit_small_patch16_384', 'vitb16': 'vit_base_patch16_384', 'vitb8': 'vit_base_patch8_224', 'vitl16': 'vit_large_patch16_384', 'densenet161': 'densenet161'}.items()}
@@ -95,12 +100,13 @@ def recipe(
 # %% ../nbs/16_zoo.ipynb #a0f4e9d8
 def create_model(
     name:str, # One of `list_models()`
-    **kwargs, # Arguments of `MAE`, `CAMAE` or `ImageNetEncoder` that differ from the named model's; `decoder` is merged
+    **kwargs, # Arguments of `MAE`, `CAMAE`, `MUNet` or `ImageNetEncoder` that differ from the named model's; `decoder` is merged
 ): # A new, untrained model, or one with ImageNet weights
     "Make a model by name"
     cls,args,r = _entry(name)
     args = copy.deepcopy(args)
-    if r: args |= dict(alpha=r.alpha, mask_ratio=r.mask_ratio, decoder={**args['decoder'], **kwargs.pop('decoder', {})})
+    if r: args |= dict(alpha=r.alpha, mask_ratio=r.mask_ratio)
+    if 'decoder' in args: args['decoder'] |= kwargs.pop('decoder', {})
     model = cls(**{**args, **kwargs})
     model.name = name
     return model
@@ -198,7 +204,7 @@ def _card(cfg, picture):
     return text
 
 # %% ../nbs/16_zoo.ipynb #ed88343d
-_classes = dict(MAE=MAE, CAMAE=CAMAE, ImageNetEncoder=partial(ImageNetEncoder, pretrained=False))
+_classes = dict(MAE=MAE, CAMAE=CAMAE, MUNet=MUNet, ImageNetEncoder=partial(ImageNetEncoder, pretrained=False))
 
 def load_model(
     folder, # Folder written by `save_model`

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"Embedding of our models against others: one forward pass of the encoder over all tokens"
+import argparse, copy
+from importlib.util import find_spec
+
+import torch
+
+from cellmae.zoo import cost, create_model
+import peers, timing
+
+
+def models(name, **kw):
+    "Our model and its peers, `{case: function that makes it}`"
+    def ours(**more): return create_model(name, **{**kw, **more})
+    def with_weights(peer, **more):
+        base = ours(**more)
+        return peer(base).load(base)
+    if name.startswith('camae'): return {'cellmae': ours, 'plain reading of the released': lambda: with_weights(peers.PlainCAMAE)}
+    return {'cellmae': ours, 'cellmae, standard blocks': lambda: ours(parallel=False), 'plain MAE': lambda: with_weights(peers.PlainMAE, parallel=False),
+            **{k: (lambda peer=peer: peer(ours())) for k,peer in dict(transformers=peers.HFMAE, lightly=peers.LightlyMAE).items() if find_spec(k)}}
+
+@torch.inference_mode()
+def embed(model, x, bf16):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): return model.encode(x).float()
+
+def cosine(a, b): return torch.cosine_similarity(a, b).min().item()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--model', default='mae_vits16')
+    p.add_argument('--bs', type=int, default=16)
+    p.add_argument('--size', type=int, default=256, help='side of a crop')
+    p.add_argument('--depth', type=int, help='blocks of the encoder, for smoke tests')
+    p.add_argument('--bf16', action='store_true', help='all cases in bfloat16 autocast, and ours with bfloat16 weights')
+    p.add_argument('--rounds', type=int, default=9)
+    p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--out', help='JSON file for the results')
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    x = torch.randint(0, 256, (a.bs,6,a.size,a.size), dtype=torch.uint8, device=device)
+    def build(f): torch.manual_seed(0); return f().to(device).eval()
+    built = {k: build(f) for k,f in models(a.model, img_size=a.size, **({'depth': a.depth} if a.depth else {})).items()}
+    exact = {k: embed(m, x, False) for k,m in built.items()}
+    for u,v in [('cellmae','plain reading of the released'), ('cellmae, standard blocks','plain MAE')]:
+        if u in built and v in built: assert cosine(exact[u], exact[v]) > 1-1e-5, f'{u} and {v} differ'
+    run = {k: (lambda m=m: embed(m, x, a.bf16)) for k,m in built.items()}
+    if a.bf16:
+        half = copy.deepcopy(built['cellmae']).bfloat16()
+        run['cellmae, bf16 weights'] = lambda: embed(half, x, False)
+        run['cellmae, fp32'] = lambda: embed(built['cellmae'], x, False)
+        exact |= {'cellmae, bf16 weights': exact['cellmae'], 'cellmae, fp32': exact['cellmae']}
+    columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in run.items()}}
+    secs = timing.measure(run, a.rounds, device)
+    if device.type == 'cuda' and not a.depth:
+        columns['TFLOP/s'] = {k: round(cost(a.model)['embed']*a.bs/1e3/sorted(v)[len(v)//2], 1) for k,v in secs.items() if k.startswith('cellmae')}
+    timing.show(f"embed, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, 'cellmae', a.bs, **columns), timing.machine(device), a.out)
+
+if __name__ == '__main__': main()

@@ -1,0 +1,73 @@
+"Cases side by side in one process: rounds in shuffled order, medians, ratios paired by round"
+import json, os, platform, random, re, statistics as st, subprocess, sys, time
+from importlib.metadata import version, PackageNotFoundError
+from pathlib import Path
+
+import torch
+
+
+def sync(device):
+    if device.type == 'cuda': torch.cuda.synchronize()
+
+def measure(
+    cases, # `{name: function without arguments}`
+    rounds, # How often each case runs
+    device, # `torch.device`
+    warmup=1, # Runs of each case before the clock starts
+    seed=0, # Order of the cases
+): # `{name: [seconds]}`, one number per round
+    "Run all cases once per round, in a new order each time"
+    order,rng,secs = list(cases),random.Random(seed),{k: [] for k in cases}
+    for r in range(-warmup, rounds):
+        rng.shuffle(order)
+        for name in order:
+            sync(device); start = time.perf_counter()
+            cases[name]()
+            sync(device)
+            if r >= 0: secs[name].append(time.perf_counter()-start)
+    return secs
+
+def table(
+    secs, # What `measure` gave
+    ours, # Name of the case that the others are divided by
+    n_images, # Images per run
+    **columns, # Further columns, `{name: value}` each
+): # Rows as dicts
+    "Median seconds, images per second, and the median over rounds of the time divided by ours"
+    return [dict(case=k, seconds=round(st.median(v), 4), images_per_s=round(n_images/st.median(v), 2), time_over_ours=round(st.median([a/b for a,b in zip(v, secs[ours])]), 3),
+                 **{c: o.get(k, '') for c,o in columns.items()}) for k,v in secs.items()]
+
+def markdown(rows):
+    heads = list(rows[0])
+    return '\n'.join(['| ' + ' | '.join(heads) + ' |', '|' + '---|'*len(heads), *['| ' + ' | '.join(str(r[h]) for h in heads) + ' |' for r in rows]])
+
+def machine(device, packages=('torch','timm','transformers','lightly')):
+    "Where and with what this was measured"
+    def have(p):
+        try: return version(p)
+        except PackageNotFoundError: return None
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.machine()) if os.path.exists('/proc/cpuinfo') else platform.machine()
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if device.type=='cuda' else 'cpu', date=time.strftime('%Y-%m-%d'),
+                versions={p: have(p) for p in packages if have(p)})
+
+def peak_memory(names):
+    "Peak memory in MB of each case in a process of its own: this script again with `--only name`"
+    out = {}
+    for name in names:
+        res = subprocess.run([sys.executable, *sys.argv, '--only', name], capture_output=True, text=True)
+        out[name] = json.loads(res.stdout.splitlines()[-1])['peak_mb'] if res.returncode == 0 else f'failed: {res.stderr[-200:]}'
+    return out
+
+def report_peak(case, device, steps=2):
+    "Run one case and print the peak of this process (CPU), or of the GPU's allocator"
+    for _ in range(steps): case()
+    sync(device)
+    peak = torch.cuda.max_memory_allocated()/2**20 if device.type=='cuda' else int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024
+    print(json.dumps(dict(peak_mb=round(peak))))
+
+def show(title, rows, where, out=None):
+    "Print a table, and keep it with the machine's description as JSON"
+    print(f'\n## {title}\n\n{markdown(rows)}\n\n{json.dumps(where)}')
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(dict(title=title, rows=rows, machine=where, command=' '.join(['python', *sys.argv])), indent=1))
