@@ -165,7 +165,7 @@ def _tested(groups, b, values, null, seed):
     res = pd.DataFrame(dict(n=[len(v) for v in groups.values()], value=list(values.values()), null=mean, p=p), index=pd.Index(groups, name='perturbation'))
     return res.assign(q=false_discovery_control(res.p))
 
-#| export
+# %% ../nbs/33_retrieval.ipynb #75c1f7ae
 def consistency(
     x, # AnnData, or `(X, obs)`
     by='perturbation', # Column that makes replicates
