@@ -180,12 +180,13 @@ def _select(
     ranks, # Order statistics (from 0)
     P, # Pairs `(P,2)`
     width=6, # Of the brackets, in standard errors
-    step=512, # Rows per block
+    step=512, # Rows per block, fewer for very large maps
 ): # Values of `ranks`, cosines of `P`
     "Order statistics of the cosines of all pairs, and single cosines, in one pass and without storing them"
     I,J = np.sort(P, 1).T if len(P) else np.empty((2,0), int)
     lohi,below,kept = _brackets(Z, ranks, np.random.default_rng(0), width),np.zeros(len(ranks), int),[[] for _ in ranks]
     order,q = np.argsort(I, kind='stable'),np.empty(len(P), Z.dtype)
+    step = max(16, min(step, 2**24//len(Z)))
     for a in range(0, len(Z), step):
         B = Z[a:a+step]@Z[a:].T
         B[np.tril_indices(len(B))] = np.nan

@@ -1,7 +1,7 @@
 """The same numbers as other packages, on screens made by formula
 
-Stored values are from copairs 0.5.5 (an empty cache folder, seed 0, 1000 random rankings). Where that package is
-installed, it is also run and compared on a random screen."""
+Stored values are from copairs 0.5.5 (an empty cache folder, seed 0, 1000 random rankings) and pycytominer 1.7.1.
+Where these packages are installed, they are also run and compared on a random screen."""
 import warnings
 
 import numpy as np
@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from cellmae.retrieval import average_precision, mean_average_precision
+from cellmae.tvn import Sphere
 
 
 @pytest.fixture
@@ -66,3 +67,30 @@ def test_live_copairs(tmp_path, rule, digits):
     res = mean_average_precision(t[~t.control], lists[0], n_null=500)
     np.testing.assert_allclose(res.mean_average_precision, m.mean_average_precision, atol=1e-12 if digits is None else 1e-6)
     np.testing.assert_allclose(res.p, m.p_value, atol=1e-12 if digits is None else .01)
+
+spherize = {
+    'PCA': ([1.98687, .711487, .461712, .529919], [4.947856, .170501, 1.428076, 1.621533, -.262758, 3.707117]),
+    'ZCA': ([1.244546, 1.399887, .922475, .76702], [4.947856, .170501, 1.428076, 1.621533, -.262758, 3.707117]),
+    'PCA-cor': ([2.043466, .637183, .555307, .240289], [4.94786, .170501, 1.428077, 1.621535, -.262758, 3.70712]),
+    'ZCA-cor': ([1.26052, 1.406249, .910824, .742841], [4.94786, .170501, 1.428077, 1.621535, -.262758, 3.70712])}
+
+def sphere(name): return Sphere(name[:3].lower(), shrink=0, scaled=name.endswith('cor'))
+
+@pytest.mark.parametrize('name', spherize)
+def test_stored_values_of_pycytominer(name):
+    "Components may be mirrored, so sizes and inner products are compared"
+    i,j = np.arange(60)[:,None],np.arange(4)
+    X = (37*i+101*j+13*i*j)%97/97 + .3*(i//20==1)
+    Y = sphere(name).fit_transform(X, controls=np.arange(60)%3==0)
+    np.testing.assert_allclose(np.abs(Y[0]), spherize[name][0], atol=1e-5)
+    np.testing.assert_allclose((Y[:3]@Y[:3].T)[np.triu_indices(3)], spherize[name][1], atol=2e-5)
+
+@pytest.mark.parametrize('name', spherize)
+def test_live_pycytominer(name):
+    op = pytest.importorskip('pycytominer.operations', reason='pycytominer>=1.7.1 is not installed', exc_type=ImportError)
+    g = np.random.default_rng(0)
+    X,c = 5+g.normal(size=(300, 20))@g.normal(size=(20, 20)),np.arange(300)<200
+    ref = op.Spherize(method=name, epsilon=0).fit(pd.DataFrame(X[c])).transform(pd.DataFrame(X)).to_numpy()
+    Y = sphere(name).fit_transform(X, controls=c)
+    np.testing.assert_allclose(Y@Y.T, ref@ref.T, atol=1e-7)
+    if 'ZCA' in name: np.testing.assert_allclose(Y, ref, atol=1e-7)
