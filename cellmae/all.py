@@ -17,4 +17,5 @@ from .train import *
 from .embed import *
 from .tvn import *
 from .recall import *
+from .retrieval import *
 from .report import *
