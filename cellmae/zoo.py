@@ -262,7 +262,7 @@ def _replace_folder(src, dest):
 
 # %% ../nbs/16_zoo.ipynb #3b0052e0
 def load_released(
-    state, # File of weights (safetensors or a torch pickle, whatever its name), or a state dict
+    state, # File of weights (safetensors or a torch pickle, whatever its name), a folder with `model.safetensors`, or a state dict
     config:dict|None=None, # What the weights cannot tell: `num_heads` and `norm_eps` of the decoder (`decoder=dict(...)`), `mask_ratio`
     bias:str='legacy', # `legacy`: as the published weights were trained, `fixed`: trained with timm 1.0.25 or later
 )->MAE: # A `MAE` or `CAMAE` in evaluation mode
@@ -279,6 +279,7 @@ def load_released(
 def _read_weights(state):
     "A flat state dict from a dict or a file, by what the file is and not by its name"
     if isinstance(state, (str,Path)):
+        if Path(state).is_dir(): state = Path(state)/'model.safetensors'
         with open(state, 'rb') as f: # an open file, because `torch.load` trusts names too
             pickled = f.read(2) == b'PK'
             f.seek(0)
@@ -305,7 +306,12 @@ def _released_config(state, config):
     dec |= {k: v for k,v in config.get('decoder', {}).items() if k in ('num_heads','norm_eps')}
     args = dict(img_size=side, patch_size=p, in_chans=chans, embed_dim=d, depth=_count(state, _vit+'blocks'), final_norm=False,
                 num_heads=d//state[_vit+'blocks.0.q_norm.weight'].numel(), mask_ratio=config.get('mask_ratio') or .75, decoder=dec)
-    return (CAMAE, args) if ca else (MAE, args)
+    return (CAMAE, args | dict(max_chans=_max_chans(state, chans, pos))) if ca else (MAE, args)
+
+def _max_chans(state, chans, pos):
+    "Channels for which the encoder was exported with positions, 16 if it does not say"
+    own = state.get(_vit+'pos_embed')
+    return 16 if own is None or pos is None else (own.shape[1]-1)*chans//(pos.shape[1]-1)
 
 # %% ../nbs/16_zoo.ipynb #20b18238
 _renames = [(_vit+'patch_embed.proj.', 'encoder.embed.'), (_vit, 'encoder.'), ('encoder_decoder_proj.', 'decoder.embed.'), ('decoder_pred.', 'decoder.head.'),
