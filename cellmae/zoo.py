@@ -8,8 +8,8 @@ __all__ = ['Recipe', 'list_models', 'recipe', 'create_model', 'cost', 'save_mode
 
 # %% ../nbs/16_zoo.ipynb #8bf1b7db
 import copy, json, os, shutil, tempfile
-from functools import partial
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -64,9 +64,8 @@ def _agnostic(size, r, **decoder): return CAMAE, dict(size, final_norm=False, de
 _zoo |= {f'mae_vit{k}': _plain(*v) for k,v in {
     's16': (_S16,16,_paper), 'b16': (_B,16,_paper), 'b8': (_B,8,_paper), 'l16': (_L,16,_big), 'l8': (_L,8,replace(_big, epochs=50)),
     'l8_plus': (_L,8,replace(_plus, epochs=50)), 'g8': (_G,8,replace(_big, epochs=500))}.items()}
-for k,size,r in [('s16',_S16,_paper), ('b16',_B,_paper), ('l16',_L,_big), ('l16_plus',_L,_plus)]:
-    _zoo[f'camae_vit{k}'] = _agnostic(size, r, kind='multi', **_large)
-    _zoo[f'camae_vit{k}_shared'] = _agnostic(size, r, **_shared)
+_zoo |= {f'camae_vit{k}{twin}': _agnostic(size, r, **decoder) for k,size,r in [('s16',_S16,_paper), ('b16',_B,_paper), ('l16',_L,_big), ('l16_plus',_L,_plus)]
+         for twin,decoder in {'': dict(kind='multi', **_large), '_shared': _shared}.items()}
 
 # %% ../nbs/16_zoo.ipynb #4a49116f
 _scales = (32,64,128,256,512)
