@@ -230,7 +230,7 @@ def images(self:MAE,
 class MAEOutput(NamedTuple):
     "What a masked autoencoder returns"
     loss:Tensor # Scalar to minimise
-    parts:dict # Its terms before mixing, `mse` and `fourier`, and `channels`: the mse of each channel `(C,)`
+    parts:dict # Its terms before mixing, `mse` and `fourier`, and `channels`: the mse of each channel `(C,)`. `fourier` is NaN in training with `alpha=0`, where no one needs it
     pred:Tensor # Predicted tokens `(B,L,P)`
     target:Tensor # True tokens, self-standardised `(B,L,P)`
     mask:Tensor # 1 where hidden `(B,L)`
@@ -292,9 +292,9 @@ def compare(self:MAE,
     a,b = take(pred, m.ids_mask),take(target, m.ids_mask) # (B,L-K,P)
     mse = pixel_loss(a, b).mean()
     with torch.no_grad(): channels = self._by_channel((a.float()-b.float()).square(), m, shape[1])
-    with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha>0):
-        if self.fourier == 'patch': fourier = fourier_loss(a, b, self.patch_size).mean()
-        else: fourier = self._other_fourier(pred, target, m, *shape[2:])
+    if self.training and self.alpha == 0: return mse, dict(mse=mse.detach(), fourier=torch.full_like(mse, float('nan')), channels=channels)
+    if self.fourier == 'patch': fourier = fourier_loss(a, b, self.patch_size).mean()
+    else: fourier = self._other_fourier(pred, target, m, *shape[2:])
     return mix(mse, fourier, self.alpha), dict(mse=mse.detach(), fourier=fourier.detach(), channels=channels)
 
 @patch

@@ -8,8 +8,8 @@ __all__ = ['Recipe', 'list_models', 'recipe', 'create_model', 'cost', 'save_mode
 
 # %% ../nbs/16_zoo.ipynb #8bf1b7db
 import copy, json, os, shutil, tempfile
-from functools import partial
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -66,9 +66,8 @@ def _agnostic(size, r, **decoder): return CAMAE, dict(size, final_norm=False, de
 _zoo |= {f'mae_vit{k}': _plain(*v) for k,v in {
     's16': (_S16,16,_paper), 'b16': (_B,16,_paper), 'b8': (_B,8,_paper), 'l16': (_L,16,_big), 'l8': (_L,8,replace(_big, epochs=50)),
     'l8_plus': (_L,8,replace(_plus, epochs=50)), 'g8': (_G,8,replace(_big, epochs=500))}.items()}
-for k,size,r in [('s16',_S16,_paper), ('b16',_B,_paper), ('l16',_L,_big), ('l16_plus',_L,_plus)]:
-    _zoo[f'camae_vit{k}'] = _agnostic(size, r, kind='multi', **_large)
-    _zoo[f'camae_vit{k}_shared'] = _agnostic(size, r, **_shared)
+_zoo |= {f'camae_vit{k}{twin}': _agnostic(size, r, **decoder) for k,size,r in [('s16',_S16,_paper), ('b16',_B,_paper), ('l16',_L,_big), ('l16_plus',_L,_plus)]
+         for twin,decoder in {'': dict(kind='multi', **_large), '_shared': _shared}.items()}
 
 # %% ../nbs/16_zoo.ipynb #4a49116f
 _scales = (32,64,128,256,512)
@@ -264,7 +263,7 @@ def _replace_folder(src, dest):
 
 # %% ../nbs/16_zoo.ipynb #3b0052e0
 def load_released(
-    state, # File of weights (safetensors or a torch pickle, whatever its name), or a state dict
+    state, # File of weights (safetensors or a torch pickle, whatever its name), a folder with `model.safetensors`, or a state dict
     config:dict|None=None, # What the weights cannot tell: `num_heads` and `norm_eps` of the decoder (`decoder=dict(...)`), `mask_ratio`
     bias:str='legacy', # `legacy`: as the published weights were trained, `fixed`: trained with timm 1.0.25 or later
 )->MAE: # A `MAE` or `CAMAE` in evaluation mode
@@ -281,6 +280,7 @@ def load_released(
 def _read_weights(state):
     "A flat state dict from a dict or a file, by what the file is and not by its name"
     if isinstance(state, (str,Path)):
+        if Path(state).is_dir(): state = Path(state)/'model.safetensors'
         with open(state, 'rb') as f: # an open file, because `torch.load` trusts names too
             pickled = f.read(2) == b'PK'
             f.seek(0)
@@ -307,7 +307,12 @@ def _released_config(state, config):
     dec |= {k: v for k,v in config.get('decoder', {}).items() if k in ('num_heads','norm_eps')}
     args = dict(img_size=side, patch_size=p, in_chans=chans, embed_dim=d, depth=_count(state, _vit+'blocks'), final_norm=False,
                 num_heads=d//state[_vit+'blocks.0.q_norm.weight'].numel(), mask_ratio=config.get('mask_ratio') or .75, decoder=dec)
-    return (CAMAE, args) if ca else (MAE, args)
+    return (CAMAE, args | dict(max_chans=_max_chans(state, chans, pos))) if ca else (MAE, args)
+
+def _max_chans(state, chans, pos):
+    "Channels for which the encoder was exported with positions, 16 if it does not say"
+    own = state.get(_vit+'pos_embed')
+    return 16 if own is None or pos is None else (own.shape[1]-1)*chans//(pos.shape[1]-1)
 
 # %% ../nbs/16_zoo.ipynb #20b18238
 _renames = [(_vit+'patch_embed.proj.', 'encoder.embed.'), (_vit, 'encoder.'), ('encoder_decoder_proj.', 'decoder.embed.'), ('decoder_pred.', 'decoder.head.'),

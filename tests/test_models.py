@@ -107,3 +107,26 @@ def test_every_mask_trains(masking):
 def test_unknown_mask_is_refused():
     with pytest.raises(ValueError, match='joint, same, channel, block'): make('mae_vitt8', masking='rows')(images(1,3,16,16))
     with pytest.raises(ValueError, match='channel-agnostic'): make('mae_vitt8', masking='channel')(images(1,3,16,16))
+
+@pytest.mark.parametrize('kw', [dict(masking='block'), dict(norm_pix=True), dict(fourier='image', alpha=.1), dict(parallel=False)])
+def test_options_have_no_breaks_in_the_graph(kw):
+    model,x = make('mae_vitt8', local=False, **kw),images(2,3,16,16)
+    noise = torch.rand(model.tokens(x).shape[:2])
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x, noise).loss, model(x, noise).loss)
+
+@pytest.mark.parametrize('c,h,w', [(3,16,16), (2,32,16)])
+def test_munet_any_size(c, h, w):
+    model,x = create_model('munet_m', in_chans=c, widths=(8,16,32), depth=1, patch_size=4, img_size=16),images(2,c,h,w)
+    out = model(x)
+    out.loss.backward()
+    torch.testing.assert_close(model.images(out.target, h, w), standardise(x))
+    assert not [k for k,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert model.encode(x).shape == (2,32)
+
+def test_every_name_builds_without_memory():
+    "On the meta device, ViT-G/8 too"
+    with torch.device('meta'):
+        for n in list_models():
+            kw = dict(pretrained=False) if 'imagenet' in n else {}
+            assert all(p.is_meta for p in create_model(n, **kw).parameters())
