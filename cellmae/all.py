@@ -18,4 +18,6 @@ from .embed import *
 from .tvn import *
 from .recall import *
 from .retrieval import *
+from .features import *
+from .rxrx3 import *
 from .report import *

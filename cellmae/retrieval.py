@@ -52,11 +52,10 @@ class _Rule:
         if both or not same+diff: raise ValueError(f'column {", ".join(both)} cannot be the same and different' if both else 'a rule needs at least one column')
         self.same,self.diff = [_codes(obs, same)] if same else [],[_codes(obs, [k]) for k in diff]
 
-    def __call__(self, rows): # Mask `(rows,n)`
-        res = np.ones((len(rows), len((self.same+self.diff)[0])), bool)
-        for c in self.same: res &= (c[rows][:,None]==c)&(c>=0)
-        for c in self.diff: res &= (c[rows][:,None]!=c)&(c>=0)&(c[rows]>=0)[:,None]
-        res[np.arange(len(rows)),rows] = False
+    def __call__(self, rows, cols): # Mask `(rows,cols)`
+        res = rows[:,None]!=cols
+        for c in self.same: res &= (c[rows][:,None]==c[cols])&(c[cols]>=0)
+        for c in self.diff: res &= (c[rows][:,None]!=c[cols])&(c[cols]>=0)&(c[rows]>=0)[:,None]
         return res
 
 # %% ../nbs/33_retrieval.ipynb #49022283
@@ -92,11 +91,14 @@ def average_precision(
     if ties not in ('first','last'): raise ValueError(f"ties is 'last' or 'first', not {ties!r}")
     Z,obs = _unit(x)
     pos,neg = _Rule(obs, pos_sameby, pos_diffby),_Rule(obs, neg_sameby, neg_diffby)
-    rows = np.array_split(np.arange(len(Z)), max(1, -(-len(Z)//step)))
-    ap,n_pos,n_total = (np.concatenate(o) for o in zip(*[_ap(Z[r]@Z.T, pos(r), neg(r), ties=='last') for r in rows]))
+    both = sorted(set(_listed(pos_sameby))&set(_listed(neg_sameby))) # no pair leaves such a group
+    res = np.zeros((3,len(Z)))
+    for cols in (obs.groupby(both, observed=True).indices.values() if both else [np.arange(len(Z))]):
+        for r in np.array_split(cols, -(-len(cols)//step)): res[:,r] = _ap(Z[r]@Z[cols].T, pos(r, cols), neg(r, cols), ties=='last')
+    ap,n_pos,n_total = res[0],*res[1:].astype(int)
     for k,v in dict(positives=n_pos, negatives=n_total-n_pos).items():
         if not v.any(): raise ValueError(f'no well has {k} by the rules given: look at the values of the columns they name')
-    return obs.assign(average_precision=ap, chance=_chance(n_pos, n_total), n_pos=n_pos, n_total=n_total)
+    return obs.assign(average_precision=np.where(n_pos>0, ap, np.nan), chance=_chance(n_pos, n_total), n_pos=n_pos, n_total=n_total)
 
 # %% ../nbs/33_retrieval.ipynb #172c745a
 def _null_ap(n_pos, n_total, n, seed, room=2**24):
@@ -229,7 +231,7 @@ def match(
     Z,obs = _unit(x)
     y = _codes(obs, _listed(label))
     rule,rows = _Rule(obs, (), _listed(not_same)),np.array_split(np.arange(len(Z)), max(1, -(-len(Z)//step)))
-    res = [_nearest(Z[r]@Z.T, rule(r)&(y>=0), y, y[r], k) for r in rows]
+    res = [_nearest(Z[r]@Z.T, rule(r, np.arange(len(Z)))&(y>=0), y, y[r], k) for r in rows]
     found,chance = (np.concatenate(o) for o in zip(*res))
     use = (chance>0)&(y>=0)
     if not use.any(): raise ValueError(f'no row has a partner of its own {label} that differs in {", ".join(_listed(not_same))}: there is nothing to match')

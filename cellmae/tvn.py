@@ -186,7 +186,7 @@ class Sphere(Correction):
     def __init__(self,
         method='zca', # `'zca'` or `'pca'`
         shrink=None, # Share of a sphere in the covariance, in `[0,1]`; None for Ledoit and Wolf's
-        scaled=False, # Give features unit variance first
+        scaled=True, # Give features unit variance first
     ): self.method,self.shrink,self.scaled = method,shrink,scaled
 
     def _fit(self, X, controls, batches):
