@@ -64,14 +64,16 @@ def _plain(size, p, r): return MAE, dict(size, patch_size=p, final_norm=True, de
 def _agnostic(size, r, **decoder): return CAMAE, dict(size, final_norm=False, decoder=decoder), r
 
 _zoo |= {f'mae_vit{k}': _plain(*v) for k,v in {
-    's16': (_S16,16,_paper), 'b16': (_B,16,_paper), 'b8': (_B,8,_paper), 'l16': (_L,16,_big), 'l8': (_L,8,replace(_big, epochs=50)),
-    'l8_plus': (_L,8,replace(_plus, epochs=50)), 'g8': (_G,8,replace(_big, epochs=500))}.items()}
-_zoo |= {f'camae_vit{k}{twin}': _agnostic(size, r, **decoder) for k,size,r in [('s16',_S16,_paper), ('b16',_B,_paper), ('l16',_L,_big), ('l16_plus',_L,_plus)]
+    's16': (_S16,16,_paper), 'b16': (_B,16,_paper), 'b8': (_B,8,_paper), 'l16': (_L,16,_big), 'l8': (_L,8,replace(_big, epochs=50, bs=128)),
+    'l8_plus': (_L,8,replace(_plus, epochs=50, bs=128)), 'g8': (_G,8,replace(_big, epochs=500, bs=32))}.items()}
+_zoo |= {f'camae_vit{k}{twin}': _agnostic(size, r, **decoder) for k,size,r in [
+        ('s16',_S16,_paper), ('b16',_B,replace(_paper, bs=128)), ('l16',_L,replace(_big, bs=64)), ('l16_plus',_L,replace(_plus, bs=64))]
          for twin,decoder in {'': dict(kind='multi', **_large), '_shared': _shared}.items()}
 
 # %% ../nbs/16_zoo.ipynb #4a49116f
 _scales = (32,64,128,256,512)
-_zoo |= {'munet_m': (MUNet, dict(widths=_scales, depth=6), _paper), 'munet_l': (MUNet, dict(widths=(*_scales,1024), depth=4), _paper)}
+_zoo |= {'munet_m': (MUNet, dict(widths=_scales, depth=6), replace(_paper, bs=64)),
+         'munet_l': (MUNet, dict(widths=(*_scales,1024), depth=4), replace(_paper, bs=64))}
 
 # %% ../nbs/16_zoo.ipynb #183083d3
 _zoo |= {f'imagenet_{k}': (ImageNetEncoder, dict(arch=arch), None) for k,arch in {
