@@ -245,6 +245,11 @@ def _coral(
     return M/np.sqrt(r) - (M@V/((n-1)*np.sqrt(r)*s*(s+np.sqrt(r))))@V.T
 
 # %% ../nbs/31_tvn.ipynb #4ca7aee9
+def _rows(batches, mask=None):
+    "Rows of each batch, or those of them in `mask`"
+    ids = np.arange(len(batches)) if mask is None else np.flatnonzero(mask)
+    return {k: ids[v] for k,v in pd.Series(ids).groupby(batches[ids]).indices.items()}
+
 def _root(S):
     "Symmetric `S^(1/2)`"
     w,V = np.linalg.eigh(S)
@@ -284,8 +289,9 @@ class TVN(Correction):
         M = _efaar(C, np.ones_like(sd) if self.variant=='efaar_2023' else sd, self.n_components)
         if self.variant=='efaar_2023': return dict.fromkeys(ks, mu), dict.fromkeys(ks, _coral(M, C))
         if not self.batched_: return dict.fromkeys(ks, mu), dict.fromkeys(ks, M)
-        source,colour = (controls,np.eye(M.shape[1])) if self.variant=='efaar' else (np.ones_like(controls),_root(np.cov((C@M).T)+.5*np.eye(M.shape[1])))
-        return dict.fromkeys(ks, mu), {k: _coral(M, X[source&(batches==k)])@colour for k in ks}
+        if self.variant=='efaar': return dict.fromkeys(ks, mu), {k: _coral(M, X[r]) for k,r in _rows(batches, controls).items()}
+        colour = _root(np.cov((C@M).T)+.5*np.eye(M.shape[1]))
+        return dict.fromkeys(ks, mu), {k: _coral(M, X[r])@colour for k,r in _rows(batches).items()}
 
     def _fit_blend(self, X, controls, batches, ks, sd):
         centres,R,dof = {k: X[controls&(batches==k)].mean(0) for k in ks},X.copy(),controls.sum()-len(ks)
