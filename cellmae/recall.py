@@ -7,8 +7,9 @@ __all__ = ['read_relationships', 'read_complexes', 'download', 'tail_hits', 'gen
            'compare_recall', 'recall_table']
 
 # %% ../nbs/32_recall.ipynb #a654d656
-import hashlib, os, tempfile, warnings
+import gzip, hashlib, os, tempfile, warnings
 import numpy as np, pandas as pd
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from urllib.request import urlopen
@@ -23,8 +24,9 @@ def _pairs_of(src):
     if isinstance(src, pd.DataFrame): df,name,raw = src,'the table',None
     else:
         name,raw = Path(src).name,Path(src).read_bytes()
-        tab = b'\t' in raw.split(b'\n', 1)[0]
-        df = pd.read_csv(src, sep='\t' if tab else ',', dtype=str, keep_default_na=False, encoding='latin-1')
+        text = gzip.decompress(raw) if raw[:2]==b'\x1f\x8b' else raw
+        if not text.strip() or b'\0' in text: raise ValueError(f'{name} is empty, or no text: give a CSV or tab-separated file')
+        df = pd.read_csv(BytesIO(text), sep='\t' if b'\t' in text.split(b'\n', 1)[0] else ',', dtype=str, keep_default_na=False, encoding='latin-1')
     if {'entity1','entity2'}<=set(df.columns): return df[['entity1','entity2']],raw
     if df.shape[1]!=2: raise ValueError(f'{name} has no column {" and ".join(sorted({"entity1","entity2"}-set(df.columns)))} (it has '
                                         f'{", ".join(map(str, df.columns[:5]))}): name its two gene columns entity1 and entity2')

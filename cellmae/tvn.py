@@ -152,6 +152,9 @@ def _second_moment(
     a = min(1, error/gap) if gap>0 else 1.
     return ((1-a)*S + a*mu*np.eye(D))*(n/dof)
 
+def _need_spread(C):
+    if not (C.std(0)>1e-9*np.abs(C.mean(0))).any(): raise ValueError('the controls are all the same: there is no spread to learn from')
+
 def _inv_root(S):
     "Symmetric `S^(-1/2)`"
     w,V = np.linalg.eigh(S)
@@ -192,6 +195,7 @@ class Sphere(Correction):
     def _fit(self, X, controls, batches):
         if self.method not in ('zca','pca'): raise ValueError(f"method is 'zca' or 'pca', not {self.method!r}")
         if self.shrink is not None and not 0<=self.shrink<=1: raise ValueError(f'shrink is a share between 0 and 1, or None, not {self.shrink}')
+        _need_spread(X[controls])
         ks,dof = np.unique(batches),controls.sum()-len(np.unique(batches))
         centres = {k: X[controls&(batches==k)].mean(0) for k in ks}
         C = np.concatenate([X[controls&(batches==k)]-centres[k] for k in ks])
@@ -218,6 +222,7 @@ class PCACenterScale(Correction):
 
     def _fit(self, X, controls, batches):
         C,ks = X[controls],np.unique(batches)
+        _need_spread(C)
         _,s,Vt = np.linalg.svd(np.linalg.qr(C-C.mean(0), mode='r'), full_matrices=False)
         V = Vt[(s>1e-10*s[0]).nonzero()[0][:self.n_components]].T # (D,K)
         groups = [X[controls&(batches==k)] for k in ks]
@@ -240,6 +245,11 @@ def _coral(
     return M/np.sqrt(r) - (M@V/((n-1)*np.sqrt(r)*s*(s+np.sqrt(r))))@V.T
 
 # %% ../nbs/31_tvn.ipynb #4ca7aee9
+def _rows(batches, mask=None):
+    "Rows of each batch, or those of them in `mask`"
+    ids = np.arange(len(batches)) if mask is None else np.flatnonzero(mask)
+    return {k: ids[v] for k,v in pd.Series(ids).groupby(batches[ids]).indices.items()}
+
 def _root(S):
     "Symmetric `S^(1/2)`"
     w,V = np.linalg.eigh(S)
@@ -269,7 +279,7 @@ class TVN(Correction):
     def _fit(self, X, controls, batches):
         if self.variant not in _variants: raise ValueError(f"variant is one of {', '.join(map(repr, _variants))}, not {self.variant!r}")
         if not 0<=self.wells<=1: raise ValueError(f'wells is a weight between 0 and 1, not {self.wells}')
-        if not (X[controls].std(0)>1e-9*np.abs(X[controls].mean(0))).any(): raise ValueError('the controls are all the same: there is no spread to learn from')
+        _need_spread(X[controls])
         sd = _scale([X[controls]], batches, self.feature_names_)[0]
         return getattr(self, '_fit_'+self.variant.split('_')[0])(X, controls, batches, np.unique(batches), sd)
 
@@ -279,8 +289,9 @@ class TVN(Correction):
         M = _efaar(C, np.ones_like(sd) if self.variant=='efaar_2023' else sd, self.n_components)
         if self.variant=='efaar_2023': return dict.fromkeys(ks, mu), dict.fromkeys(ks, _coral(M, C))
         if not self.batched_: return dict.fromkeys(ks, mu), dict.fromkeys(ks, M)
-        source,colour = (controls,np.eye(M.shape[1])) if self.variant=='efaar' else (np.ones_like(controls),_root(np.cov((C@M).T)+.5*np.eye(M.shape[1])))
-        return dict.fromkeys(ks, mu), {k: _coral(M, X[source&(batches==k)])@colour for k in ks}
+        if self.variant=='efaar': return dict.fromkeys(ks, mu), {k: _coral(M, X[r]) for k,r in _rows(batches, controls).items()}
+        colour = _root(np.cov((C@M).T)+.5*np.eye(M.shape[1]))
+        return dict.fromkeys(ks, mu), {k: _coral(M, X[r])@colour for k,r in _rows(batches).items()}
 
     def _fit_blend(self, X, controls, batches, ks, sd):
         centres,R,dof = {k: X[controls&(batches==k)].mean(0) for k in ks},X.copy(),controls.sum()-len(ks)

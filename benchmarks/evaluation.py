@@ -1,0 +1,101 @@
+"""The evaluation against the package `efaar-benchmarking` 1.0: same input, same result, one process
+
+    python -m venv /some/where && /some/where/bin/pip install . efaar-benchmarking copairs
+    OMP_NUM_THREADS=1 /some/where/bin/python benchmarks/evaluation.py [--genes 17000] [--dims 1024] [--plates 60] [--repeats 1]
+
+Only two functions of that package are used, so its heavier dependencies (scvi-tools, geomloss) are replaced by empty modules
+where they are not installed: `pip install --no-deps efaar-benchmarking` is enough. Each line runs both sides in turn in this process,
+`repeats` times, takes medians, and checks that results are equal. Memory is the peak of the process (VmHWM, reset before
+each run) less what it held before."""
+import argparse, gc, importlib, sys, time, types, warnings
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cellmae.recall import recall
+from cellmae.retrieval import average_precision
+from cellmae.tvn import TVN
+
+
+def stub(name, attr):
+    "An empty module where `name` is not installed"
+    try: importlib.import_module(name)
+    except ImportError: sys.modules[name] = types.SimpleNamespace(**{attr: None}, __name__=name, __spec__=None)
+
+for o in (('scvi.model', 'SCVI'), ('geomloss', 'SamplesLoss')): stub(*o)
+from efaar_benchmarking.benchmarking import known_relationship_benchmark
+from efaar_benchmarking.constants import BENCHMARK_DATA_DIR, BENCHMARK_SOURCES
+from efaar_benchmarking.efaar import tvn_on_controls
+from sklearn.utils import Bunch
+
+
+def held(key): return int(next(o for o in open('/proc/self/status') if o.startswith(key)).split()[1])/1e6
+
+def measure(f):
+    "Result, seconds and GB above what was held"
+    gc.collect(); open('/proc/self/clear_refs', 'w').write('5')
+    m,t = held('VmRSS'),time.perf_counter()
+    res = f()
+    return res, time.perf_counter()-t, held('VmHWM')-m
+
+def versus(name, ours, theirs, gap, repeats):
+    "Both sides in turn; one line of the table"
+    runs = [[measure(f) for f in (ours, theirs)] for _ in range(repeats)]
+    (t1,m1),(t2,m2) = [[median(r[i][j] for r in runs) for j in (1,2)] for i in (0,1)]
+    print(f'| {name} | {t2:.1f} s, +{m2:.2f} GB | {t1:.2f} s, +{m1:.2f} GB | {t2/t1:.1f}x | {m2/max(m1, 1e-3):.1f}x | {gap(runs[0][0][0], runs[0][1][0]):.1e} |', flush=True)
+
+
+def bench_recall(n, D, repeats):
+    "Five public sets; genes of the sets first, then made-up names"
+    rng,sets = np.random.default_rng(0),{k: Path(BENCHMARK_DATA_DIR)/f'{k}.txt' for k in BENCHMARK_SOURCES}
+    known = sorted({str(o) for f in sets.values() for o in pd.read_csv(f, dtype=str, keep_default_na=False).to_numpy().ravel()})
+    names,X = np.array((known+[f'X{i}' for i in range(n)])[:n]),rng.normal(size=(n, D)).astype(np.float32)
+    data = Bunch(features=pd.DataFrame(X), metadata=pd.DataFrame(dict(gene=names)))
+    def gap(a, b): return max(np.abs(a.recall.to_numpy().reshape(-1, 2)-b.set_index('source').loc[BENCHMARK_SOURCES].filter(like='recall').to_numpy()).max(), 0)
+    theirs = lambda: known_relationship_benchmark(data, 'gene')
+    versus(f'recall, {n:,} genes x {D}, 5 sets', lambda: recall((X, names), sets, n_boot=0, n_perm=0), theirs, gap, repeats)
+    (_,t,m) = measure(lambda: recall((X, names), sets))
+    print(f'| the same with intervals and null | - | {t:.2f} s, +{m:.2f} GB | | | |', flush=True)
+
+def bench_tvn(plates, D, wells, controls, repeats):
+    "Inner products are compared, as components may be mirrored"
+    rng = np.random.default_rng(0)
+    batch,n = np.repeat(np.arange(plates).astype(str), wells),plates*wells
+    c = np.tile(np.arange(wells)<controls, plates)
+    X = rng.normal(size=(n, D))@(rng.normal(size=(D, D))/D**.5)+rng.normal(size=(plates, D))[batch.astype(int)]
+    meta = pd.DataFrame(dict(pert=np.where(c, 'EMPTY', 'x'), batch=batch))
+    def gap(a, b): return np.abs(a[:500]@a[:500].T-np.real(b[:500]@b[:500].T)).max()
+    versus(f'TVN, {plates} plates x {wells:,} wells x {D}', lambda: TVN(variant='efaar').fit_transform(X, controls=c, batches=batch),
+           lambda: tvn_on_controls(X, meta, 'pert', 'EMPTY', 'batch'), gap, repeats)
+
+def bench_map(n, D, repeats):
+    "Against copairs, if it is installed; its replicates against everything else lists all pairs, so there the screen is smaller"
+    try: from copairs.map import average_precision as theirs
+    except ImportError: return
+    rng = np.random.default_rng(0)
+    X,obs = rng.normal(size=(n, D)),pd.DataFrame(dict(perturbation=np.arange(n)//8, plate=np.arange(n)%24))
+    for n in (n//4, n):
+        x,o = X[:n],obs[:n]
+        ours = lambda: average_precision((x, o), neg_diffby='perturbation', ties='first')
+        if n<=2500: versus(f'average precision, {n:,} wells x {D}', ours, lambda: theirs(o, x, ['perturbation'], [], [], ['perturbation'], progress_bar=False),
+                           lambda a,b: np.abs(a.average_precision-b.average_precision).max(), repeats)
+        else:
+            (_,t,m) = measure(ours)
+            print(f'| average precision, {n:,} wells x {D} | not run | {t:.2f} s, +{m:.2f} GB | | | |')
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    for k,v in dict(genes=17000, dims=1024, plates=60, repeats=1).items(): p.add_argument(f'--{k}', type=int, default=v)
+    a = p.parse_args()
+    warnings.simplefilter('ignore')
+    print(f'efaar-benchmarking {version("efaar-benchmarking")}, numpy {np.__version__}\n')
+    print('| what | theirs | ours | time | memory | largest difference |\n|---|---|---|---|---|---|')
+    bench_map(9216, 384, a.repeats)
+    bench_tvn(a.plates, 384, 1400, 120, a.repeats)
+    bench_tvn(max(9, a.plates//5), 1024, 1400, 120, a.repeats)
+    bench_recall(a.genes, a.dims, a.repeats)
