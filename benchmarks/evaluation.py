@@ -1,7 +1,7 @@
 """The evaluation against the package `efaar-benchmarking` 1.0: same input, same result, one process
 
     python -m venv /some/where && /some/where/bin/pip install . efaar-benchmarking copairs
-    OMP_NUM_THREADS=1 /some/where/bin/python benchmarks/evaluation.py [--genes 17000] [--dims 1024] [--plates 60] [--repeats 1]
+    OMP_NUM_THREADS=1 /some/where/bin/python benchmarks/evaluation.py [map tvn recall] [--genes 17000] [--dims 1024] [--plates 60] [--repeats 3]
 
 Only two functions of that package are used, so its heavier dependencies (scvi-tools, geomloss) are replaced by empty modules
 where they are not installed: `pip install --no-deps efaar-benchmarking` is enough. Each line runs both sides in turn in this process,
@@ -90,12 +90,14 @@ def bench_map(n, D, repeats):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    for k,v in dict(genes=17000, dims=1024, plates=60, repeats=1).items(): p.add_argument(f'--{k}', type=int, default=v)
+    for k,v in dict(genes=17000, dims=1024, plates=60, repeats=3).items(): p.add_argument(f'--{k}', type=int, default=v)
+    p.add_argument('what', nargs='*', default=['map', 'tvn', 'recall'], help='parts to run')
     a = p.parse_args()
     warnings.simplefilter('ignore')
     print(f'efaar-benchmarking {version("efaar-benchmarking")}, numpy {np.__version__}\n')
     print('| what | theirs | ours | time | memory | largest difference |\n|---|---|---|---|---|---|')
-    bench_map(9216, 384, a.repeats)
-    bench_tvn(a.plates, 384, 1400, 120, a.repeats)
-    bench_tvn(max(9, a.plates//5), 1024, 1400, 120, a.repeats)
-    bench_recall(a.genes, a.dims, a.repeats)
+    if 'map' in a.what: bench_map(9216, 384, a.repeats)
+    if 'tvn' in a.what:
+        bench_tvn(a.plates, 384, 1400, 120, a.repeats)
+        bench_tvn(max(9, a.plates//5), 1024, 1400, 120, a.repeats)
+    if 'recall' in a.what: bench_recall(a.genes, a.dims, a.repeats)

@@ -13,7 +13,7 @@ from .retrieval import _codes, _profiles
 
 # %% ../nbs/34_features.ipynb #a9dbdf71
 def _ridge(X, Y, alphas):
-    "Coefficients `(A,D,F)` of centred `X (n,D)`, `Y (n,F)` for each of `alphas (A)`"
+    "For each of `alphas`, the coefficients `(D,F)` that explain centred `Y (n,F)` by centred `X (n,D)`"
     w,V = np.linalg.eigh(X.T@X)
     T = V.T@(X.T@Y)
     return [V@(T/(w.clip(0)[:,None]+a)) for a in alphas]

@@ -125,7 +125,8 @@ def mean_average_precision(
     null = np.stack([_null_ap(*c, n_null, s) for c,s in zip(confs, seeds)])
     groups = ap.groupby(by, observed=True)
     res = groups.agg(mean_average_precision=('average_precision','mean'), chance=('chance','mean'), n=('n_pos','size')).reset_index()
-    rows = [np.flatnonzero(groups.ngroup()==i) for i in range(len(res))]
+    g = groups.ngroup().to_numpy()
+    rows = np.split(np.argsort(g, kind='stable')[(g<0).sum():], np.cumsum(np.bincount(g[g>=0]))[:-1])
     at_least = [(null[which.ravel()[r]].mean(0)>=m-2e-7).sum() for r,m in zip(rows, res.mean_average_precision)]
     p = (np.array(at_least)+1)/(n_null+1)
     return res.assign(p=p, q=false_discovery_control(p))
@@ -163,8 +164,9 @@ def _tested(groups, b, values, null, seed):
     for k,v in groups.items():
         key = tuple(sorted(b[v]))
         if key not in seen: seen[key] = null(np.array(key), rng)
-        p.append((1+(seen[key]>=values[k]-1e-12).sum())/(1+len(seen[key]))); mean.append(seen[key].mean())
-    res = pd.DataFrame(dict(n=[len(v) for v in groups.values()], value=list(values.values()), null=mean, p=p), index=pd.Index(groups, name='perturbation'))
+        p.append((1+(seen[key]>=values[k]-1e-12).sum())/(1+len(seen[key])))
+        mean.append(seen[key].mean())
+    res = pd.DataFrame(dict(n=[len(v) for v in groups.values()], value=list(values.values()), null=mean, p=p), index=pd.Index(groups))
     return res.assign(q=false_discovery_control(res.p))
 
 # %% ../nbs/33_retrieval.ipynb #75c1f7ae
@@ -182,7 +184,7 @@ def consistency(
     pool = np.flatnonzero(c if null=='controls' else ~c)
     pools = {k: pool[v] for k,v in pd.Series(pool).groupby(b[pool]).indices.items()}
     return _tested(groups, b, {k:_mean_cosine(Z[v]) for k,v in groups.items()},
-                   lambda bs,rng: _mean_cosine(Z[_draw(pools, bs, n_null, rng)]), seed)
+                   lambda bs,rng: _mean_cosine(Z[_draw(pools, bs, n_null, rng)]), seed).rename_axis(by)
 
 # %% ../nbs/33_retrieval.ipynb #26556a66
 def energy_distance(
@@ -217,7 +219,7 @@ def magnitude(
     D = cdist(C, C)
     pools = pd.Series(range(len(ids))).groupby(b[ids]).indices
     values = {k: 2*cdist(A[v], C).mean()-cdist(A[v], A[v]).mean()-D.mean() for k,v in groups.items()}
-    return _tested(groups, b, values, lambda bs,rng: _energy_null(D, _draw(pools, bs, n_null, rng)), seed)
+    return _tested(groups, b, values, lambda bs,rng: _energy_null(D, _draw(pools, bs, n_null, rng)), seed).rename_axis(by)
 
 # %% ../nbs/33_retrieval.ipynb #adeb41b0
 def match(
