@@ -48,6 +48,16 @@ class Sites:
         if not len(self): raise ValueError("The screen has no sites to train on. Look at `screen.check()` and at the pattern or CSV it was made from.")
     def __len__(self): return int(self.starts[-1])
     def panel(self, i): return int(np.searchsorted(self.starts, i, side='right'))-1
+    def column(self, name):
+        "What the column `name` of the tables says about each site"
+        gone = [s for s in self.screens if name not in s.table]
+        if gone: raise ValueError(f"No column {name!r}: a table has {', '.join(gone[0].table.columns[:8])}. Use one of them.")
+        return np.concatenate([s.table[name].to_numpy() for s in self.screens])
+    def groups(self, ids, apart=None):
+        "A number per site: of its panel, or of its panel and its value in the column `apart`"
+        panels = np.searchsorted(self.starts, ids, side='right')-1
+        if apart is None: return panels
+        return np.unique([f'{p:06d} {v}' for p,v in zip(panels, self.column(apart)[ids])], return_inverse=True)[1]
     def where(self, i): p = self.panel(i); return self.screens[p], int(i-self.starts[p])
     def __getitem__(self, i):
         if i in self.cache: return self.cache[i]
@@ -72,19 +82,20 @@ class CropLoader(DataLoader):
         crops:int=1, # Crops from each site that is read
         train:bool=True, # Random places, flips and order? Otherwise centre crops in order
         seed:int=0, # With epoch and batch number decides all randomness
+        apart:str=None, # Column whose values never meet in a batch, such as `batch`
         **kwargs
     ):
         self.ids,self.epoch,self.start = np.asarray(ids),0,0
         store_attr('sites,size,crops,train,seed')
+        self.groups = sites.groups(self.ids, apart)
         self.per_batch = max(1, bs//crops)
         super().__init__(sites, bs=None, n=len(self.epoch_batches(0)), shuffle=False, **kwargs)
 
     def epoch_batches(self, epoch):
-        "Site numbers of each batch of an epoch, in order; the last batch of a panel may be short in validation"
+        "Site numbers of each batch of an epoch, in order; all of one panel, and of one value of `apart`"
         rng,batches = np.random.default_rng([self.seed, epoch]),[]
-        panels = np.array([self.sites.panel(i) for i in self.ids])
-        for p in np.unique(panels):
-            ids = self.ids[panels==p]
+        for g in np.unique(self.groups):
+            ids = self.ids[self.groups==g]
             if self.train: ids = rng.permutation(ids)
             batches += np.array_split(ids, ceil(len(ids)/self.per_batch))
         return [batches[i] for i in (rng.permutation(len(batches)) if self.train else range(len(batches)))]
@@ -129,6 +140,7 @@ def screen_dls(
     valid:float=0.1, # Fraction of wells kept for validation
     by:str='well', # What stays together on one side of the split: `well`, `plate`, `batch` or `perturbation`
     seed:int=0, # Fixes split, order, places and flips
+    apart:str=None, # Column whose values never meet in a batch: `batch` for networks with batch norm
     num_workers:int=0, # Processes that read ahead
     cache_gb:float=2., # Memory for images already read, in GB
     device=None, # Where batches go; the default device if None
@@ -138,5 +150,5 @@ def screen_dls(
     check_size(sites, size)
     parts = split_panels(sites.screens, valid, by, seed)
     train,val = (np.concatenate([part[k]+o for part,o in zip(parts, sites.starts)]).astype(int) for k in (0,1))
-    loader = lambda ids, **kw: CropLoader(sites, ids, size, bs, seed=seed, num_workers=num_workers, device=device, **kw)
+    loader = lambda ids, **kw: CropLoader(sites, ids, size, bs, seed=seed, apart=apart, num_workers=num_workers, device=device, **kw)
     return DataLoaders(loader(train, crops=crops), loader(val, train=False), device=device)

@@ -35,11 +35,12 @@ class ImageNetEncoder(nn.Module):
         img_size:int=256, # Nominal side of a crop in pixels
         rgb:str='tile', # What colour kernels become, see `rgb_kernels`
         pretrained:bool=True, # Download ImageNet weights through timm? Otherwise random ones
+        **sizes, # Sizes that differ from those of the named network, as timm calls them: `growth_rate`, `embed_dim`, ...
     ):
         super().__init__()
-        self.config = dict(arch=arch, in_chans=in_chans, img_size=img_size, rgb=rgb)
+        self.config = dict(arch=arch, in_chans=in_chans, img_size=img_size, rgb=rgb, **sizes)
         size = dict(img_size=img_size, dynamic_img_size=True) if arch.startswith('vit') else {}
-        self.net,self.in_chans,self.channels = timm.create_model(arch, pretrained=pretrained, num_classes=0, **size),in_chans,None
+        self.net,self.in_chans,self.channels = timm.create_model(arch, pretrained=pretrained, num_classes=0, **size, **sizes),in_chans,None
         name,conv = next((n,m) for n,m in self.net.named_modules() if isinstance(m, nn.Conv2d))
         new = (PatchConv if conv.kernel_size==conv.stride else nn.Conv2d)(in_chans, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
         new.load_state_dict({**conv.state_dict(), 'weight': rgb_kernels(conv.weight.data, in_chans, rgb)})

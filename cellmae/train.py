@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'has_bf16', 'BF16', 'LossGuard', 'History', 'Reconstructions', 'SeedSteps', 'Checkpoint',
-           'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'make_model', 'fit_mae']
+           'guards', 'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'make_model', 'fit_mae']
 
 # %% ../nbs/20_train.ipynb #653c940d
 import os, time
@@ -110,7 +110,7 @@ class Reconstructions(Callback):
 # %% ../nbs/20_train.ipynb #99ad8778
 class SeedSteps(Callback):
     "Let the random numbers of each training step depend on `seed` and the number of the step alone"
-    run_valid,order = False,80
+    run_valid,order = False,-9 # before any other callback draws
     def __init__(self, seed): self.seed = seed
     def before_batch(self): torch.manual_seed(self.seed*1_000_003+self.train_iter)
 
@@ -171,6 +171,20 @@ def restore(self:Checkpoint, state):
     rec.losses,rec.lrs,rec.iters = curve['losses'],curve['lrs'],[]
     rec.smooth_loss.count,rec.smooth_loss.val = curve['smooth']
 
+# %% ../nbs/20_train.ipynb #a7785698
+def guards(
+    out, # Folder for history and checkpoint
+    settings:dict, # What makes this run this run, with its `seed`; kept in the checkpoint
+    device, # Where it trains
+    clip:float=1., # Largest norm of the gradient
+    bf16:bool=None, # Train in bfloat16? Default: where the device has it
+    save_every:float=30, # Seconds between checkpoints
+)->list[Callback]:
+    "Callbacks of a run that can be killed at any time, goes on exactly, and stops before it is spoilt"
+    out,bf16 = Path(out),has_bf16(torch.device(device)) if bf16 is None else bf16
+    own = [SeedSteps(settings['seed']), LossGuard(), GradientClip(clip), History(out/'history.csv'), Checkpoint(out/'checkpoint.pth', settings, save_every)]
+    return own + [BF16()]*bf16
+
 # %% ../nbs/20_train.ipynb #68e29903
 def mae_loss(
     out, # What the model returned
@@ -203,12 +217,9 @@ def mae_learner(
     cbs=None, # Further fastai callbacks
 )->Learner: # Ready to `fit`
     "A fastai `Learner` that trains a masked autoencoder and can be killed at any time"
-    out = Path(out)
-    own = [FixedMasks(), SeedSteps(settings['seed']), LossGuard(), GradientClip(clip), History(out/'history.csv'), Checkpoint(out/'checkpoint.pth', settings, save_every),
-           Reconstructions(out/'reconstructions', n_pictures)]
-    if has_bf16(torch.device(dls.device)) if bf16 is None else bf16: own.append(BF16())
+    own = [FixedMasks(), Reconstructions(Path(out)/'reconstructions', n_pictures), *guards(out, settings, dls.device, clip, bf16, save_every)]
     opt = partial(OptimWrapper, opt=Lion, betas=betas, weight_decay=wd)
-    return Learner(dls, model, loss_func=mae_loss, opt_func=opt, lr=lr, metrics=[AvgMetric(mse), AvgMetric(fourier)], path=out, cbs=own+list(cbs or []))
+    return Learner(dls, model, loss_func=mae_loss, opt_func=opt, lr=lr, metrics=[AvgMetric(mse), AvgMetric(fourier)], path=Path(out), cbs=own+list(cbs or []))
 
 # %% ../nbs/20_train.ipynb #0167a985
 def fit_cycle(
