@@ -24,6 +24,7 @@ from .vit import MAE, set_attention
 from .cavit import CAMAE
 from .munet import MUNet
 from .imagenet import ImageNetEncoder
+from .classifier import Classifier, any_channels
 
 # %% ../nbs/16_zoo.ipynb #f24c2d43
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def save_model(
 def _check_names(model, channels):
     "Channel names as a list, if a model that needs one per channel has them"
     channels = list(channels or [])
-    if channels and not isinstance(model, CAMAE) and len(channels) != model.in_chans:
+    if channels and not any_channels(model) and len(channels) != model.in_chans:
         raise ValueError(f"{len(channels)} channel names ({', '.join(channels)}) for a model with {model.in_chans} channels. Give one name per channel, in the order of the images.")
     return channels
 
@@ -175,7 +176,7 @@ def _description(model, channels, provenance):
     "What `config.json` says"
     return dict(format='cellmae model 1', model=type(model).__name__, name=getattr(model, 'name', None), channels=channels, args=model.config,
                 input='uint8 or float 0..255; the model divides by 255 and gives each channel of each crop mean 0 and variance 1 (biased, eps 1e-5)',
-                pool='mean', provenance=provenance, versions={p: version(p) for p in ('torch','timm')})
+                pool=getattr(model, 'pool', 'mean'), provenance=provenance, versions={p: version(p) for p in ('torch','timm')})
 
 # %% ../nbs/16_zoo.ipynb #0236bd32
 _card_text = '''---
@@ -205,7 +206,7 @@ def _card(cfg, picture):
     return text
 
 # %% ../nbs/16_zoo.ipynb #ed88343d
-_classes = dict(MAE=MAE, CAMAE=CAMAE, MUNet=MUNet, ImageNetEncoder=partial(ImageNetEncoder, pretrained=False))
+_classes = dict(MAE=MAE, CAMAE=CAMAE, MUNet=MUNet, Classifier=Classifier, ImageNetEncoder=partial(ImageNetEncoder, pretrained=False))
 
 def load_model(
     folder, # Folder written by `save_model`
