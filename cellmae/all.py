@@ -14,6 +14,7 @@ from .imagenet import *
 from .zoo import *
 from .plots import *
 from .train import *
+from .scale import *
 from .embed import *
 from .tvn import *
 from .recall import *

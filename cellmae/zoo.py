@@ -13,11 +13,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from .patching import from_conv
 from .vit import MAE, set_attention
@@ -115,28 +115,47 @@ def create_model(
 
 # %% ../nbs/16_zoo.ipynb #8dbb9f96
 def cost(
-    name:str, # One of `list_models()`
-    **kwargs, # Arguments for `create_model`
+    model, # One of `list_models()`, or a module that takes images `(B,C,crop,crop)` as uint8
+    crop:int=None, # Side of a crop in pixels; default: the recipe's, or `img_size` of the module's `config`
+    **kwargs, # Arguments for `create_model`; with a module, `in_chans` if it takes any number of channels or does not know its own
 )->dict: # `tokens` per crop, weights of `encoder` and `decoder`, GFLOP per image to `embed` and to `train`, `state` GB, `image` MB
-    "Work and memory of a model, without making it"
-    with torch.device('meta'): model = create_model(name, **kwargs)
-    n,crop = [sum(p.numel() for p in m.parameters()) for m in (model.encoder, model.decoder)],recipe(name).crop
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model,x = model.to_empty(device='cpu'),torch.empty(1, model.in_chans, crop, crop, dtype=torch.uint8)
-        set_attention(model, True)
-        with FlopCounterMode(display=False) as embed: model.encode(x)
-        with FlopCounterMode(display=False) as step: image = _kept(model, x)
-        tokens = model.tokens(x).shape[1]
-    return dict(tokens=tokens, encoder=n[0], decoder=n[1], embed=embed.get_total_flops()/1e9, train=3*step.get_total_flops()/1e9, state=sum(n)*12/2**30, image=image/2**20)
+    "Work and memory of a model, without running it; NaN for what a module does not do"
+    crop = crop or (recipe(model).crop if isinstance(model, str) else getattr(model, 'config', {}).get('img_size'))
+    if not crop: raise ValueError(f"{type(model).__name__} does not say how large its images are: give `crop`, their side in pixels.")
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _ghost(model, fake, kwargs)
+    with fake:
+        x = torch.empty(2, kwargs.get('in_chans') or model.in_chans, crop, crop, dtype=torch.uint8, device=next(model.parameters()).device) # two for batch norm
+        embed,_ = _counted(model, model.encode, x) if hasattr(model, 'encode') else (float('nan'),0)
+        step,image = _counted(model, model, x)
+        tokens = model.tokens(x).shape[1] if hasattr(model, 'tokens') else float('nan')
+    n,d = [sum(p.numel() for p in m.parameters()) for m in (model, getattr(model, 'decoder', nn.Module()))]
+    return dict(tokens=tokens, encoder=n-d, decoder=d, embed=embed/2e9, train=3*step/2e9, state=n*12/2**30, image=image/2**21)
 
-def _kept(model, x):
-    "Bytes that a forward pass keeps for the backward pass, weights aside"
+# %% ../nbs/16_zoo.ipynb #b3d502ff
+def _ghost(model, fake, kwargs):
+    "A copy of a module, or a new named model, that has shapes and no numbers"
+    if isinstance(model, str):
+        with torch.device('meta'): model = create_model(model, **kwargs)
+        with fake: model = model.to_empty(device='cpu')
+    else:
+        with fake, FakeCopyMode(fake): model = copy.deepcopy(model)
+    set_attention(model, True)
+    return model.train()
+
+def _counted(model, f, x):
+    "Floating-point operations of `f(x)`, and the bytes that it keeps for the backward pass, weights aside"
     own,kept = {p.untyped_storage()._cdata for p in model.parameters()},{}
     def pack(t):
         kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = model(x)
-    return sum(n for k,n in kept.items() if k not in own)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention})
+    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f(x)
+    return counter.get_total_flops(), sum(n for k,n in kept.items() if k not in own)
+
+def _attention(q, k, v, *args, out_shape=None, **kwargs):
+    "Operations of fused attention on a CPU, which torch before 2.15 does not count"
+    return 2*q[0]*q[1]*q[2]*k[2]*(q[3]+v[3])
 
 # %% ../nbs/16_zoo.ipynb #977c727d
 def save_model(
