@@ -63,7 +63,7 @@ def baseline_runs(size):
 def all_runs(size, parts):
     "Every run of some parts, by a key that can be a file name"
     runs = [r for f in (baseline_runs, mae_runs, wsl_runs, channel_runs, inactive_runs) for r in f(SIZES[size]) if r['part'] in parts]
-    return {'_'.join(''.join(c if c.isalnum() or c=='.' else ' ' for c in f'{r["part"]} {r["family"]} {r["label"]}').split()): r for r in runs}
+    return {'_'.join(''.join(c if c.isalnum() else ' ' for c in f'{r["part"]} {r["family"]} {r["label"]}').split()): r for r in runs}
 
 
 def open_synth(out, size, seed, n_inactive=None):
@@ -90,7 +90,7 @@ def train(run, screen, out, size, seed):
     epochs = SIZES[size]['epochs']['wsl' if run['family'].startswith('WSL') else 'mae']
     if run['n_inactive']: epochs = max(1, round(epochs*run['n_usual']/len(screen)))   # as many images seen
     kw,start = dict(out=out, seed=seed, epochs=epochs, save_every=60),time.process_time()
-    if run['family'].startswith('WSL'): learn = fit_wsl(screen, run['model'], **kw)
+    if run['family'].startswith('WSL'): learn = fit_wsl(screen, run['model'], cutmix=0., share=0., **kw)   # both help long runs and slow short ones
     else:
         if run['alpha'] is not None: kw['alpha'] = run['alpha']
         torch.manual_seed(seed)
@@ -179,7 +179,7 @@ def collect(out):
     "Tables of all runs that are done"
     runs = [json.loads(f.read_text()) for f in sorted((out/'runs').glob('*.json'))]
     rows = [{**{k:v for k,v in r.items() if k not in ('rows','curve')}, **row} for r in runs for row in r['rows']]
-    curves = [dict(part=r['part'], label=r['label'], seed=r['seed'], epoch=i, valid_loss=v) for r in runs for i,v in enumerate(r.get('curve', []))]
+    curves = [dict(part=r['part'], family=r['family'], label=r['label'], seed=r['seed'], epoch=i, valid_loss=v) for r in runs for i,v in enumerate(r.get('curve', []))]
     return pd.DataFrame(rows),pd.DataFrame(curves)
 
 def contrasts(out, seeds):
@@ -195,8 +195,8 @@ def contrasts(out, seeds):
 
 six,neck = 'all six stains_meanstd.h5ad','all six stains_neck.h5ad'
 CONTRASTS = [('WSL -> MAE', ('scale_WSL_densenet_s',neck), ('scale_MAE_T',six)), ('MAE XS -> T', ('scale_MAE_XS',six), ('scale_MAE_T',six)),
-    ('quarter of the sites -> all', ('scale_MAE_T_0.25_of_the_sites',six), ('scale_MAE_T',six)), ('alpha 0 -> .01', ('fourier_MAE_T_alpha_0',six), ('fourier_MAE_T_alpha_0.01',six)),
-    ('alpha 0 -> .1', ('fourier_MAE_T_alpha_0',six), ('scale_MAE_T',six)), ('B, alpha 0 -> .1', ('fourier_MAE_B_alpha_0',six), ('fourier_MAE_B_alpha_0.1',six)),
+    ('quarter of the sites -> all', ('scale_MAE_T_0_25_of_the_sites',six), ('scale_MAE_T',six)), ('alpha 0 -> .01', ('fourier_MAE_T_alpha_0',six), ('fourier_MAE_T_alpha_0_01',six)),
+    ('alpha 0 -> .1', ('fourier_MAE_T_alpha_0',six), ('scale_MAE_T',six)), ('B, alpha 0 -> .1', ('fourier_MAE_B_alpha_0',six), ('fourier_MAE_B_alpha_0_1',six)),
     ('MAE -> CA-MAE', ('channels_MAE_MAE_trained_on_six',six), ('channels_CA_MAE_CA_MAE_trained_on_six',six)),
     ('spectrum -> MAE', ('baseline_baseline_spectrum','all six stains_.h5ad'), ('scale_MAE_T',six)), ('untrained -> MAE', ('baseline_baseline_untrained_MAE',six), ('scale_MAE_T',six))]
 
