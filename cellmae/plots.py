@@ -157,7 +157,7 @@ def plot_pca(
     names = pd.unique(keys)
     for k in names: ax.plot(*y[keys==k].T, '.', ms=4, alpha=.6, label=k)
     ax.set(xlabel=f'component 1 ({share[0]:.0%})', ylabel=f'component 2 ({share[1]:.0%})')
-    if len(names)<=10: ax.legend(fontsize=7, title=by, title_fontsize=7, framealpha=.5)
+    if len(names)<=10: ax.legend(fontsize=7, title=by, title_fontsize=7, loc='upper left', bbox_to_anchor=(1,1), frameon=False, handletextpad=0)
     return ax.figure
 
 # %% ../nbs/18_plots.ipynb #313cc85a
@@ -178,7 +178,7 @@ def plot_map(
     im = ax.imshow((Z@Z.T)[np.ix_(order,order)], cmap='RdBu_r', vmin=-1, vmax=1, interpolation='nearest')
     few = n<=max_names
     ax.set(xticks=[], yticks=range(n) if few else [], xlabel=f'{n} genes')
-    if few: ax.set_yticklabels(np.asarray(names)[order], size=min(8, 45*size/n))
+    if few: ax.set_yticklabels(np.asarray(names)[order], size=min(8, 36*size/n))
     fig.colorbar(im, ax=ax, label='cosine', shrink=.7)
     return fig
 

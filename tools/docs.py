@@ -109,6 +109,7 @@ class Page:
     def symbol(self, s):
         "What `show_doc` says: under a heading with the id that links point to, classes as such, no links within code"
         s = re.sub(r'\A---\s*', '', s)
+        s = re.sub(r'\s*(?:(?:before|after)_\w+:NoneType=None,?\s*)+(?=\):)', '', s)   # fastai's, in every callback
         s = re.sub(r'\{target="_blank" style="[^"]*"\}', '\n{: .source }', s)
         s = re.sub(r'^```.*?^```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]), s, flags=re.M|re.S)
         s = re.sub(r'^### (\S+)$', lambda m: f'### `{m[1]}` {{#{symbol_id(m[1])} .symbol}}', s, flags=re.M)

@@ -1,9 +1,12 @@
 #!/usr/bin/env python
 "Run notebooks in a real kernel, store their outputs, and clean them"
 import argparse, os, re, sys, time
+from base64 import b64decode, b64encode
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
+from PIL import Image, ImageChops
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
@@ -47,28 +50,41 @@ def output_text(o):
     return '\n'.join(''.join(s) for s in data + [o.get('text', '')])
 
 
-def complaints(cell):
-    "What is wrong with the stored outputs of `cell`"
-    for o in cell.get('outputs', []):
-        if o['output_type'] == 'error': yield f"it failed with {o['ename']}: {o['evalue']}"
-        if o.get('name') == 'stderr': yield f"it wrote to stderr: {''.join(o['text'])[:200]!r}"
-        for pat,what in bad_text.items():
-            if m := re.search(pat + '.{0,60}', output_text(o)): yield f'its output shows {what}: {m[0]!r}'
-
-
 def is_blank(o):
     "Is output `o` only what a vanished progress bar left behind?"
     html = ''.join(o.get('data', {}).get('text/html', '-'))
     return not re.sub(r'<style>.*?</style>', '', html, flags=re.S).strip()
 
 
+def complaints(cell):
+    "What is wrong with the stored outputs of `cell`"
+    for o in cell.get('outputs', []):
+        if o['output_type'] == 'error': yield f"it failed with {o['ename']}: {o['evalue']}"
+        if is_blank(o): yield 'it shows nothing, as a vanished progress bar does'
+        if o.get('name') == 'stderr': yield f"it wrote to stderr: {''.join(o['text'])[:200]!r}"
+        for pat,what in bad_text.items():
+            if m := re.search(pat + '.{0,60}', output_text(o)): yield f'its output shows {what}: {m[0]!r}'
+
+
+def slim(png):
+    "The picture `png` (base64) with a palette of 256 colours, if no pixel changes by more than 8 of 255"
+    im = Image.open(BytesIO(b64decode(png)))
+    if im.mode == 'P' or im.mode == 'RGBA' and im.getextrema()[3][0] < 255: return png
+    im = im.convert('RGB')
+    few = im.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    if max(hi for _,hi in ImageChops.difference(im, few.convert('RGB')).getextrema()) > 8: return png
+    few.save(to := BytesIO(), 'PNG', optimize=True)
+    return min(png, b64encode(to.getvalue()).decode(), key=len)
+
+
 def clean(nb):
-    "What `nbdev_clean` does, on a notebook in memory, and no trace of jupytext or of vanished bars"
+    "What `nbdev_clean` does, on a notebook in memory, small pictures, and no trace of jupytext or of vanished bars"
     cfg = get_config(path=root)
     nb.metadata.pop('jupytext', None)
     keys = cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split()
     for c in nb.cells:
         if 'outputs' in c: c.outputs = [o for o in c.outputs if not is_blank(o)]
+        for d in [o.data for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]: d['image/png'] = slim(d['image/png'])
     clean_nb(nb, cfg.clear_all, *keys, clean_ids=cfg.clean_ids)
 
 
