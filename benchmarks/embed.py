@@ -54,7 +54,7 @@ def main():
     columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in run.items()}}
     secs = timing.measure(run, a.rounds, device)
     if device.type == 'cuda' and not a.depth:
-        columns['TFLOP/s'] = {k: round(cost(a.model)['embed']*a.bs/1e3/sorted(v)[len(v)//2], 1) for k,v in secs.items() if k.startswith('cellmae')}
+        columns['TFLOP/s'] = {k: round(cost(a.model)['embed']*a.bs/1e3/timing.median(v), 1) for k,v in secs.items() if k.startswith('cellmae')}
     timing.show(f"embed, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, 'cellmae', a.bs, **columns), timing.machine(device), a.out)
 
 if __name__ == '__main__': main()
