@@ -15,27 +15,32 @@ def measure(
     device, # `torch.device`
     warmup=1, # Runs of each case before the clock starts
     seed=0, # Order of the cases
-): # `{name: [seconds]}`, one number per round
+): # `{name: [(seconds, CPU seconds)]}`, one pair per round
     "Run all cases once per round, in a new order each time"
     order,rng,secs = list(cases),random.Random(seed),{k: [] for k in cases}
     for r in range(-warmup, rounds):
         rng.shuffle(order)
         for name in order:
-            sync(device); start = time.perf_counter()
+            sync(device); start,cpu = time.perf_counter(),time.process_time()
             cases[name]()
             sync(device)
-            if r >= 0: secs[name].append(time.perf_counter()-start)
+            if r >= 0: secs[name].append((time.perf_counter()-start, time.process_time()-cpu))
     return secs
+
+def median(secs): return st.median([t for t,_ in secs])
 
 def table(
     secs, # What `measure` gave
-    ours, # Name of the case that the others are divided by
+    ours, # Name of the case that a case is divided by, `{case: name}`, or one name for all
     n_images, # Images per run
     **columns, # Further columns, `{name: value}` each
 ): # Rows as dicts
-    "Median seconds, images per second, and the median over rounds of the time divided by ours"
-    return [dict(case=k, seconds=round(st.median(v), 4), images_per_s=round(n_images/st.median(v), 2), time_over_ours=round(st.median([a/b for a,b in zip(v, secs[ours])]), 3),
-                 **{c: o.get(k, '') for c,o in columns.items()}) for k,v in secs.items()]
+    "Medians of seconds and CPU seconds, and the medians over rounds of both divided by ours"
+    def ratio(k, i):
+        base = ours if isinstance(ours, str) else ours[k]
+        return round(st.median([a[i]/b[i] for a,b in zip(secs[k], secs[base])]), 2)
+    return [{'case': k, 'seconds': f'{median(v):.3g}', 'images/s': f'{n_images/median(v):.3g}', 'over ours': ratio(k, 0),
+             'CPU seconds': f'{st.median([c for _,c in v]):.3g}', 'CPU over ours': ratio(k, 1), **{c: o.get(k, '') for c,o in columns.items()}} for k,v in secs.items()]
 
 def markdown(rows):
     heads = list(rows[0])
@@ -47,7 +52,7 @@ def machine(device, packages=('torch','timm','transformers','lightly')):
         try: return version(p)
         except PackageNotFoundError: return None
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.machine()) if os.path.exists('/proc/cpuinfo') else platform.machine()
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if device.type=='cuda' else 'cpu', date=time.strftime('%Y-%m-%d'),
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 1), device=torch.cuda.get_device_name() if device.type=='cuda' else 'cpu', date=time.strftime('%Y-%m-%d'),
                 versions={p: have(p) for p in packages if have(p)})
 
 def peak_memory(names):

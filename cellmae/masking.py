@@ -49,7 +49,8 @@ def take(
 )->Tensor: # Those tokens `(B,K,D)`
     "Pick the tokens at `ids`"
     if x.ndim == 2: return x[ids]
-    return x.gather(1, ids[...,None].expand(-1,-1,x.shape[-1]))
+    rows = ids + torch.arange(len(x), device=x.device)[:,None]*x.shape[1] # places among the tokens of the whole batch
+    return x.flatten(0,1).index_select(0, rows.flatten()).unflatten(0, ids.shape)
 
 # %% ../nbs/11_masking.ipynb #009cd4cc
 def restore(
