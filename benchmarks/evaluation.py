@@ -81,7 +81,7 @@ def bench_tvn(plates, D, wells, controls, repeats):
     rng = np.random.default_rng(0)
     batch,n = np.repeat(np.arange(plates).astype(str), wells),plates*wells
     c = np.tile(np.arange(wells)<controls, plates)
-    X = rng.normal(size=(n, D))@(rng.normal(size=(D, D))/D**.5)+rng.normal(size=(plates, D))[batch.astype(int)]
+    X = (rng.normal(size=(n, D))@(rng.normal(size=(D, D))/D**.5)+rng.normal(size=(plates, D))[batch.astype(int)]).astype(np.float32)
     meta = pd.DataFrame(dict(pert=np.where(c, 'EMPTY', 'x'), batch=batch))
     def gap(a, b): return np.abs(a[:500]@a[:500].T-np.real(b[:500]@b[:500].T)).max()
     versus(f'TVN, {plates} plates x {wells:,} wells x {D}', lambda: TVN(variant='efaar').fit_transform(X, controls=c, batches=batch),
@@ -113,6 +113,6 @@ if __name__ == '__main__':
     if 'map' in a.what: bench_map(9216, 384, a.repeats)
     if 'tvn' in a.what:
         bench_tvn(a.plates, 384, 1400, 120, a.repeats)
-        bench_tvn(max(9, a.plates//5), 1024, 1400, 120, a.repeats)
+        bench_tvn(max(12, a.plates//5), 1024, 1400, 120, a.repeats)
     for D in a.dims:
         if 'recall' in a.what: bench_recall(a.genes, D, a.repeats)

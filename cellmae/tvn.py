@@ -27,13 +27,17 @@ def _mask(v):
         raise TypeError(f'controls must be true or false for each row, got {v[:3].tolist()}: use a mask such as `names == "DMSO"`')
     return v.astype(bool)
 
-def _unpack(X):
-    "Float64 array of `X`, its `obs` if it has one, and the names of its rows and columns"
+def _floats(A, single):
+    A = np.asarray(A)
+    return A if single and A.dtype==np.float32 else A.astype(np.float64, copy=False)
+
+def _unpack(X, single=False):
+    "Array of `X` in double (or also `single`) precision, its `obs` if it has one, and the names of its rows and columns"
     if isinstance(X, AnnData):
         A = X.X.toarray() if hasattr(X.X, 'toarray') else X.X
-        return np.asarray(A, dtype=np.float64), X.obs, X.obs_names, X.var_names
+        return _floats(A, single), X.obs, X.obs_names, X.var_names
     X,obs = X if isinstance(X, tuple) else (X,None)
-    A = np.asarray(X, dtype=np.float64)
+    A = _floats(X, single)
     if A.ndim!=2: raise ValueError(f'X must be (wells, features), not of shape {A.shape}')
     if obs is not None and len(obs)!=len(A): raise ValueError(f'{len(A)} profiles do not fit a table of {len(obs)} rows: give one row per profile')
     rows,cols = (X.index,X.columns) if isinstance(X, pd.DataFrame) else map(np.arange, A.shape)
@@ -95,9 +99,9 @@ class Correction(TransformerMixin, BaseEstimator):
         X, # `(n,D)` wells by features, `(X, obs)`, or an AnnData
         batches=None, # `(n)` batch of each well; default `obs['batch']`
         controls=None, # `(n)` mask, needed for batches that `fit` has not seen; default `obs['control']`
-    ): # `(n,K)` corrected, in the form of `X`
+    ): # `(n,K)` corrected, in the form and precision of `X`
         "Correct each row with the centre and map of its batch"
-        A,obs,rows,cols = _unpack(X)
+        A,obs,rows,cols = _unpack(X, single=True)
         if A.shape[1]!=len(self.feature_names_): raise ValueError(f'X has {A.shape[1]} features, but the correction was fitted on {len(self.feature_names_)}')
         if controls is None and obs is not None and 'control' in obs: controls = obs['control']
         c,b = _check(A, controls, _default(batches, obs, 'batch') if self.batched_ else None, rows, cols)
@@ -110,10 +114,10 @@ class Correction(TransformerMixin, BaseEstimator):
 
 # %% ../nbs/31_tvn.ipynb #6d8f71d0
 def _apply(A, batches, centres, maps):
-    "Corrected rows of `A`, batch by batch"
-    res = np.empty((len(A), next(iter(maps.values())).shape[-1]))
+    "Corrected rows of `A`, batch by batch: differences in double precision, products in that of `A`"
+    res = np.empty((len(A), next(iter(maps.values())).shape[-1]), A.dtype)
     for k,rows in _rows(batches).items():
-        r,m = A[rows]-centres[k],maps[k]
+        r,m = (o.astype(A.dtype, copy=False) for o in (A[rows]-centres[k],maps[k]))
         res[rows] = r*m if m.ndim==1 else r@m
     return res
 
@@ -124,7 +128,7 @@ def _unseen(self:Correction, A, controls, batches):
     if not new.any(): return {},{}
     if controls is None: raise ValueError(f'batch {", ".join(np.unique(batches[new])[:3])} was not there when the correction was fitted (it knows '
         f'{", ".join(list(self.maps_)[:3])}...): pass `controls=`, so that it is learnt from its own, or the right `batches=`')
-    A,controls,batches = A[new],controls[new],batches[new]
+    A,controls,batches = A[new].astype(np.float64),controls[new],batches[new]
     _enough(controls, batches)
     return self._batches(A, controls, _rows(batches))
 
@@ -293,11 +297,12 @@ def _root(S):
 # %% ../nbs/31_tvn.ipynb #737bd1bf
 def _efaar(C, sd, k=None):
     "`(D,K)` map to standardised principal components of the controls `C (n,D)`, centred"
-    _,s,Vt = np.linalg.svd(np.linalg.qr(C/sd, mode='r'), full_matrices=False)
-    keep = (s>1e-10*s[0]).nonzero()[0][:k]
+    C = C/sd
+    w,V = np.linalg.eigh(C.T@C/len(C))
+    keep = (w>1e-13*w[-1]).nonzero()[0][::-1][:k]
     if len(keep)<(k or len(sd)): warnings.warn(f'{len(C)} controls show {len(keep)} of {len(sd)} dimensions, the others are lost: use the default variant, '
                                                'or n_components well below the number of controls', stacklevel=5)
-    return Vt[keep].T/(s[keep]/np.sqrt(len(C)))/sd[:,None]
+    return np.ascontiguousarray(V[:,keep])/np.sqrt(w[keep])/sd[:,None]
 
 # %% ../nbs/31_tvn.ipynb #9a5f927f
 _variants = 'blend','efaar','efaar_2023','efaar_2024'
