@@ -39,9 +39,13 @@ def told(f, *args, **kw):
 
 # tables
 
-def test_latin1_file(tmp_path):
-    (tmp_path/'p.csv').write_bytes('entity1,entity2\nTNF\u03b1,IL6\n'.replace('\u03b1', '\u00e4').encode('latin-1'))
-    assert read_relationships(tmp_path/'p.csv').entity2[0] == 'TNF\u00e4'
+@pytest.mark.parametrize('encoding', ['latin-1', 'utf-8', 'utf-8-sig'])
+def test_encodings(tmp_path, encoding):
+    "The same names whatever program wrote them, with or without a byte order mark"
+    (tmp_path/'p.csv').write_bytes('entity1,entity2\nTNF\u00e4,IL6\n'.encode(encoding))
+    assert read_relationships(tmp_path/'p.csv').values.tolist() == [['IL6', 'TNF\u00e4']]
+
+def test_latin1_complexes(tmp_path):
     (tmp_path/'c.tsv').write_bytes('na\u00efve complex\tA B\n'.encode('latin-1'))
     assert list(read_complexes(tmp_path/'c.tsv')) == ['na\u00efve complex']
 
