@@ -7,6 +7,7 @@ __all__ = ['average_precision', 'mean_average_precision', 'consistency', 'activi
            'probe', 'compare_corrections', 'plot_corrections']
 
 # %% ../nbs/33_retrieval.ipynb #b6eae888
+import warnings
 import numpy as np, pandas as pd
 from anndata import AnnData
 from matplotlib import pyplot as plt
@@ -29,6 +30,10 @@ def _profiles(x):
     obs = obs.reset_index(drop=True)
     bad = ~np.isfinite(A).all(1)
     if bad.any(): raise ValueError(f'{bad.sum()} profiles hold NaN, first row {bad.argmax()}: drop those wells or those features')
+    key = pd.Series((A*np.sqrt(np.arange(2, A.shape[1]+2))).sum(1))
+    twice = key.duplicated()
+    if twice.any(): warnings.warn(f'{twice.sum()} profiles are copies of others, such as row {twice.idxmax()} of row {(key==key[twice.idxmax()]).idxmax()}: '
+                                  'a well that is listed twice finds itself, drop one of the two')
     return A,obs
 
 def _unit(x):
