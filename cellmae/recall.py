@@ -9,7 +9,7 @@ __all__ = ['read_relationships', 'read_complexes', 'download', 'tail_hits', 'gen
 # %% ../nbs/32_recall.ipynb #a654d656
 import gzip, hashlib, os, tempfile, warnings
 import numpy as np, pandas as pd
-from io import BytesIO
+from io import StringIO
 from itertools import combinations
 from pathlib import Path
 from urllib.request import urlopen
@@ -19,14 +19,20 @@ from sklearn.base import clone
 from .tvn import aggregate
 
 # %% ../nbs/32_recall.ipynb #cb4a1f96
+def _text(raw):
+    "Text of a file, packed or not, in UTF-8 or else in latin-1"
+    raw = gzip.decompress(raw) if raw[:2]==b'\x1f\x8b' else raw
+    try: return raw.decode('utf-8-sig')
+    except UnicodeDecodeError: return raw.decode('latin-1')
+
 def _pairs_of(src):
     "Table of two columns of strings, and the raw bytes it came from"
     if isinstance(src, pd.DataFrame): df,name,raw = src,'the table',None
     else:
         name,raw = Path(src).name,Path(src).read_bytes()
-        text = gzip.decompress(raw) if raw[:2]==b'\x1f\x8b' else raw
-        if not text.strip() or b'\0' in text: raise ValueError(f'{name} is empty, or no text: give a CSV or tab-separated file')
-        df = pd.read_csv(BytesIO(text), sep='\t' if b'\t' in text.split(b'\n', 1)[0] else ',', dtype=str, keep_default_na=False, encoding='latin-1')
+        text = _text(raw)
+        if not text.strip() or '\0' in text: raise ValueError(f'{name} is empty, or no text: give a CSV or tab-separated file')
+        df = pd.read_csv(StringIO(text), sep='\t' if '\t' in text.split('\n', 1)[0] else ',', dtype=str, keep_default_na=False)
     if {'entity1','entity2'}<=set(df.columns): return df[['entity1','entity2']],raw
     if df.shape[1]!=2: raise ValueError(f'{name} has no column {" and ".join(sorted({"entity1","entity2"}-set(df.columns)))} (it has '
                                         f'{", ".join(map(str, df.columns[:5]))}): name its two gene columns entity1 and entity2')
@@ -70,7 +76,7 @@ def read_complexes(
     path, # File with lines `name <tab> members`, members apart by spaces
 )->dict: # Name of the complex -> table of pairs
     "The pairs within each complex"
-    lines = [o.split('\t') for o in Path(path).read_text(encoding='latin-1').splitlines() if o.strip()]
+    lines = [o.split('\t') for o in _text(Path(path).read_bytes()).splitlines() if o.strip()]
     bad = [i for i,o in enumerate(lines) if len(o)!=2]
     if bad: raise ValueError(f'line {bad[0]+1} of {Path(path).name} is not `name <tab> members`')
     return {k: pd.DataFrame(combinations(sorted(set(v.split())), 2), columns=['entity1','entity2']) for k,v in lines}
@@ -127,6 +133,7 @@ def gene_map(
     "One direction per gene: controls of an AnnData dropped, rows of the same gene averaged"
     if isinstance(x, AnnData):
         if 'control' in x.obs: x = x[~x.obs['control'].to_numpy().astype(bool)]
+        _one_kind(x.obs)
         if 'perturbation' in x.obs: x = aggregate(x)
         x = x.X.toarray() if hasattr(x.X, 'toarray') else x.X, x.obs_names
     elif isinstance(x, pd.DataFrame): x = x.to_numpy(), x.index
@@ -140,6 +147,12 @@ def gene_map(
     if bad.any(): raise ValueError(f'{bad.sum()} genes have a profile with NaN, or of zeros only ({", ".join(names[bad][:3])}): drop them')
     if len(names)<20: raise ValueError(f'the map has {len(names)} genes, recall needs at least 20: with fewer its tails are a handful of pairs')
     return (X/norm[:,None]).astype(np.float32),names
+
+# %% ../nbs/32_recall.ipynb #4727a64a
+def _one_kind(obs):
+    "Warn of a map of several kinds of perturbation: its tails are not those of one kind"
+    kinds = sorted(obs['type'].astype(str).unique()) if 'type' in obs else []
+    if len(kinds)>1: warnings.warn(f'the map mixes perturbations of type {", ".join(kinds)}, and all of them count for its tails: take one, such as `x[x.obs.type=={kinds[0]!r}]`')
 
 # %% ../nbs/32_recall.ipynb #a3b98cc3
 def _flat(i, j, n):

@@ -7,17 +7,18 @@ __all__ = ['read_rxrx3', 'compound_gene_ap', 'rxrx3_benchmark']
 
 # %% ../nbs/35_rxrx3.ipynb #c3125520
 import numpy as np, pandas as pd
+from io import StringIO
 from pathlib import Path
 from anndata import AnnData
 from sklearn.base import clone
-from .recall import recall
+from .recall import _text, recall
 from .tvn import PCACenterScale, _to_sphere
 
 # %% ../nbs/35_rxrx3.ipynb #3e872323
 def _table_of(src):
     "A DataFrame as it is, or from a parquet or CSV file"
     if isinstance(src, pd.DataFrame): return src
-    return pd.read_parquet(src) if Path(src).suffix=='.parquet' else pd.read_csv(src, encoding='latin-1')
+    return pd.read_parquet(src) if Path(src).suffix=='.parquet' else pd.read_csv(StringIO(_text(Path(src).read_bytes())))
 
 def _needs(df, cols, what):
     miss = [k for k in cols if k not in df]

@@ -39,9 +39,13 @@ def told(f, *args, **kw):
 
 # tables
 
-def test_latin1_file(tmp_path):
-    (tmp_path/'p.csv').write_bytes('entity1,entity2\nTNF\u03b1,IL6\n'.replace('\u03b1', '\u00e4').encode('latin-1'))
-    assert read_relationships(tmp_path/'p.csv').entity2[0] == 'TNF\u00e4'
+@pytest.mark.parametrize('encoding', ['latin-1', 'utf-8', 'utf-8-sig'])
+def test_encodings(tmp_path, encoding):
+    "The same names whatever program wrote them, with or without a byte order mark"
+    (tmp_path/'p.csv').write_bytes('entity1,entity2\nTNF\u00e4,IL6\n'.encode(encoding))
+    assert read_relationships(tmp_path/'p.csv').values.tolist() == [['IL6', 'TNF\u00e4']]
+
+def test_latin1_complexes(tmp_path):
     (tmp_path/'c.tsv').write_bytes('na\u00efve complex\tA B\n'.encode('latin-1'))
     assert list(read_complexes(tmp_path/'c.tsv')) == ['na\u00efve complex']
 
@@ -129,10 +133,11 @@ def test_controls_as_text(screen):
     with pytest.raises(TypeError, match='controls must be true or false'): TVN().fit(screen.X, controls=screen.obs.control.astype(str).to_numpy())
 
 def test_duplicated_wells(screen):
-    "A well listed twice is its own best replicate: the rule that replicates are on other plates leaves it out"
+    "A well listed twice is its own best replicate, and a warning; the rule that replicates are on other plates leaves it out"
     two = AnnData(np.r_[screen.X, screen.X[12:22]], obs=pd.concat([screen.obs, screen.obs[12:22]]).reset_index(drop=True).rename(str))
     a = average_precision(screen, pos_diffby='batch', neg_diffby=['control', 'batch'])
-    b = average_precision(two, pos_diffby='batch', neg_diffby=['control', 'batch'])
+    b,said = told(average_precision, two, pos_diffby='batch', neg_diffby=['control', 'batch'])
+    assert '10 profiles are copies of others, such as row 88 of row 12' in said
     np.testing.assert_allclose(a.average_precision[12:22], b.average_precision[12:22])
     assert average_precision(two).average_precision[12:22].mean() > average_precision(screen).average_precision[12:22].mean()
     E = pd.DataFrame(dict(well_id=['a', 'a'], feature_0=[1., 2.]))

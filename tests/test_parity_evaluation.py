@@ -1,15 +1,21 @@
 """The same numbers as other packages, on screens made by formula
 
-Stored values are from copairs 0.5.5 (an empty cache folder, seed 0, 1000 random rankings) and pycytominer 1.7.1.
-Where these packages are installed, they are also run and compared on a random screen."""
-import warnings
+Stored values are from copairs 0.5.5 (an empty cache folder, seed 0, 1000 random rankings), pycytominer 1.7.1 and proxbias 0.11.0.
+Where these packages are installed, they are also run and compared on a random screen. Nothing is skipped in an environment of its own:
+
+    python -m venv /some/where && /some/where/bin/pip install . pytest copairs 'pycytominer>=1.7.1'
+    /some/where/bin/pip install --no-deps proxbias efaar-benchmarking
+    /some/where/bin/python -m pytest -v tests/test_parity_evaluation.py
+"""
+import sys, types, warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from cellmae.recall import recall
 from cellmae.retrieval import average_precision, mean_average_precision
-from cellmae.tvn import Sphere
+from cellmae.tvn import TVN, CenterScale, Sphere, aggregate, correct_arms
 
 
 @pytest.fixture
@@ -94,3 +100,58 @@ def test_live_pycytominer(name):
     Y = sphere(name).fit_transform(X, controls=c)
     np.testing.assert_allclose(Y@Y.T, ref@ref.T, atol=1e-7)
     if 'ZCA' in name: np.testing.assert_allclose(Y, ref, atol=1e-7)
+
+@pytest.fixture
+def arm_map():
+    "120 genes of four arms, one of them small, 5 features"
+    i,j = np.arange(120)[:,None],np.arange(5)
+    X = pd.DataFrame(((41*i+23*j+17*i*j)%101)/101 + .5*(i//40==1), index=[f'g{k}' for k in range(120)])
+    return X,pd.DataFrame(dict(gene=X.index, arm=np.repeat(['1p', '3q', '7q', 'Xp'], [40, 40, 30, 10]), zfpkm=np.where(np.arange(120)%3==0, 0., -4.)))
+
+proxbias = [[-.492765, -.274943, -.057121, .160701, .378522], [-.203154, .423542, .087275, -.286029, .414741]]
+
+def test_stored_values_of_proxbias(arm_map):
+    "Arm centring on genes that are not expressed (zFPKM below -3), where there are more than 20 of them"
+    X,arms = arm_map
+    with pytest.warns(UserWarning, match='2 arms, such as 7q'): Y = correct_arms(X, arms.assign(expressed=arms.zfpkm>=-3))
+    np.testing.assert_allclose(Y.iloc[[0, 50]], proxbias, atol=1e-6)
+    np.testing.assert_allclose(Y.iloc[80:], X.iloc[80:])
+
+def test_live_proxbias(arm_map):
+    pb = pytest.importorskip('proxbias.arm_centering', exc_type=ImportError)
+    X,arms = arm_map
+    df = X.rename(columns=str).assign(chromosome_arm=arms.arm.to_numpy(), zfpkm=arms.zfpkm.to_numpy())
+    meta = ['chromosome_arm', 'zfpkm']
+    ref = pb.perform_arm_centering(df, meta, pb.build_arm_centering_df(df, meta)).drop(columns=meta)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        np.testing.assert_allclose(correct_arms(X, arms.assign(expressed=arms.zfpkm>=-3)), ref, atol=1e-12)
+
+@pytest.fixture
+def efaar(monkeypatch):
+    "The reference evaluation; what it imports for other parts and is not installed is an empty module"
+    for name,attr in (('scvi.model', 'SCVI'), ('geomloss', 'SamplesLoss')):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**{attr: None}, __name__=name, __spec__=None))
+    pytest.importorskip('efaar_benchmarking', exc_type=ImportError)
+    import efaar_benchmarking.benchmarking as b, efaar_benchmarking.efaar as e
+    yield types.SimpleNamespace(**{k: getattr(o, k) for o,ks in ((e, ('tvn_on_controls', 'centerscale_on_controls', 'aggregate')), (b, ('known_relationship_benchmark',))) for k in ks})
+    for k in [k for k in sys.modules if k.startswith('efaar_benchmarking')]: del sys.modules[k]
+
+def test_live_efaar_corrections(efaar):
+    g = np.random.default_rng(0)
+    X = g.normal(size=(400, 12))@g.normal(size=(12, 12))+3*g.normal(size=(5, 12))[np.arange(400)//80]
+    meta = pd.DataFrame(dict(pert=np.where(np.arange(400)%4==0, 'NTC', 'x'), batch=(np.arange(400)//80).astype(str)))
+    c,b = (meta.pert=='NTC').to_numpy(),meta.batch.to_numpy()
+    for tfm,f in ((TVN(variant='efaar'), efaar.tvn_on_controls), (CenterScale(), efaar.centerscale_on_controls)):
+        ref,Y = f(X.copy(), meta, 'pert', 'NTC', 'batch').real,tfm.fit_transform(X, controls=c, batches=b)
+        np.testing.assert_allclose(Y@Y.T, ref@ref.T, atol=1e-8)
+
+def test_live_efaar_recall(efaar):
+    from efaar_benchmarking.constants import BENCHMARK_DATA_DIR, BENCHMARK_SOURCES
+    from sklearn.utils import Bunch
+    sets = {k: f'{BENCHMARK_DATA_DIR}/{k}.txt' for k in BENCHMARK_SOURCES}
+    genes = pd.unique(pd.read_csv(sets['CORUM'], dtype=str).to_numpy().ravel())[:700]
+    X = np.random.default_rng(0).normal(size=(700, 20))
+    ref = efaar.known_relationship_benchmark(Bunch(features=pd.DataFrame(X), metadata=pd.DataFrame(dict(gene=genes))), 'gene').set_index('source')
+    res = recall((X, genes), sets, n_boot=0, n_perm=0).pivot(index='source', columns='low', values='recall').loc[BENCHMARK_SOURCES]
+    np.testing.assert_array_equal(res, ref.loc[BENCHMARK_SOURCES].filter(like='recall'))
