@@ -92,9 +92,9 @@ def train(run, screen, out, size, seed):
     kw,start = dict(out=out, seed=seed, epochs=epochs, save_every=60),time.process_time()
     if run['family'].startswith('WSL'): learn = fit_wsl(screen, run['model'], cutmix=0., share=0., **kw)   # both help long runs and slow short ones
     else:
-        if run['alpha'] is not None: kw['alpha'] = run['alpha']
+        sizes = run['sizes'] | ({} if run['alpha'] is None else dict(alpha=run['alpha']))
         torch.manual_seed(seed)
-        learn = fit_mae(screen, create_model(run['model'], in_chans=len(screen.channels), **run['sizes']), n_pictures=1, **kw)
+        learn = fit_mae(screen, create_model(run['model'], in_chans=len(screen.channels), **sizes), n_pictures=1, **kw)
     n,model = len(learn.dls.train.ids),learn.model
     return model,dict(epochs=epochs, n_train=n, params=sum(p.numel() for p in model.parameters()), train_s=time.process_time()-start, curve=[r[1] for r in learn.recorder.values],
                       flops=training_flops(model, epochs*n, 64, in_chans=len(screen.channels)))

@@ -11,10 +11,12 @@ from .vit import *
 from .cavit import *
 from .munet import *
 from .imagenet import *
+from .classifier import *
 from .zoo import *
 from .plots import *
 from .train import *
 from .scale import *
+from .wsl import *
 from .embed import *
 from .tvn import *
 from .recall import *

@@ -237,14 +237,14 @@ def make_model(
     model, # Name of a model, or a model
     channels, # Names of the channels of each panel
     crop:int, # Side of a training crop in pixels
-    alpha:float, # Weight of the Fourier loss
-    mask_ratio:float, # Fraction of tokens hidden
+    **objective, # `alpha` and `mask_ratio`, where they differ from the model's
 )->nn.Module: # A model that knows its channels
     "A model for these panels"
     if isinstance(model, str):
         if len(channels)>1 and not model.endswith('_shared'):
             raise ValueError(f"{model} has one decoder per stain (or one input for all), and these screens have {len(channels)} different panels. Use a model with a shared decoder: camae_..._shared.")
-        model = create_model(model, in_chans=len(channels[0]), img_size=crop, alpha=alpha, mask_ratio=mask_ratio)
+        model = create_model(model, in_chans=len(channels[0]), img_size=crop, **objective)
+    for k,v in objective.items(): setattr(model, k, v); model.config[k] = v
     model.channels = list(dict.fromkeys(c for panel in channels for c in panel))
     return model
 
@@ -277,7 +277,8 @@ def fit_mae(
     r = replace(r, **{k:v for k,v in given.items() if v is not None})
     torch.manual_seed(seed)
     dls = data if isinstance(data, DataLoaders) else screen_dls(data, r.crop, r.bs, seed=seed, device=device or default_device(), **kwargs)
-    net = make_model(model, [s.channels for s in dls.train.sites.screens], r.crop, r.alpha, r.mask_ratio)
+    net = make_model(model, [s.channels for s in dls.train.sites.screens], r.crop, **{k:v for k,v in dict(alpha=alpha, mask_ratio=mask_ratio).items() if v is not None})
+    r = replace(r, alpha=net.alpha, mask_ratio=net.mask_ratio)
     settings = dict(asdict(r), architecture=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()), seed=seed, sites=len(dls.train.ids), batches=len(dls.train))
     out = Path(out)
     if not resume: (out/'checkpoint.pth').unlink(missing_ok=True)

@@ -6,7 +6,7 @@
 __all__ = ['site_classes', 'WSLLoss', 'BatchStats', 'list_backbones', 'wsl_recipe', 'make_backbone', 'make_classifier',
            'wsl_learner', 'fit_wsl']
 
-# %% ../nbs/21_wsl.ipynb #9488359d
+# %% ../nbs/21_wsl.ipynb #44faa6b3
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,7 +29,7 @@ from .train import fit_cycle, guards
 from .vit import MAE
 from .zoo import Recipe, create_model, list_models, load_model, recipe, save_model
 
-# %% ../nbs/21_wsl.ipynb #7e423130
+# %% ../nbs/21_wsl.ipynb #20e9eba2
 def site_classes(
     sites, # `Sites` of a loader
     label:str='perturbation', # Column to predict
@@ -39,7 +39,7 @@ def site_classes(
     if len(names)<2: raise ValueError(f"All sites have the same {label} ({names[0]!r}): there is nothing to tell apart. Name another column, `label=`.")
     return names.tolist(),torch.as_tensor(y)
 
-# %% ../nbs/21_wsl.ipynb #6d7dbd6c
+# %% ../nbs/21_wsl.ipynb #322ba586
 class WSLLoss(nn.Module):
     "Cross-entropy of softmax and ArcFace head against the classes of sites"
     y_int = True # `CutMix`: mix losses, not labels
@@ -58,7 +58,7 @@ class WSLLoss(nn.Module):
 
     def accuracy(self, out, ids): return (out.logits.argmax(1)==self.classes.to(ids.device)[ids]).float().mean()
 
-# %% ../nbs/21_wsl.ipynb #c303ad43
+# %% ../nbs/21_wsl.ipynb #c0816394
 class BatchStats(Callback):
     "Validate by the statistics of each batch, and leave the running ones alone"
     run_train = False
@@ -69,7 +69,7 @@ class BatchStats(Callback):
     def after_validate(self):
         for m in batch_norms(self.model): m.momentum = self.model.config['momentum']
 
-# %% ../nbs/21_wsl.ipynb #4ed0f8ad
+# %% ../nbs/21_wsl.ipynb #08c2b9f5
 _paper = Recipe(lr=1.5e-4, wd=1e-5, betas=(.9,.999), alpha=0., mask_ratio=0., bs=64)
 _tiny = replace(_paper, lr=3e-3, epochs=24, crop=64)
 _densenets = {'densenet161': dict(arch='densenet161'),
@@ -91,7 +91,7 @@ def wsl_recipe(
     r = recipe(name)
     return replace(_tiny if r.crop<256 else _paper, bs=r.bs, crop=r.crop)
 
-# %% ../nbs/21_wsl.ipynb #321f3432
+# %% ../nbs/21_wsl.ipynb #299fe8a0
 def make_backbone(
     arch, # A name of `list_backbones()`, a model, or the folder of one
     in_chans:int, # Channels of an image
@@ -118,7 +118,7 @@ def make_classifier(
     net.channels,net.name = list(channels),f"wsl_{arch if arch in list_backbones() else getattr(arch, 'name', 'finetuned')}"
     return net
 
-# %% ../nbs/21_wsl.ipynb #67bef608
+# %% ../nbs/21_wsl.ipynb #533d089e
 def wsl_learner(
     dls:DataLoaders, # From `screen_dls`, with `apart`
     model:Classifier, # From `make_classifier`
@@ -139,13 +139,13 @@ def wsl_learner(
     opt = partial(OptimWrapper, opt=torch.optim.Adam, betas=betas, weight_decay=wd)
     return Learner(dls, model, loss_func=loss, opt_func=opt, lr=lr, metrics=[AvgMetric(loss.accuracy)], path=Path(out), cbs=own+list(cbs or []))
 
-# %% ../nbs/21_wsl.ipynb #3cca5ac6
-def _check_batches(dl):
+# %% ../nbs/21_wsl.ipynb #70171376
+def _check_batches(dl, apart):
     "Batch norm needs two images at least"
     few = [ids for ids in dl.epoch_batches(0) if len(ids)*dl.crops<2]
-    if few: raise ValueError(f'{dl.sites.name(int(few[0][0]))} is alone in its batch of training images, and batch norm needs two: pass `crops=2` or more, or a larger `bs`, or leave its {dl.apart} out.')
+    if few: raise ValueError(f'{dl.sites.name(int(few[0][0]))} is alone in its batch of training images, and batch norm needs two: pass `crops=2` or more, or a larger `bs`, or leave its {apart} out.')
 
-# %% ../nbs/21_wsl.ipynb #eb44d9bc
+# %% ../nbs/21_wsl.ipynb #6b9a668b
 @delegates(screen_dls, but=['data','size','bs','seed','device','apart'])
 def fit_wsl(
     data, # `Screen`, path of one, or `DataLoaders`
@@ -174,7 +174,7 @@ def fit_wsl(
     r = replace(wsl_recipe(arch), **{k:v for k,v in dict(epochs=epochs, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip).items() if v is not None})
     torch.manual_seed(seed)
     dls = data if isinstance(data, DataLoaders) else screen_dls(data, r.crop, r.bs, seed=seed, apart=apart, device=device or default_device(), **kwargs)
-    _check_batches(dls.train)
+    _check_batches(dls.train, apart)
     names,y = site_classes(dls.train.sites, label)
     net = make_classifier(arch, len(names), dls.train.sites.screens[0].channels, r.crop, embed_dim)
     settings = dict(_settings(r), architecture=net.name, parameters=sum(p.numel() for p in net.parameters()), label=label, classes=len(names), share=share, cutmix=cutmix,

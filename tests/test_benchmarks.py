@@ -1,8 +1,8 @@
 "The benchmark scripts run, and the plain readings compute what our models compute"
-import os, subprocess, sys
+import importlib.util, os, subprocess, sys
 from pathlib import Path
 
-import pytest
+import numpy as np, pandas as pd, pytest
 
 root = Path(__file__).resolve().parents[1]
 
@@ -13,3 +13,35 @@ def test_script(script, model, tmp_path):
     res = subprocess.run([sys.executable, root/'benchmarks'/f'{script}.py', *map(str, args)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
     assert res.returncode == 0, res.stderr
     assert 'plain' in res.stdout and (tmp_path/'r.json').exists()
+
+
+def script(name):
+    "A benchmark script as a module"
+    spec = importlib.util.spec_from_file_location(name, root/'benchmarks'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+@pytest.mark.filterwarnings('ignore')
+def test_compare(tmp_path):
+    "Every kind of run ends in rows of the tables"
+    compare = script('compare')
+    runs = compare.all_runs('tiny', ['baseline','scale','fourier','channels','inactive'])
+    assert all(k.replace('_', '').isalnum() for k in runs)
+    assert {k for _,*ab in compare.CONTRASTS for k,_ in ab} <= set(runs)
+    keys = 'baseline_baseline_oracle','scale_WSL_densenet_t','fourier_MAE_T_alpha_0','channels_MAE_MAE_trained_on_four','inactive_WSL_WSL_4_inactive'
+    for k in keys: compare.execute(k, runs[k], tmp_path, 'tiny', 0)
+    t = compare.write_tables(tmp_path, tmp_path/'tables', [0])
+    assert set(t.label) == {runs[k]['label'] for k in keys}
+    assert np.isfinite(t.recall).all() and (t.flops.dropna()>0).all()
+    assert set(t[t.part=='channels']['view']) == {'four stains','all six stains'}   # an MAE that knows neither RNA nor golgi has no row for them
+    assert {'runs.csv','curves.csv','contrasts.csv'} == {f.name for f in (tmp_path/'tables').iterdir()}
+    assert pd.read_csv(tmp_path/'tables/curves.csv').valid_loss.notna().all()
+
+def test_stored_tables_are_of_these_runs():
+    "What the tutorial reads was made by the scripts as they are"
+    compare,real = script('compare'),pd.read_csv(root/'benchmarks/compare/real.csv')
+    stored = pd.read_csv(root/'benchmarks/compare/runs.csv')
+    wanted = {r['label'] for r in compare.all_runs('small', ['baseline','scale','fourier','channels','inactive']).values()}
+    assert set(stored.label.astype(str)) == wanted
+    assert set(real.encoder) == set(script('compare_real').ENCODERS)
