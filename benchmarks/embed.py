@@ -53,7 +53,7 @@ def main():
         run['cellmae, bf16 weights'] = lambda: embed(half, x, False)
         run['cellmae, fp32'] = lambda: embed(built['cellmae'], x, False)
         exact |= {'cellmae, bf16 weights': exact['cellmae'], 'cellmae, fp32': exact['cellmae']}
-    columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in run.items()}}
+    columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in run.items()}} if a.bf16 else {}
     secs = timing.measure(run, a.rounds, device)
     if device.type == 'cuda' and not a.depth:
         columns['TFLOP/s'] = {k: round(cost(a.model)['embed']*a.bs/1e3/timing.median(v), 1) for k,v in secs.items() if k.startswith('cellmae')}
