@@ -327,16 +327,18 @@ def _balanced(y, pred):
 def _unseen_controls(x, tfm):
     "`offset`, `ragged` and `ragged_chance` of half of the controls, corrected by what the other half taught"
     c = _mask(x.obs['control'])
-    half = c&(pd.Series(c).groupby(x.obs['batch'].astype(str).to_numpy()).cumsum().to_numpy()%2==0)
+    n = pd.Series(c).groupby(x.obs['batch'].astype(str).to_numpy())
+    if n.sum().min()<4: return dict(offset=np.nan, ragged=np.nan, ragged_chance=np.nan) # too few to divide
+    half = c&(n.cumsum().to_numpy()%2==0)
     y = x if tfm is None else clone(tfm).fit(x[~half]).transform(x)
     d = diagnose(y[half|~c])
     return {k:d[k] for k in ('offset','ragged','ragged_chance')}
 
 def _replicates(x, by):
-    "`map` of replicates in other batches against other perturbations there, and `map_chance`"
+    "`mAP` of replicates in other batches against other perturbations there, and `mAP_chance`"
     try: t = average_precision(x[~_mask(x.obs['control'])], by, 'batch', (), [by,'batch'])
-    except ValueError: return dict(map=np.nan, map_chance=np.nan) # nothing is in two batches
-    return dict(map=t.average_precision.mean(), map_chance=t.chance[t.n_pos>0].mean())
+    except ValueError: return dict(mAP=np.nan, mAP_chance=np.nan) # nothing is in two batches
+    return dict(mAP=t.average_precision.mean(), mAP_chance=t.chance[t.n_pos>0].mean())
 
 # %% ../nbs/33_retrieval.ipynb #79259616
 def compare_corrections(
@@ -345,7 +347,7 @@ def compare_corrections(
     relationships=None, # As in `recall`; None for no recall
     by='perturbation', # Column that makes replicates
     k=5, # Neighbours of each well
-)->pd.DataFrame: # One row per correction: `leak`, `ragged` and `map`, each with its `_chance`, `offset`, and `recall SET` in the 5 % tails
+)->pd.DataFrame: # One row per correction: `leak`, `ragged` and `mAP`, each with its `_chance`, `offset`, and `recall SET` in the 5 % tails
     "Batches, controls, replicates and known pairs before and after each correction"
     rows = {}
     for name,tfm in corrections.items():
@@ -362,7 +364,7 @@ def plot_corrections(
     "What each correction does, one dot per correction: green is better than the first row, red is worse"
     sets = [o for o in table if o.startswith('recall ')]
     panels = [('batch can be seen', ['leak'], 'leak_chance', -1), ('unseen controls uneven', ['ragged'], 'ragged_chance', -1),
-              ('replicates found', ['map'], 'map_chance', 1), ('known pairs found', sets, None, 1)][:4 if sets else 3]
+              ('replicates found', ['mAP'], 'mAP_chance', 1), ('known pairs found', sets, None, 1)][:4 if sets else 3]
     fig,axs = plt.subplots(1, len(panels), figsize=(8,.9+.24*len(table)), sharey=True, layout='constrained')
     for ax,(title,cols,chance,sign) in zip(axs, panels): _row_of_dots(ax, table[cols].to_numpy(), table[chance].iloc[0] if chance else .1, sign, title)
     axs[0].set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table)-.5,-.5))
@@ -370,7 +372,7 @@ def plot_corrections(
 
 def _row_of_dots(ax, values, chance, sign, title):
     "Dots of each correction, joined to those of the first, and a dashed line at `chance`"
-    color = np.array(['0.4','C2','C3'])[np.sign(sign*(values-values[0])).round(6).astype(int)]
+    color = np.array(['0.4','C2','C3'])[np.sign(np.nan_to_num(sign*(values-values[0])).round(6)).astype(int)]
     for i,v in enumerate(values):
         ax.hlines(np.full(len(v), i), values[0], v, color='0.85')
         ax.scatter(v, np.full(len(v), i), s=22, zorder=3, c=color[i])
