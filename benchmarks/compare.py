@@ -18,11 +18,11 @@ from cellmae.wsl import fit_wsl, make_classifier
 from cellmae.zoo import create_model
 
 SIZES = dict(
-    small=dict(screen={}, epochs=dict(mae=12, wsl=24), inactive=(24,144,384), wsl=('densenet_t','densenet_s','densenet_m'),
+    small=dict(screen={}, epochs=dict(mae=12, wsl=24), inactive=(144,384), wsl=('densenet_t','densenet_s','densenet_m'),
                mae=dict(XS=dict(embed_dim=96, depth=3, num_heads=3), S=dict(embed_dim=128, depth=6, num_heads=4), T={}, B=dict(embed_dim=256, depth=8, num_heads=4))),
-    gpu=dict(screen=dict(n_batches=12, sites_per_well=2), epochs=dict(mae=60, wsl=120), inactive=(24,384,1536), wsl=('densenet_s','densenet_m','densenet161'),
+    gpu=dict(screen=dict(n_batches=12, sites_per_well=2), epochs=dict(mae=60, wsl=120), inactive=(384,1536), wsl=('densenet_s','densenet_m','densenet161'),
              mae=dict(XS=dict(embed_dim=128, depth=6, num_heads=4), S={}, T=dict(embed_dim=384, depth=12, num_heads=6), B=dict(embed_dim=768, depth=12, num_heads=12))),
-    tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64), epochs=dict(mae=1, wsl=1), inactive=(2,4,6), wsl=('densenet_t',)*3,
+    tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64), epochs=dict(mae=1, wsl=1), inactive=(4,6), wsl=('densenet_t',)*3,
               mae=dict(XS=dict(embed_dim=24, depth=1, num_heads=2), S=dict(embed_dim=24, depth=1, num_heads=2), T=dict(embed_dim=24, depth=1, num_heads=2), B=dict(embed_dim=24, depth=1, num_heads=2))))
 FEW = ['DNA','ER','actin','mito']   # the stains that some models are trained on
 VIEWS = {   # what an encoder is shown: stains, and the seed of the screen relative to the one it was trained on
@@ -52,7 +52,7 @@ def channel_runs(size):
     return runs + [dict(part='channels', family='statistics', label=k, model=k, views=tuple(v for v in VIEWS if v!='wrong names')) for k in ('intensity','spectrum')]
 
 def inactive_runs(size):
-    "The same genes among more and more that do nothing, as many images seen"
+    "The same genes among more and more that do nothing, as many images seen; the fewest are in the part `scale`"
     return [dict(part='inactive', family=f, label=f'{f}, {n} inactive', model=m, n_inactive=n, sizes=size['mae']['T'] if f=='MAE' else {})
             for n in size['inactive'] for f,m in (('WSL', size['wsl'][1]), ('MAE','mae_vitt8'))]
 
@@ -141,7 +141,7 @@ def view_of(run, view, out, size, seed):
     channels,shift = VIEWS[view]
     screen = open_synth(out, size, seed+shift, None if shift else run['n_inactive'])
     if run['n_inactive']:   # the map of the usual genes
-        extra = screen.table.perturbation.str.match(r'N\d+$') & (screen.table.perturbation.str[1:].where(lambda s: s.str.isdigit(), '0').astype(int)>SIZES[size]['inactive'][0])
+        extra = screen.table.perturbation.str.match(r'N\d+$') & (screen.table.perturbation.str[1:].where(lambda s: s.str.isdigit(), '0').astype(int)>SIZES[size]['screen'].get('n_inactive', 24))
         screen = screen.subset(~extra.to_numpy())
     return with_channels(screen, channels)
 
