@@ -255,6 +255,15 @@ def _sphering(C, dof, method, shrink):
     if w[-1]<1e-10*w[0]: raise ValueError(f'{len(C)} controls show {(w>1e-10*w[0]).sum()} of {len(w)} dimensions, and the rest cannot be whitened: leave shrink=None, or give it a value above 0')
     return V/np.sqrt(w) if method=='pca' else (V/np.sqrt(w))@V.T, share
 
+# %% ../nbs/31_tvn.ipynb #de0cb8bb
+def _components(C):
+    "Variances `(K)` and directions `(D,K)` of the centred rows of `C (n,D)`, largest first, those of zero variance left out"
+    w,V = np.linalg.eigh(C.T@C/len(C))
+    if w[0]>1e-10*w[-1]: return w[::-1],V[:,::-1]
+    _,s,Vt = np.linalg.svd(np.linalg.qr(C, mode='r'), full_matrices=False) # slower, for what squares are too coarse
+    s = s[s>1e-10*s[0]]
+    return s**2/len(C),Vt[:len(s)].T
+
 # %% ../nbs/31_tvn.ipynb #04f5acda
 class PCACenterScale(Correction):
     "Principal components of the controls, centred and scaled by the controls of each batch"
@@ -265,8 +274,7 @@ class PCACenterScale(Correction):
     def _learn(self, X, controls, batches):
         C = X[controls]
         _need_spread(C)
-        _,s,Vt = np.linalg.svd(np.linalg.qr(C-C.mean(0), mode='r'), full_matrices=False)
-        return Vt[(s>1e-10*s[0]).nonzero()[0][:self.n_components]].T, # (D,K)
+        return _components(C-C.mean(0))[1][:,:self.n_components], # (D,K)
 
     def _batches(self, X, controls, rows):
         V, = self.shared_
@@ -297,12 +305,10 @@ def _root(S):
 # %% ../nbs/31_tvn.ipynb #737bd1bf
 def _efaar(C, sd, k=None):
     "`(D,K)` map to standardised principal components of the controls `C (n,D)`, centred"
-    C = C/sd
-    w,V = np.linalg.eigh(C.T@C/len(C))
-    keep = (w>1e-13*w[-1]).nonzero()[0][::-1][:k]
-    if len(keep)<(k or len(sd)): warnings.warn(f'{len(C)} controls show {len(keep)} of {len(sd)} dimensions, the others are lost: use the default variant, '
-                                               'or n_components well below the number of controls', stacklevel=5)
-    return np.ascontiguousarray(V[:,keep])/np.sqrt(w[keep])/sd[:,None]
+    w,V = _components(C/sd)
+    if len(w)<(k or len(sd)): warnings.warn(f'{len(C)} controls show {len(w)} of {len(sd)} dimensions, the others are lost: use the default variant, '
+                                            'or n_components well below the number of controls', stacklevel=5)
+    return np.ascontiguousarray(V[:,:k])/np.sqrt(w[:k])/sd[:,None]
 
 # %% ../nbs/31_tvn.ipynb #9a5f927f
 _variants = 'blend','efaar','efaar_2023','efaar_2024'
