@@ -204,9 +204,15 @@ def read_profiles(
 )->ad.AnnData: # Features in `X`, all other columns in `obs`, without `Metadata_`
     "Read a table of profiles from any source"
     path = Path(path)
-    table = pd.read_parquet(path) if path.suffix=='.parquet' else pd.read_csv(path, dtype={k:str for k in ('plate','well','site','batch')})
+    table = pd.read_parquet(path) if path.suffix=='.parquet' else _read_csv(path)
     feats = [c for c in table if c.startswith(prefix)]
     if not feats: raise ValueError(f"{path.name} has no column that begins with {prefix!r}: its columns are {', '.join(map(str, table.columns[:8]))}, ... Pass `prefix=`.")
     obs = table.drop(columns=feats).rename(columns=lambda c: c.removeprefix('Metadata_'))
     obs.index = obs.index.astype(str)
     return ad.AnnData(table[feats].to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=feats))
+
+def _read_csv(path):
+    "A table in UTF-8, or else in latin-1, with names of wells as text"
+    text = {k:str for k in ('plate','well','site','batch')}
+    try: return pd.read_csv(path, dtype=text, encoding='utf-8-sig')
+    except UnicodeDecodeError: return pd.read_csv(path, dtype=text, encoding='latin-1')
