@@ -45,9 +45,9 @@ def wsl_runs(size):
     return runs + [dict(part='scale', family='WSL of a ViT', label='T', model='mae_vitt8')]
 
 def channel_runs(size):
-    "CA-MAE and MAE of equal width, on six stains and on four"
+    "CA-MAE and MAE of equal width, on six stains and on four; small batches, since a CA-MAE needs more steps to begin to learn than it has in large ones"
     six,four = ('all six stains','wrong names','DNA, actin, mito','second screen: DNA, actin, golgi'),('four stains','RNA and golgi only','all six stains')
-    runs = [dict(part='channels', family=f, label=f'{f}, trained on {"four" if few else "six"}', model=m, sizes=size['mae']['T'], channels=FEW if few else None, views=four if few else six)
+    runs = [dict(part='channels', family=f, label=f'{f}, trained on {"four" if few else "six"}', model=m, sizes=size['mae']['T'], channels=FEW if few else None, views=four if few else six, bs=16, epochs=8 if size is SIZES['small'] else None)
             for few in (False,True) for f,m in (('CA-MAE','camae_vitt8_shared'),('MAE','mae_vitt8'))]
     return runs + [dict(part='channels', family='statistics', label=k, model=k, views=tuple(v for v in VIEWS if v!='wrong names')) for k in ('intensity','spectrum')]
 
@@ -87,9 +87,9 @@ def train(run, screen, out, size, seed):
     "The trained model, and what training it cost"
     if run['channels']: screen = with_channels(screen, run['channels'])
     if run['fraction']<1: screen = fewer(screen, run['fraction'], seed)
-    epochs = SIZES[size]['epochs']['wsl' if run['family'].startswith('WSL') else 'mae']
+    epochs = run['epochs'] or SIZES[size]['epochs']['wsl' if run['family'].startswith('WSL') else 'mae']
     if run['n_inactive']: epochs = max(1, round(epochs*run['n_usual']/len(screen)))   # as many images seen
-    kw,start = dict(out=out, seed=seed, epochs=epochs, save_every=60),time.process_time()
+    kw,start = dict(out=out, seed=seed, epochs=epochs, bs=run['bs'], save_every=60),time.process_time()
     if run['family'].startswith('WSL'): learn = fit_wsl(screen, run['model'], cutmix=0., share=0., **kw)   # both help long runs and slow short ones
     else:
         sizes = run['sizes'] | ({} if run['alpha'] is None else dict(alpha=run['alpha']))
@@ -147,7 +147,7 @@ def view_of(run, view, out, size, seed):
 
 def execute(key, run, out, size, seed):
     "Train, embed, measure, and write what came out"
-    run = dict(fraction=1, alpha=None, channels=None, n_inactive=None, sizes={}, views=('all six stains',)) | run
+    run = dict(fraction=1, alpha=None, channels=None, n_inactive=None, sizes={}, views=('all six stains',), bs=None, epochs=None) | run
     screen,at = open_synth(out, size, seed, run['n_inactive']),out/'runs'/f'{key}_{seed}'
     run['n_usual'] = len(open_synth(out, size, seed))
     model,cost = (baseline(run, screen, size, seed),{}) if run['part']=='baseline' or run['family']=='statistics' else train(run, screen, at, size, seed)
