@@ -28,7 +28,7 @@ FEW = ['DNA','ER','actin','mito']   # the stains that some models are trained on
 VIEWS = {   # what an encoder is shown: stains, and the seed of the screen relative to the one it was trained on
     'all six stains': (STAINS6, 0), 'wrong names': (STAINS6[::-1], 0), 'four stains': (FEW, 0), 'DNA, actin, mito': (['DNA','actin','mito'], 0),
     'RNA and golgi only': (['RNA','golgi'], 0), 'second screen: DNA, actin, golgi': (['DNA','actin','golgi'], 100)}
-CORRECTIONS = {'none': None, 'centre-scale': CenterScale(), 'sphering': Sphere(), 'PCA-CS': PCACenterScale(), 'TVN': TVN(), 'TVN of EFAAR': TVN(variant='efaar')}
+CORRECTIONS = {'none': None, 'centre-scale': CenterScale(), 'sphering': Sphere(), 'PCA-CS': PCACenterScale(), 'TVN of EFAAR': TVN(variant='efaar'), 'TVN': TVN()}
 
 
 def mae_runs(size):
