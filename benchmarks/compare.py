@@ -194,7 +194,7 @@ def contrasts(out, seeds):
     return pd.DataFrame(rows)
 
 six,neck = 'all six stains_meanstd.h5ad','all six stains_neck.h5ad'
-CONTRASTS = [('WSL -> MAE', ('scale_WSL_densenet_s',neck), ('scale_MAE_T',six)), ('MAE XS -> T', ('scale_MAE_XS',six), ('scale_MAE_T',six)),
+CONTRASTS = [('WSL -> MAE', ('scale_WSL_densenet_s',neck), ('scale_MAE_T',six)), ('MAE -> WSL of the same ViT', ('scale_MAE_T',six), ('scale_WSL_of_a_ViT_T',neck)), ('MAE XS -> T', ('scale_MAE_XS',six), ('scale_MAE_T',six)),
     ('quarter of the sites -> all', ('scale_MAE_T_0_25_of_the_sites',six), ('scale_MAE_T',six)), ('alpha 0 -> .01', ('fourier_MAE_T_alpha_0',six), ('fourier_MAE_T_alpha_0_01',six)),
     ('alpha 0 -> .1', ('fourier_MAE_T_alpha_0',six), ('scale_MAE_T',six)), ('B, alpha 0 -> .1', ('fourier_MAE_B_alpha_0',six), ('fourier_MAE_B_alpha_0_1',six)),
     ('MAE -> CA-MAE', ('channels_MAE_MAE_trained_on_six',six), ('channels_CA_MAE_CA_MAE_trained_on_six',six)),
