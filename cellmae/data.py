@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastcore.basics import listify, store_attr
+from fastcore.basics import listify, patch, store_attr
 from .screen import Screen, open_screen, split
 
 # %% ../nbs/05_data.ipynb #0ff712ef
@@ -100,7 +100,8 @@ class CropLoader(DataLoader):
             batches += np.array_split(ids, ceil(len(ids)/self.per_batch))
         return [batches[i] for i in (rng.permutation(len(batches)) if self.train else range(len(batches)))]
 
-    def get_idxs(self): return list(enumerate(self.epoch_batches(self.epoch)))[self.start:]
+    rank,ranks = 0,1 # every `ranks`th batch is ours, see `share`
+    def get_idxs(self): return list(enumerate(self.epoch_batches(self.epoch)))[self.rank::self.ranks][:self.n][self.start:]
 
     def create_item(self, s):
         k,ids = s
@@ -108,6 +109,16 @@ class CropLoader(DataLoader):
         cut = (lambda x: random_crop(x, self.size, rng)) if self.train else (lambda x: centre_crop(x, self.size))
         x = np.stack([cut(self.sites[i]) for i in ids for _ in range(self.crops)])
         return torch.from_numpy(x), torch.from_numpy(np.repeat(ids, self.crops))
+
+# %% ../nbs/05_data.ipynb #27754540
+@patch
+def share(self:CropLoader,
+    rank:int, # This process, from 0
+    ranks:int, # Processes that train together
+):
+    "Leave all but every `ranks`th batch to other processes; all get equally many"
+    if self.n<ranks: raise ValueError(f"{self.n} batches cannot be shared by {ranks} processes: make `bs` smaller, or train in fewer.")
+    self.rank,self.ranks,self.n = rank,ranks,self.n//ranks
 
 # %% ../nbs/05_data.ipynb #6cdc4144
 def check_size(
