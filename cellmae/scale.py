@@ -212,7 +212,7 @@ def plot_scaling(
     for i,(k,t) in enumerate(table.groupby(family, sort=False)): _draw_family(ax, t, k, _fits(t, x, y, group), f'C{i%10}', x, y, low, high)
     ax.legend(loc='center left', bbox_to_anchor=(1.01,.5), fontsize=8, frameon=False)
     _thin_ticks(ax, table[x])
-    if label: _name_points(ax, table.groupby([family,label], sort=False)[[x,y]].mean().reset_index(), x, y, label)
+    if label: _name_points(ax, table.groupby([family,label], sort=False)[[x,y]].mean().reset_index(), table, x, y, label)
     return ax.figure
 
 # %% ../nbs/22_scale.ipynb #8a2474c4
@@ -224,10 +224,10 @@ def _thin_ticks(ax, x):
         ax.xaxis.set(major_locator=plt.LogLocator(subs=(1,2,5)) if hi-lo>.7 else plt.MaxNLocator(3), major_formatter=plt.FuncFormatter(lambda v, _: f'{v:.3g}'.replace('e+', 'e')))
     ax.xaxis.set_minor_formatter(plt.NullFormatter())
 
-def _name_points(ax, t, x, y, label):
+def _name_points(ax, t, points, x, y, label):
     "Write names beside points, each at the first place that is free; a name that fits nowhere is left out"
     ax.figure.draw_without_rendering()
-    room,taken = ax.get_window_extent().padded(-3),[Bbox.from_bounds(*(p-5), 10, 10) for p in ax.transData.transform(t[[x,y]])]
+    room,taken = ax.get_window_extent().padded(-3),[Bbox.from_bounds(*(p-5), 10, 10) for p in ax.transData.transform(points[[x,y]])]
     places = [(r*np.cos(a), r*np.sin(a), r) for r in (8,16,28,42) for a in np.pi*np.array([0,1,1.5,.5,1.75,.25,1.25,.75])]
     for name,p in zip(t[label], t[[x,y]].to_numpy()):
         for dx,dy,r in places:
@@ -252,6 +252,7 @@ class PowerFit:
     parts:dict # What `line` needs: the curves that fit
     __repr__ = _short
 
+# %% ../nbs/22_scale.ipynb #8bf4091a
 @patch
 def line(self:PowerFit,
     flops, # Where
