@@ -24,7 +24,7 @@ from fastai.learner import AvgMetric, Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.torch_core import default_device
+from fastai.torch_core import default_device, rank_distrib
 from fastcore.meta import delegates
 from timm.optim.lion import Lion
 from .data import screen_dls
@@ -217,7 +217,7 @@ def mae_learner(
     cbs=None, # Further fastai callbacks
 )->Learner: # Ready to `fit`
     "A fastai `Learner` that trains a masked autoencoder and can be killed at any time"
-    own = [FixedMasks(), Reconstructions(Path(out)/'reconstructions', n_pictures), *guards(out, settings, dls.device, clip, bf16, save_every)]
+    own = [FixedMasks(), *([Reconstructions(Path(out)/'reconstructions', n_pictures)] if n_pictures else []), *guards(out, settings, dls.device, clip, bf16, save_every)]
     opt = partial(OptimWrapper, opt=Lion, betas=betas, weight_decay=wd)
     return Learner(dls, model, loss_func=mae_loss, opt_func=opt, lr=lr, metrics=[AvgMetric(mse), AvgMetric(fourier)], path=Path(out), cbs=own+list(cbs or []))
 
@@ -284,5 +284,5 @@ def fit_mae(
     if not resume: (out/'checkpoint.pth').unlink(missing_ok=True)
     learn = mae_learner(dls, net, out, settings, r.lr, r.wd, r.betas, r.clip, bf16, n_pictures, save_every, cbs)
     fit_cycle(learn, r.epochs)
-    save_model(net, out/'model', net.channels, **settings)
+    if not rank_distrib(): save_model(net, out/'model', net.channels, **settings)
     return learn

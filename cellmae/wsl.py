@@ -20,7 +20,7 @@ from fastai.callback.mixup import CutMix
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric, Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device
+from fastai.torch_core import default_device, rank_distrib
 from fastcore.meta import delegates
 from .classifier import Classifier, any_channels, arcface, batch_norms
 from .data import screen_dls
@@ -182,7 +182,7 @@ def fit_wsl(
     if not resume: (Path(out)/'checkpoint.pth').unlink(missing_ok=True)
     learn = wsl_learner(dls, net, WSLLoss(y, share), out, settings, r.lr, r.wd, r.betas, r.clip, cutmix, bf16, save_every, cbs)
     fit_cycle(learn, r.epochs)
-    save_model(net, Path(out)/'model', net.channels, **settings, names=names)
+    if not rank_distrib(): save_model(net, Path(out)/'model', net.channels, **settings, names=names)
     return learn
 
 def _settings(r): return {k:v for k,v in asdict(r).items() if k not in ('alpha','mask_ratio')}
