@@ -26,9 +26,9 @@ def script(name):
 def test_compare(tmp_path):
     "Every kind of run ends in rows of the tables"
     compare = script('compare')
-    runs = compare.all_runs('tiny', ['baseline','scale','fourier','channels','inactive'])
+    runs,usual = (compare.all_runs(size, ['baseline','scale','fourier','channels','inactive']) for size in ('tiny','small'))
     assert all(k.replace('_', '').isalnum() for k in runs)
-    assert {k for _,*ab in compare.CONTRASTS for k,_ in ab} <= set(runs)
+    assert {k for _,*ab in compare.CONTRASTS for k,_ in ab} <= set(usual)
     keys = 'baseline_baseline_oracle','scale_WSL_densenet_t','fourier_MAE_T_alpha_0','channels_MAE_MAE_trained_on_four','inactive_WSL_WSL_4_inactive'
     for k in keys: compare.execute(k, runs[k], tmp_path, 'tiny', 0)
     t = compare.write_tables(tmp_path, tmp_path/'tables', [0])
