@@ -24,6 +24,7 @@ SIZES = dict(
              mae=dict(XS=dict(embed_dim=128, depth=6, num_heads=4), S={}, T=dict(embed_dim=384, depth=12, num_heads=6), B=dict(embed_dim=768, depth=12, num_heads=12))),
     tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64), epochs=dict(mae=1, wsl=1), inactive=(4,6), wsl=('densenet_t',)*3,
               mae=dict(XS=dict(embed_dim=24, depth=1, num_heads=2), S=dict(embed_dim=24, depth=1, num_heads=2), T=dict(embed_dim=24, depth=1, num_heads=2), B=dict(embed_dim=24, depth=1, num_heads=2))))
+PARTS = ['baseline','scale','fourier','channels','inactive']
 FEW = ['DNA','ER','actin','mito']   # the stains that some models are trained on
 VIEWS = {   # what an encoder is shown: stains, and the seed of the screen relative to the one it was trained on
     'all six stains': (STAINS6, 0), 'wrong names': (STAINS6[::-1], 0), 'four stains': (FEW, 0), 'DNA, actin, mito': (['DNA','actin','mito'], 0),
@@ -209,7 +210,7 @@ def write_tables(out, tables, seeds):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--parts', nargs='+', default=['baseline','scale','fourier','channels','inactive'])
+    p.add_argument('--parts', nargs='+', default=PARTS)
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1])
     p.add_argument('--size', choices=SIZES, default='small')
     p.add_argument('--out', type=Path, default=Path('compare_runs'), help='screens and runs; a finished run is not done again')
@@ -219,7 +220,7 @@ def main():
     p.add_argument('--run', help='one run by its key, in this process')
     args = p.parse_args()
     warnings.filterwarnings('ignore')
-    runs = all_runs(args.size, ['baseline','scale','fourier','channels','inactive'] if args.run else args.parts)
+    runs = all_runs(args.size, PARTS if args.run else args.parts)
     if args.run: return execute(args.run, runs[args.run], args.out, args.size, args.seeds[0])
     for s in args.seeds:
         for n in {r.get('n_inactive') for r in runs.values()}: open_synth(args.out, args.size, s, n)

@@ -2,43 +2,34 @@
 import argparse, os, tempfile, time, warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd, tifffile, torch
+import numpy as np, pandas as pd, torch
 from fastai.callback.core import CancelFitException, Callback
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import recall_score
 from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from cellmae.embed import embed
-from cellmae.screen import Screen, write_whole
-from cellmae.stats import intensity_stats, spectrum_stats
+from cellmae.embed import as_encoder, embed
+from cellmae.retrieval import balanced_accuracy
+from cellmae.screen import write_stack_screen, write_whole
 from cellmae.train import fit_mae
 from cellmae.wsl import fit_wsl, make_classifier
-from cellmae.zoo import create_model
 
 ENCODERS = 'intensity statistics','spectrum statistics','untrained MAE','untrained DenseNet','MAE','CA-MAE','WSL'
 
-
-def write_stacks(images, table, channels, folder):
-    "A screen of images `(n,C,H,W)`"
-    folder.mkdir(parents=True)
-    files = [f'{i:04d}.tif' for i in range(len(images))]
-    for f,x in zip(files, images): tifffile.imwrite(folder/f, x, photometric='minisblack')
-    return Screen(table.assign(file=files), channels=list(channels), root=folder)
 
 def mitocheck(data, tmp):
     "Nuclei in one stain: phenotypes on plates not seen. A well says little about a nucleus, so WSL learns phenotypes, of the training plates of each fold"
     images,meta = np.load(data/'mitocheck_crops/crops.npz')['images'],pd.read_csv(data/'mitocheck_crops/metadata.csv')
     table = pd.DataFrame(dict(plate=meta.plate, well=[f'{w}_{i}' for i,w in enumerate(meta.well)], phenotype=meta.phenotype))
-    return write_stacks(images[:,None], table, ['DNA'], tmp/'mitocheck'),dict(crop=64, bs=64, label='phenotype'),'phenotype','plate',5
+    return write_stack_screen(images[:,None], table, ['DNA'], tmp/'mitocheck'),dict(crop=64, bs=64, label='phenotype'),'phenotype','plate',5
 
 def periscope(data, tmp):
     "Cells in five stains: genes, one guide left out at a time. WSL learns to tell guides apart, and never which belong to one gene"
     crops = np.load(data/'periscope_crops/crops_hela_dmem.npz')
     meta = pd.read_csv(data/'periscope_crops/metadata.csv').query('file=="crops_hela_dmem.npz"').sort_values('index')
     table = pd.DataFrame(dict(plate='HeLa', well=[f'{w}_{i}' for i,w in enumerate(meta.well)], perturbation=meta.guide, gene=meta.gene))
-    return write_stacks(crops['images'], table, crops['channels'], tmp/'periscope'),dict(crop=64, bs=32, label='perturbation'),'gene','perturbation',None
+    return write_stack_screen(crops['images'], table, crops['channels'], tmp/'periscope'),dict(crop=64, bs=32, label='perturbation'),'gene','perturbation',None
 
 class Time(Callback):
     "Seconds of processor time per training step"
@@ -66,25 +57,23 @@ def trained(name, screen, tmp, minutes, seed, kw):
 def encoder(name, screen, tmp, minutes, seed, kw):
     "The encoder of a name, and the epochs it was trained for"
     torch.manual_seed(seed)
-    if name.endswith('statistics'): return (intensity_stats if name.startswith('intensity') else spectrum_stats),0
+    if name.endswith('statistics'): return name.split()[0],0
     if name=='untrained DenseNet': return make_classifier('densenet_s', 2, screen.channels, kw['crop']),0
-    if name=='untrained MAE':
-        model = create_model('mae_vitt8', in_chans=len(screen.channels)); model.channels = screen.channels
-        return model,0
+    if name=='untrained MAE': return as_encoder('mae_vitt8', screen.channels, 'meanstd', seed=seed),0
     return trained(name, screen, tmp, minutes, seed, kw)
 
 def vectors(name, screen, folds, tmp, minutes, seed, kw):
     "Vectors of all cells for each fold, and epochs; they differ only where labels of the training side were seen"
-    def embedded(model, epochs):
+    def embedded(model):
         pool = None if name.startswith('WSL') or 'DenseNet' in name or 'statistics' in name else 'meanstd'
         return embed(model, screen, pool=pool, level='site', progress=False).X
     if name!='WSL' or kw['label']!='phenotype':
         model,epochs = encoder(name, screen, tmp, minutes, seed, kw)
-        return [embedded(model, epochs)]*len(folds),epochs
+        return [embedded(model)]*len(folds),epochs
     out = []
     for k,(train,_) in enumerate(folds):
         model,epochs = trained(name, screen.subset(train), tmp/f'fold_{k}', minutes, seed, kw)
-        out.append(embedded(model, epochs))
+        out.append(embedded(model))
     return out,epochs
 
 def predict(x, y, train, test, k=5):
@@ -93,18 +82,11 @@ def predict(x, y, train, test, k=5):
     linear = LogisticRegression(C=.1, max_iter=1000, class_weight='balanced').fit(x[train], y[train]).predict(x[test])
     return linear,KNeighborsClassifier(k, metric='cosine').fit(x[train], y[train]).predict(x[test])
 
-def balanced(y, pred, groups, n_boot=500):
-    "Balanced accuracy and its 95 % interval over groups"
-    score = lambda i: recall_score(y[i], pred[i], labels=np.unique(y[i]), average='macro', zero_division=0)
-    members,rng = list(pd.Series(range(len(y))).groupby(groups).indices.values()),np.random.default_rng(0)
-    draws = [score(np.concatenate([members[k] for k in rng.integers(0, len(members), len(members))])) for _ in range(n_boot)]
-    return score(np.arange(len(y))),*np.percentile(draws, [2.5,97.5])
-
 def evaluate(xs, folds, y, groups):
     "Linear probe and nearest neighbours over the folds"
     preds = np.empty((2,len(y)), dtype=object)
     for x,(train,test) in zip(xs, folds): preds[:,test] = predict(x, y, train, test)
-    return {f'{how}{end}': v for how,p in zip(('probe','knn'), preds.astype(str)) for end,v in zip(('','_low','_high'), balanced(y, p, groups))}
+    return {f'{how}{end}': v for how,p in zip(('probe','knn'), preds.astype(str)) for end,v in zip(('','_low','_high'), balanced_accuracy(y, p, groups, 500))}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)

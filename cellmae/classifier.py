@@ -50,6 +50,7 @@ class ClassifierOutput(NamedTuple):
 # %% ../nbs/15b_classifier.ipynb #555f8faa
 class Classifier(nn.Module):
     "Names the perturbation of an image; its neck is the embedding"
+    pool = 'neck' # what `encode` gives unless told otherwise
     def __init__(self,
         backbone, # An encoder (`ImageNetEncoder`, `MAE`, `CAMAE`), or its description `dict(model=..., args=...)`
         n_classes:int, # Perturbations `K`
@@ -88,11 +89,6 @@ def encode(self:Classifier,
 )->Tensor: # `(B,D)` float32
     "Embed images"
     return self.neck(self.backbone.encode(x)).float() if pool=='neck' else self.backbone.encode(x, pool=pool)
-
-@patch(as_prop=True)
-def pool(self:Classifier):
-    "What `encode` gives unless told otherwise"
-    return 'neck'
 
 # %% ../nbs/15b_classifier.ipynb #ee474da9
 def any_channels(

@@ -8,6 +8,7 @@ __all__ = ['STATS', 'LEVELS', 'match_channels', 'Encoder', 'as_encoder', 'weight
 
 # %% ../nbs/30_embed.ipynb #0bd12dfb
 import hashlib, os
+from itertools import islice
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
 from .classifier import any_channels, crop_size
 from .images import tile
-from .screen import KEYS, open_screen, write_whole
+from .screen import KEYS, _csv, open_screen, write_whole
 from .train import has_bf16
 from .stats import intensity_stats, spectrum_stats
 from .zoo import create_model, list_models, load_model
@@ -91,10 +92,9 @@ def _adapting(model):
 
 # %% ../nbs/30_embed.ipynb #99ae1050
 def weights_hash(
-    model, # A module, or a function
-)->str: # 12 hex digits; empty for a function
+    model:nn.Module, # Any
+)->str: # 12 hex digits
     "Short fingerprint of a model's weights"
-    if not isinstance(model, nn.Module): return ''
     h = hashlib.sha256()
     for k,v in sorted(model.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()[:12]
@@ -130,14 +130,11 @@ def tile_vectors(
 ): # Vectors of all tiles `(T,D)` and the site number of each `(T,)`
     "Encode every tile of a screen, one experiment after the other if the encoder adapts"
     groups = screen.table.groupby('batch', sort=False).indices.values() if encoder.adapt else [np.arange(len(screen))]
-    vecs,owner,bar = [],[],progress_bar(range(len(screen)), display=progress)
-    seen = iter(bar)
+    vecs,owner,bar = [],[],iter(progress_bar(np.concatenate(list(groups)), display=progress))
     for ids in groups:
         if encoder.adapt: encoder.adapt(x for x,_ in tile_batches(screen, np.random.default_rng(0).permutation(ids)[:n_adapt], order, size, bs))
-        for x,whose in tile_batches(screen, ids, order, size, bs):
-            vecs.append(np.asarray(encoder.encode(x))); owner += whose
-            for _ in set(whose): next(seen, None)
-    list(seen)
+        for x,whose in tile_batches(screen, islice(bar, len(ids)), order, size, bs): vecs.append(np.asarray(encoder.encode(x))); owner += whose
+    next(bar, None) # full
     back = np.argsort(owner, kind='stable')
     return np.concatenate(vecs)[back], np.array(owner)[back]
 
@@ -204,15 +201,9 @@ def read_profiles(
 )->ad.AnnData: # Features in `X`, all other columns in `obs`, without `Metadata_`
     "Read a table of profiles from any source"
     path = Path(path)
-    table = pd.read_parquet(path) if path.suffix=='.parquet' else _read_csv(path)
+    table = pd.read_parquet(path) if path.suffix=='.parquet' else _csv(path, dtype={k:str for k in ('plate','well','site','batch')})
     feats = [c for c in table if c.startswith(prefix)]
     if not feats: raise ValueError(f"{path.name} has no column that begins with {prefix!r}: its columns are {', '.join(map(str, table.columns[:8]))}, ... Pass `prefix=`.")
     obs = table.drop(columns=feats).rename(columns=lambda c: c.removeprefix('Metadata_'))
     obs.index = obs.index.astype(str)
     return ad.AnnData(table[feats].to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=feats))
-
-def _read_csv(path):
-    "A table in UTF-8, or else in latin-1, with names of wells as text"
-    text = {k:str for k in ('plate','well','site','batch')}
-    try: return pd.read_csv(path, dtype=text, encoding='utf-8-sig')
-    except UnicodeDecodeError: return pd.read_csv(path, dtype=text, encoding='latin-1')

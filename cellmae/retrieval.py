@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['average_precision', 'mean_average_precision', 'consistency', 'activity', 'energy_distance', 'magnitude', 'match',
-           'probe', 'compare_corrections', 'plot_corrections']
+           'probe', 'balanced_accuracy', 'compare_corrections', 'plot_corrections']
 
 # %% ../nbs/33_retrieval.ipynb #b6eae888
 import warnings
@@ -313,12 +313,23 @@ def probe(
     if n_classes<2: raise ValueError(f'all rows have the same {label}: there is nothing to predict')
     model,pred = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=500, class_weight='balanced')),np.full(len(y), -1)
     for train,test in StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(A, y, g): pred[test] = model.fit(A[train], y[train]).predict(A[test])
-    rng,members = np.random.default_rng(seed),list(pd.Series(range(len(g))).groupby(g).indices.values())
-    draws = [np.concatenate([members[i] for i in rng.integers(0, n_groups, n_groups)]) for _ in range(n_boot)]
-    lo,hi = np.percentile([_balanced(y[d], pred[d]) for d in draws], [2.5,97.5]).tolist() if n_boot else (np.nan,np.nan)
-    return dict(accuracy=_balanced(y, pred), ci_low=lo, ci_high=hi, chance=1/n_classes, n_classes=n_classes, n_groups=n_groups)
+    acc,lo,hi = balanced_accuracy(y, pred, g, n_boot, seed)
+    return dict(accuracy=acc, ci_low=lo, ci_high=hi, chance=1/n_classes, n_classes=n_classes, n_groups=n_groups)
 
 # %% ../nbs/33_retrieval.ipynb #1e3b367b
+def balanced_accuracy(
+    y, # True classes `(n,)`
+    pred, # Predicted classes `(n,)`
+    groups, # Values that are drawn whole `(n,)`, such as the plate of each row
+    n_boot=200, # Bootstraps over groups; 0: no interval
+    seed=0,
+)->tuple: # Value, and the ends of its 95 % interval
+    "Balanced accuracy and its interval over groups"
+    rng,members = np.random.default_rng(seed),list(pd.Series(range(len(y))).groupby(groups).indices.values())
+    draws = [np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]) for _ in range(n_boot)]
+    lo,hi = np.percentile([_balanced(y[d], pred[d]) for d in draws], [2.5,97.5]).tolist() if n_boot else (np.nan,np.nan)
+    return _balanced(y, pred),lo,hi
+
 def _balanced(y, pred):
     "Mean over the classes in `y` of the share predicted right"
     return float(recall_score(y, pred, labels=np.unique(y), average='macro', zero_division=0))

@@ -303,7 +303,7 @@ class Together(Callback):
         self.seed_steps.seed += 1000*rank # other masks
         if rank:
             for cb in (History,Reconstructions,ProgressCallback): self.learn.remove_cb(cb)
-            self.learn.logger = vars(self.checkpoint)['save'] = noop
+            self.learn.logger = noop
 
     def before_fit(self): self.whole,self.wrapped = self.model,DistributedDataParallel(self.model) if self.many else self.model
     def before_batch(self):

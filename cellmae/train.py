@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'has_bf16', 'BF16', 'LossGuard', 'History', 'Reconstructions', 'SeedSteps', 'Checkpoint',
-           'guards', 'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'make_model', 'fit_mae']
+           'guards', 'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'given', 'run_whole', 'make_model',
+           'fit_mae']
 
 # %% ../nbs/20_train.ipynb #653c940d
 import os, time
@@ -148,7 +149,8 @@ class Checkpoint(Callback):
 # %% ../nbs/20_train.ipynb #c2f90c1f
 @patch
 def save(self:Checkpoint, epoch, batch):
-    "Write the state of the run as it is before batch `batch` of epoch `epoch`"
+    "Write the state of the run as it is before batch `batch` of epoch `epoch`; of several processes the first writes"
+    if rank_distrib(): return
     rec = self.recorder
     curve = dict(losses=[float(o) for o in rec.losses], lrs=[float(o) for o in rec.lrs], iters=list(rec.iters), values=[[float(o) for o in r] for r in rec.values],
                  smooth=(rec.smooth_loss.count, rec.smooth_loss.val))
@@ -232,6 +234,25 @@ def fit_cycle(
     scheds = dict(lr=one_cycle(lr/25, lr, lr/25/1e4, n), mom=one_cycle(.95, .85, .95, n))
     learn.fit(epochs, cbs=ParamScheduler(scheds))
 
+# %% ../nbs/20_train.ipynb #6f21496c
+def given(
+    **options, # Values, None where nothing was given
+)->dict: # Without None
+    "The options that were given"
+    return {k:v for k,v in options.items() if v is not None}
+
+def run_whole(
+    learn:Learner, # With `Checkpoint`; its `path` is the folder of the run
+    settings:dict, # What makes this run this run, with its `epochs`
+    resume:bool=True, # Go on where a run in the folder stopped? Otherwise start over
+    **provenance, # What else the bundle shall say
+)->Learner: # Trained
+    "Train through one cycle and write the bundle; of several processes the first writes"
+    if not resume: (learn.path/'checkpoint.pth').unlink(missing_ok=True)
+    fit_cycle(learn, settings['epochs'])
+    if not rank_distrib(): save_model(learn.model, learn.path/'model', learn.model.channels, **settings, **provenance)
+    return learn
+
 # %% ../nbs/20_train.ipynb #b556023a
 def make_model(
     model, # Name of a model, or a model
@@ -273,16 +294,12 @@ def fit_mae(
 )->Learner: # Trained; `.model` is an ordinary `nn.Module`
     "Train a masked autoencoder on a screen"
     r = recipe(model if isinstance(model, str) else getattr(model, 'name', 'camae_vits16'))
-    given = dict(epochs=epochs, bs=bs, lr=lr, wd=wd, alpha=alpha, mask_ratio=mask_ratio, crop=crop, clip=clip)
-    r = replace(r, **{k:v for k,v in given.items() if v is not None})
+    objective = given(alpha=alpha, mask_ratio=mask_ratio)
+    r = replace(r, **given(epochs=epochs, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip))
     torch.manual_seed(seed)
     dls = data if isinstance(data, DataLoaders) else screen_dls(data, r.crop, r.bs, seed=seed, device=device or default_device(), **kwargs)
-    net = make_model(model, [s.channels for s in dls.train.sites.screens], r.crop, **{k:v for k,v in dict(alpha=alpha, mask_ratio=mask_ratio).items() if v is not None})
+    net = make_model(model, [s.channels for s in dls.train.sites.screens], r.crop, **objective)
     r = replace(r, alpha=net.alpha, mask_ratio=net.mask_ratio)
     settings = dict(asdict(r), architecture=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()), seed=seed, sites=len(dls.train.ids), batches=len(dls.train))
-    out = Path(out)
-    if not resume: (out/'checkpoint.pth').unlink(missing_ok=True)
     learn = mae_learner(dls, net, out, settings, r.lr, r.wd, r.betas, r.clip, bf16, n_pictures, save_every, cbs)
-    fit_cycle(learn, r.epochs)
-    if not rank_distrib(): save_model(net, out/'model', net.channels, **settings)
-    return learn
+    return run_whole(learn, settings, resume)

@@ -20,14 +20,13 @@ from fastai.callback.mixup import CutMix
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric, Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device, rank_distrib
+from fastai.torch_core import default_device
 from fastcore.meta import delegates
 from .classifier import Classifier, any_channels, arcface, batch_norms
 from .data import screen_dls
 from .imagenet import ImageNetEncoder
-from .train import fit_cycle, guards
-from .vit import MAE
-from .zoo import Recipe, create_model, list_models, load_model, recipe, save_model
+from .train import given, guards, run_whole
+from .zoo import Recipe, create_model, list_models, load_model, recipe
 
 # %% ../nbs/21_wsl.ipynb #20e9eba2
 def site_classes(
@@ -171,7 +170,7 @@ def fit_wsl(
     **kwargs
 )->Learner: # Trained; `.model` is a `Classifier`
     "Train a classifier of perturbations on a screen"
-    r = replace(wsl_recipe(arch), **{k:v for k,v in dict(epochs=epochs, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip).items() if v is not None})
+    r = replace(wsl_recipe(arch), **given(epochs=epochs, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip))
     torch.manual_seed(seed)
     dls = data if isinstance(data, DataLoaders) else screen_dls(data, r.crop, r.bs, seed=seed, apart=apart, device=device or default_device(), **kwargs)
     _check_batches(dls.train, apart)
@@ -179,10 +178,7 @@ def fit_wsl(
     net = make_classifier(arch, len(names), dls.train.sites.screens[0].channels, r.crop, embed_dim)
     settings = dict(_settings(r), architecture=net.name, parameters=sum(p.numel() for p in net.parameters()), label=label, classes=len(names), share=share, cutmix=cutmix,
                     apart=apart or '', seed=seed, sites=len(dls.train.ids), batches=len(dls.train))
-    if not resume: (Path(out)/'checkpoint.pth').unlink(missing_ok=True)
     learn = wsl_learner(dls, net, WSLLoss(y, share), out, settings, r.lr, r.wd, r.betas, r.clip, cutmix, bf16, save_every, cbs)
-    fit_cycle(learn, r.epochs)
-    if not rank_distrib(): save_model(net, Path(out)/'model', net.channels, **settings, names=names)
-    return learn
+    return run_whole(learn, settings, resume, names=names)
 
 def _settings(r): return {k:v for k,v in asdict(r).items() if k not in ('alpha','mask_ratio')}

@@ -9,7 +9,6 @@ __all__ = ['Recipe', 'list_models', 'recipe', 'create_model', 'cost', 'save_mode
 # %% ../nbs/16_zoo.ipynb #8bf1b7db
 import copy, json, os, shutil, tempfile
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -24,7 +23,7 @@ from .vit import MAE, set_attention
 from .cavit import CAMAE
 from .munet import MUNet
 from .imagenet import ImageNetEncoder
-from .classifier import Classifier, any_channels
+from .classifier import Classifier, _backbones, any_channels
 
 # %% ../nbs/16_zoo.ipynb #f24c2d43
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def _card(cfg, picture):
     return text
 
 # %% ../nbs/16_zoo.ipynb #ed88343d
-_classes = dict(MAE=MAE, CAMAE=CAMAE, MUNet=MUNet, Classifier=Classifier, ImageNetEncoder=partial(ImageNetEncoder, pretrained=False))
+_classes = dict(_backbones, MUNet=MUNet, Classifier=Classifier)
 
 def load_model(
     folder, # Folder written by `save_model`
