@@ -6,16 +6,17 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 
+from cellmae.cavit import CAMAE
 from cellmae.classifier import Classifier
 from cellmae.embed import as_encoder, embed, read_profiles
 from cellmae.recall import compare_recall, recall
 from cellmae.scale import training_flops
 from cellmae.screen import Screen, write_whole
 from cellmae.synth import STAINS6, synth_screen
-from cellmae.train import fit_mae
+from cellmae.train import fit_mae, given
 from cellmae.tvn import TVN, CenterScale, PCACenterScale, Sphere, aggregate
 from cellmae.wsl import fit_wsl, make_classifier
-from cellmae.zoo import create_model
+from cellmae.zoo import create_model, recipe
 
 SIZES = dict(
     small=dict(screen={}, epochs=dict(mae=12, wsl=24), inactive=(144,384), wsl=('densenet_t','densenet_s','densenet_m'),
@@ -24,7 +25,7 @@ SIZES = dict(
              mae=dict(XS=dict(embed_dim=128, depth=6, num_heads=4), S={}, T=dict(embed_dim=384, depth=12, num_heads=6), B=dict(embed_dim=768, depth=12, num_heads=12))),
     tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64), epochs=dict(mae=1, wsl=1), inactive=(4,6), wsl=('densenet_t',)*3,
               mae=dict(XS=dict(embed_dim=24, depth=1, num_heads=2), S=dict(embed_dim=24, depth=1, num_heads=2), T=dict(embed_dim=24, depth=1, num_heads=2), B=dict(embed_dim=24, depth=1, num_heads=2))))
-PARTS = ['baseline','scale','fourier','channels','inactive']
+PARTS = ['baseline','scale','fourier','plateau','channels','inactive']
 FEW = ['DNA','ER','actin','mito']   # the stains that some models are trained on
 VIEWS = {   # what an encoder is shown: stains, and the seed of the screen relative to the one it was trained on
     'all six stains': (STAINS6, 0), 'wrong names': (STAINS6[::-1], 0), 'four stains': (FEW, 0), 'DNA, actin, mito': (['DNA','actin','mito'], 0),
@@ -45,10 +46,15 @@ def wsl_runs(size):
     runs += [dict(runs[1], label=f'{runs[1]["label"]}, {f:g} of the sites', fraction=f) for f in (.5,.25)]
     return runs + [dict(part='scale', family='WSL of a ViT', label='T', model='mae_vitt8')]
 
+def plateau_runs(size):
+    "Short runs, measured by their loss alone: which rates and Fourier weights leave the plateau of guessing the mean?"
+    return [dict(part='plateau', family=f, label=f'{f}, rate {lr:g}, alpha {a:g}', model=m, sizes=size['mae']['T'], lr=lr, alpha=a, bs=32, epochs=min(4, size['epochs']['mae']), views=())
+            for f,m in (('MAE','mae_vitt8'), ('CA-MAE','camae_vitt8_shared')) for lr in (5e-4,1e-3) for a in (0.,.03,.1)]
+
 def channel_runs(size):
-    "CA-MAE and MAE of equal width, on six stains and on four; small batches, since a CA-MAE needs more steps to begin to learn than it has in large ones"
-    six,four = ('all six stains','wrong names','DNA, actin, mito','second screen: DNA, actin, golgi'),('four stains','RNA and golgi only','all six stains')
-    runs = [dict(part='channels', family=f, label=f'{f}, trained on {"four" if few else "six"}', model=m, sizes=size['mae']['T'], channels=FEW if few else None, views=four if few else six, bs=16, epochs=8 if size is SIZES['small'] else None)
+    "CA-MAE and MAE of equal width, on six stains and on four, both by the recipe of the CA-MAE"
+    r,six,four = recipe('camae_vitt8_shared'),('all six stains','wrong names','DNA, actin, mito','second screen: DNA, actin, golgi'),('four stains','RNA and golgi only','all six stains')
+    runs = [dict(part='channels', family=f, label=f'{f}, trained on {"four" if few else "six"}', model=m, sizes=size['mae']['T'], lr=r.lr, alpha=r.alpha, bs=r.bs, channels=FEW if few else None, views=four if few else six)
             for few in (False,True) for f,m in (('CA-MAE','camae_vitt8_shared'),('MAE','mae_vitt8'))]
     return runs + [dict(part='channels', family='statistics', label=k, model=k, views=tuple(v for v in VIEWS if v!='wrong names')) for k in ('intensity','spectrum')]
 
@@ -63,7 +69,7 @@ def baseline_runs(size):
 
 def all_runs(size, parts):
     "Every run of some parts, by a key that can be a file name"
-    runs = [r for f in (baseline_runs, mae_runs, wsl_runs, channel_runs, inactive_runs) for r in f(SIZES[size]) if r['part'] in parts]
+    runs = [r for f in (baseline_runs, mae_runs, wsl_runs, plateau_runs, channel_runs, inactive_runs) for r in f(SIZES[size]) if r['part'] in parts]
     return {'_'.join(''.join(c if c.isalnum() else ' ' for c in f'{r["part"]} {r["family"]} {r["label"]}').split()): r for r in runs}
 
 
@@ -90,14 +96,14 @@ def train(run, screen, out, size, seed):
     if run['fraction']<1: screen = fewer(screen, run['fraction'], seed)
     epochs = run['epochs'] or SIZES[size]['epochs']['wsl' if run['family'].startswith('WSL') else 'mae']
     if run['n_inactive']: epochs = max(1, round(epochs*run['n_usual']/len(screen)))   # as many images seen
-    kw,start = dict(out=out, seed=seed, epochs=epochs, bs=run['bs'], save_every=60),time.process_time()
+    kw,start = dict(out=out, seed=seed, epochs=epochs, save_every=60),time.process_time()
     if run['family'].startswith('WSL'): learn = fit_wsl(screen, run['model'], cutmix=0., share=0., **kw)   # both help long runs and slow short ones
     else:
-        sizes = run['sizes'] | ({} if run['alpha'] is None else dict(alpha=run['alpha']))
         torch.manual_seed(seed)
-        learn = fit_mae(screen, create_model(run['model'], in_chans=len(screen.channels), **sizes), n_pictures=1, **kw)
+        model = create_model(run['model'], in_chans=len(screen.channels), **run['sizes'], **given(alpha=run['alpha']))
+        learn = fit_mae(screen, model, n_pictures=1, lr=run['lr'], bs=run['bs'], **kw)
     n,model = len(learn.dls.train.ids),learn.model
-    return model,dict(epochs=epochs, n_train=n, params=sum(p.numel() for p in model.parameters()), train_s=time.process_time()-start, curve=[r[1] for r in learn.recorder.values],
+    return model,dict(epochs=epochs, n_train=n, params=sum(p.numel() for p in model.parameters()), train_s=time.process_time()-start,
                       flops=training_flops(model, epochs*n, 64, in_chans=len(screen.channels)))
 
 def baseline(run, screen, size, seed):
@@ -111,7 +117,7 @@ def baseline(run, screen, size, seed):
 
 def shown(model, channels, pool):
     "An encoder for a view: stains that the model wants and the view lacks are blank"
-    face = as_encoder(model, channels, pool)
+    face = as_encoder(model, channels, pool, channelwise=isinstance(model, CAMAE))
     if face.channels is None or set(face.channels)<=set(channels): return face
     have = [c for c in face.channels if c in channels]
     if not have: return None
@@ -122,12 +128,15 @@ def shown(model, channels, pool):
     return face._replace(encode=encode, channels=have)
 
 def profiles(model, screen, pool):
-    "Wells by pooling: the mean is half of mean and standard deviation, so one pass gives both"
+    "Wells by pooling: means are half of means and standard deviations, and the mean of those by stain is that of all, so one pass gives all"
     if isinstance(model, ad.AnnData): return {'': model}
     face = shown(model, screen.channels, pool)
     if face is None: return {}
     p = embed(face, screen, progress=False)
-    return {pool: p, 'mean': p[:,:p.n_vars//2].copy()} if pool=='meanstd' else {pool or '': p}
+    if pool!='meanstd': return {pool or '': p}
+    with_x = lambda x: ad.AnnData(x.reshape(p.n_obs, -1), obs=p.obs, uns=p.uns)
+    means = p.X.reshape(p.n_obs, len(screen.channels) if isinstance(model, CAMAE) else 1, 2, -1)[:,:,0]
+    return {'meanstd by stain': p, 'mean by stain': with_x(means), 'mean': with_x(means.mean(1))} if isinstance(model, CAMAE) else {'meanstd': p, 'mean': with_x(means)}
 
 def measured(wells, relationships, corrections):
     "Recall under each correction, and the map after the last"
@@ -148,7 +157,7 @@ def view_of(run, view, out, size, seed):
 
 def execute(key, run, out, size, seed):
     "Train, embed, measure, and write what came out"
-    run = dict(fraction=1, alpha=None, channels=None, n_inactive=None, sizes={}, views=('all six stains',), bs=None, epochs=None) | run
+    run = dict(fraction=1, alpha=None, channels=None, n_inactive=None, sizes={}, views=('all six stains',), epochs=None, lr=None, bs=None) | run
     screen,at = open_synth(out, size, seed, run['n_inactive']),out/'runs'/f'{key}_{seed}'
     run['n_usual'] = len(open_synth(out, size, seed))
     model,cost = (baseline(run, screen, size, seed),{}) if run['part']=='baseline' or run['family']=='statistics' else train(run, screen, at, size, seed)
@@ -161,7 +170,7 @@ def execute(key, run, out, size, seed):
                 ablate = run['label'] in ('T','densenet_s') and view=='all six stains'
                 some,genes = measured(wells, shown_to.root/'relationships.csv', CORRECTIONS if ablate else {k: CORRECTIONS[k] for k in ('none','TVN')})
                 rows += [dict(view=view, pool=name, **r) for r in some]
-                if ablate or name!='mean': write_whole(at/f'{view}_{name}.h5ad', genes.write_h5ad)
+                if ablate or name!='mean' or isinstance(model, CAMAE): write_whole(at/f'{view}_{name}.h5ad', genes.write_h5ad)
     cost |= dict(embed_s=time.process_time()-start, memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
     result = dict(part=run['part'], family=run['family'], label=run['label'], seed=seed, **cost, rows=rows)
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
@@ -178,10 +187,11 @@ def spawn(key, args, seed):
 
 def collect(out):
     "Tables of all runs that are done"
-    runs = [json.loads(f.read_text()) for f in sorted((out/'runs').glob('*.json'))]
-    rows = [{**{k:v for k,v in r.items() if k not in ('rows','curve')}, **row} for r in runs for row in r['rows']]
-    curves = [dict(part=r['part'], family=r['family'], label=r['label'], seed=r['seed'], epoch=i, valid_loss=v) for r in runs for i,v in enumerate(r.get('curve', []))]
-    return pd.DataFrame(rows),pd.DataFrame(curves)
+    files = sorted((out/'runs').glob('*.json'))
+    runs,histories = [json.loads(f.read_text()) for f in files],[f.with_suffix('')/'history.csv' for f in files]
+    rows = [{**{k:v for k,v in r.items() if k!='rows'}, **row} for r in runs for row in r['rows']]
+    curves = [pd.read_csv(h).assign(**{k: r[k] for k in ('part','family','label','seed')}) for r,h in zip(runs, histories) if h.exists()]
+    return pd.DataFrame(rows),pd.concat([c.filter(['part','family','label','seed','epoch','train_loss','valid_loss','mse','fourier']) for c in curves]) if curves else pd.DataFrame()
 
 def contrasts(out, seeds):
     "Pairs of models on the same screen: gain in recall after TVN, with a paired test"
@@ -194,11 +204,11 @@ def contrasts(out, seeds):
             rows.append(dict(contrast=what, seed=s, **t[['a','b','gain','t','p']]))
     return pd.DataFrame(rows)
 
-six,neck = 'all six stains_meanstd.h5ad','all six stains_neck.h5ad'
+six,neck,by_stain = [f'all six stains_{k}.h5ad' for k in ('meanstd','neck','mean by stain')]
 CONTRASTS = [('WSL -> MAE', ('scale_WSL_densenet_s',neck), ('scale_MAE_T',six)), ('MAE -> WSL of the same ViT', ('scale_MAE_T',six), ('scale_WSL_of_a_ViT_T',neck)), ('MAE XS -> T', ('scale_MAE_XS',six), ('scale_MAE_T',six)),
     ('quarter of the sites -> all', ('scale_MAE_T_0_25_of_the_sites',six), ('scale_MAE_T',six)), ('alpha 0 -> .01', ('fourier_MAE_T_alpha_0',six), ('fourier_MAE_T_alpha_0_01',six)),
     ('alpha 0 -> .1', ('fourier_MAE_T_alpha_0',six), ('scale_MAE_T',six)), ('B, alpha 0 -> .1', ('fourier_MAE_B_alpha_0',six), ('fourier_MAE_B_alpha_0_1',six)),
-    ('MAE -> CA-MAE', ('channels_MAE_MAE_trained_on_six',six), ('channels_CA_MAE_CA_MAE_trained_on_six',six)),
+    ('MAE -> CA-MAE', ('channels_MAE_MAE_trained_on_six',six), ('channels_CA_MAE_CA_MAE_trained_on_six',by_stain)),
     ('spectrum -> MAE', ('baseline_baseline_spectrum','all six stains_.h5ad'), ('scale_MAE_T',six)), ('untrained -> MAE', ('baseline_baseline_untrained_MAE',six), ('scale_MAE_T',six))]
 
 def write_tables(out, tables, seeds):

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
+from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .images import tile
 from .screen import KEYS, _csv, open_screen, write_whole
@@ -56,13 +57,15 @@ def as_encoder(
     pool:str|None=None, # What a model makes of its tokens: `mean` (paper), `meanstd`, `cls`; None: the model's own choice
     device=None, # Where a model runs; where it is now if None
     seed:int=0, # Weights of an untrained model
+    channelwise:bool=False, # A vector per channel, side by side? Channel-agnostic models only
 )->Encoder:
     "Give any encoder its face"
     if isinstance(what, Encoder): return what
     what = _find(what, channels, seed) if isinstance(what, (str,Path)) else what
+    if channelwise and not isinstance(what, CAMAE): raise ValueError(f"channelwise=True needs a channel-agnostic model (camae_...); {type(what).__name__} gives one vector for all channels together.")
     if not isinstance(what, nn.Module): return Encoder(lambda x: torch.as_tensor(what(x)).float(), getattr(what, '__name__', type(what).__name__))
     model = what.to(device) if device else what
-    return Encoder(_encoding(model, pool), getattr(model, 'name', type(model).__name__), None if any_channels(model) else model.channels, crop_size(model), _adapting(model), weights_hash(model))
+    return Encoder(_encoding(model, pool, channelwise), getattr(model, 'name', type(model).__name__), None if any_channels(model) else model.channels, crop_size(model), _adapting(model), weights_hash(model))
 
 # %% ../nbs/30_embed.ipynb #9c9101e3
 def _find(what, channels, seed):
@@ -75,13 +78,13 @@ def _find(what, channels, seed):
     model.channels = channels
     return model
 
-def _encoding(model, pool):
+def _encoding(model, pool, channelwise):
     "Bytes to vectors, on the model's device"
-    device,pool = next(model.parameters()).device,pool or getattr(model, 'pool', 'mean')
+    device,kw = next(model.parameters()).device,dict(pool=pool or getattr(model, 'pool', 'mean')) | (dict(channelwise=True) if channelwise else {})
     @torch.inference_mode()
     def encode(x):
         model.eval()
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)): return model.encode(x.to(device), pool=pool).float().cpu()
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)): return model.encode(x.to(device), **kw).float().cpu()
     return encode
 
 def _adapting(model):
@@ -160,6 +163,7 @@ def embed(
     model, # An encoder: a model, the folder of a saved one, a function `(B,C,H,W) -> (B,D)`, or a name, see `as_encoder`
     data, # Screen, or path of one
     pool:str|None=None, # What a model makes of its tokens: `mean` (the paper's), `meanstd` (mean and standard deviation), `cls`; None: the model's own choice
+    channelwise:bool=False, # A vector per channel, side by side, its numbers named by channel? Channel-agnostic models only
     level:str='well', # One row per `well`, `site` or `tile`
     size:int=None, # Side of a tile in pixels; default the model's training crop, whole sites for a function
     bs:int=256, # Tiles in a batch
@@ -170,7 +174,7 @@ def embed(
     if level not in LEVELS: raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     screen = open_screen(data)
     if not len(screen): raise ValueError("The screen has no sites to embed. Look at `screen.check()` and at the pattern or CSV it was made from.")
-    encoder = as_encoder(model, screen.channels, pool, device)
+    encoder = as_encoder(model, screen.channels, pool, device, channelwise=channelwise)
     order,size = match_channels(encoder.channels, screen.channels), size or encoder.size
     X,ids = tile_vectors(encoder, screen, order, size, bs, progress)
     obs = screen.table[KEYS].iloc[ids].reset_index(drop=True)
@@ -178,9 +182,11 @@ def embed(
     for up in ['site','well']:
         if level in ('well',up): X,obs = average_up(X, obs, up)
     obs.index = obs[LEVELS[level]].astype(str).agg('_'.join, axis=1)
-    made = dict(encoder=encoder.name, weights=encoder.weights, pool=pool or 'default', tile=size or 0,
-                channels=[screen.channels[i] for i in order], versions={p:version(p) for p in ('cellmae','torch','timm')})
-    return ad.AnnData(X, obs=obs.astype({c:str for c in obs.select_dtypes('object')}), uns={'cellmae':made})
+    channels = [screen.channels[i] for i in order]
+    made = dict(encoder=encoder.name, weights=encoder.weights, pool=pool or 'default', channelwise=channelwise, tile=size or 0,
+                channels=channels, versions={p:version(p) for p in ('cellmae','torch','timm')})
+    names = [f'{c}_{i}' for c in channels for i in range(X.shape[1]//len(channels))] if channelwise else None
+    return ad.AnnData(X, obs=obs.astype({c:str for c in obs.select_dtypes('object')}), var=pd.DataFrame(index=names) if names else None, uns={'cellmae':made})
 
 # %% ../nbs/30_embed.ipynb #d64ed4eb
 def to_parquet(

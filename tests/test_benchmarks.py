@@ -26,17 +26,19 @@ def script(name):
 def test_compare(tmp_path):
     "Every kind of run ends in rows of the tables"
     compare = script('compare')
-    runs,usual = (compare.all_runs(size, ['baseline','scale','fourier','channels','inactive']) for size in ('tiny','small'))
+    runs,usual = (compare.all_runs(size, compare.PARTS) for size in ('tiny','small'))
     assert all(k.replace('_', '').isalnum() for k in runs)
     assert {k for _,*ab in compare.CONTRASTS for k,_ in ab} <= set(usual)
     keys = 'baseline_baseline_oracle','scale_WSL_densenet_t','fourier_MAE_T_alpha_0','channels_MAE_MAE_trained_on_four','inactive_WSL_WSL_4_inactive'
-    for k in keys: compare.execute(k, runs[k], tmp_path, 'tiny', 0)
+    short = 'plateau_CA_MAE_CA_MAE_rate_0_0005_alpha_0_03'   # has a curve and no recall
+    for k in (*keys,short): compare.execute(k, runs[k], tmp_path, 'tiny', 0)
     t = compare.write_tables(tmp_path, tmp_path/'tables', [0])
     assert set(t.label) == {runs[k]['label'] for k in keys}
     assert np.isfinite(t.recall).all() and (t.flops.dropna()>0).all()
     assert set(t[t.part=='channels']['view']) == {'four stains','all six stains'}   # an MAE that knows neither RNA nor golgi has no row for them
     assert {'runs.csv','curves.csv','contrasts.csv'} == {f.name for f in (tmp_path/'tables').iterdir()}
-    assert pd.read_csv(tmp_path/'tables/curves.csv').valid_loss.notna().all()
+    curves = pd.read_csv(tmp_path/'tables/curves.csv')
+    assert curves.valid_loss.notna().all() and set(curves.label) == {runs[k]['label'] for k in (*keys[1:],short)}
 
 def test_stored_tables_are_of_these_runs():
     "What the tutorial reads was made by the scripts as they are"
