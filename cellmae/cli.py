@@ -182,10 +182,11 @@ def cellmae_embed(
     out:str='profiles.parquet', # Where to write: .parquet, .csv or .h5ad
     level:str='well', # One row per well, site or tile
     pool:str=None, # How tokens become a vector: mean, meanstd or cls; default: the model's own choice
+    channelwise:bool=False, # One vector per stain, side by side (channel-agnostic models)
     device:str=None, # cpu, cuda or cuda:1; default: the GPU if there is one
 ):
     "Turn every well of a screen into a vector"
-    profiles = embed(model, screen, pool=pool, level=level, device=device or default_device())
+    profiles = embed(model, screen, pool=pool, channelwise=channelwise, level=level, device=device or default_device())
     if out.endswith('.h5ad'): write_whole(out, profiles.write_h5ad)
     else: to_parquet(profiles, out)
     print(f'{profiles.n_obs} rows of {profiles.n_vars} numbers: {out}')

@@ -195,7 +195,7 @@ def to_parquet(
 )->Path: # The file
     "Write profiles as a table with `Metadata_*` and `emb_*` columns"
     meta = adata.obs.add_prefix('Metadata_').reset_index(drop=True)
-    feats = pd.DataFrame(np.asarray(adata.X), columns=[f'emb_{i}' for i in range(adata.n_vars)])
+    feats = pd.DataFrame(np.asarray(adata.X), columns=[f"emb_{v.removeprefix('emb_')}" for v in adata.var_names])
     table = pd.concat([meta, feats], axis=1)
     write_whole(path, lambda f: table.to_csv(f, index=False) if f.suffix=='.csv' else table.to_parquet(f, index=False))
     return Path(path)
