@@ -29,6 +29,7 @@ re_math = re.compile(r'\$\$(?P<block>.+?)\$\$'
                      r'|(?<![\\$\w])\$(?=\S)(?P<inline>(?:[^$\n]|\n(?!\n))+?)(?<=\S)\$(?![\d$])', re.S)
 re_callout = re.compile(r'^::: *\{\.callout-(\w+)(?:[^}\n]*?title="([^"\n]*)")?[^}\n]*\}\n(.*?)^:::[ \t]*$', re.M|re.S)
 re_remote = re.compile(r'<(?:(?:script|img|iframe)[^>]* src|link[^>]*stylesheet[^>]* href)="?(?:https?:)?//[^ >]*')
+re_raw_link = re.compile(r'\]\([\w./]+\.md[^)]*\)')   # a link around a name that is a link already
 re_item = re.compile(r'[-*+] |\d+[.)] |\|')
 
 
@@ -204,6 +205,7 @@ def site():
                    check=True, env={**os.environ, 'NO_MKDOCS_2_WARNING':'1'})
     for f in out.rglob('*.html'):
         if m := re_remote.search(f.read_text()): sys.exit(f'{f.relative_to(root)} needs the network: {m[0]}')
+        if m := re_raw_link.search(f.read_text()): sys.exit(f'{f.relative_to(root)} shows the source of a link: {m[0]}. Names in backticks become links by themselves')
     print(f'{len(book.pages)} pages in {out.relative_to(root)}')
 
 
