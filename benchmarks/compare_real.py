@@ -9,6 +9,7 @@ from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from cellmae.cavit import CAMAE
 from cellmae.embed import as_encoder, embed
 from cellmae.retrieval import balanced_accuracy
 from cellmae.screen import write_stack_screen, write_whole
@@ -66,7 +67,7 @@ def vectors(name, screen, folds, tmp, minutes, seed, kw):
     "Vectors of all cells for each fold, and epochs; they differ only where labels of the training side were seen"
     def embedded(model):
         pool = None if name.startswith('WSL') or 'DenseNet' in name or 'statistics' in name else 'meanstd'
-        return embed(model, screen, pool=pool, level='site', progress=False).X
+        return embed(model, screen, pool=pool, channelwise=isinstance(model, CAMAE), level='site', progress=False).X
     if name!='WSL' or kw['label']!='phenotype':
         model,epochs = encoder(name, screen, tmp, minutes, seed, kw)
         return [embedded(model)]*len(folds),epochs

@@ -47,6 +47,7 @@ class Encoder(NamedTuple):
     size:int|None=None # Side of its tiles in pixels; None: whole sites
     adapt:Callable|None=None # Called with batches of tiles of one experiment before these are encoded
     weights:str='' # Fingerprint of its weights
+    bs:int=16 # Tiles in a batch
 
 # %% ../nbs/30_embed.ipynb #dbce38c5
 STATS = dict(intensity=intensity_stats, spectrum=spectrum_stats) # Encoders that learn nothing
@@ -65,7 +66,7 @@ def as_encoder(
     if channelwise and not isinstance(what, CAMAE): raise ValueError(f"channelwise=True needs a channel-agnostic model (camae_...); {type(what).__name__} gives one vector for all channels together.")
     if not isinstance(what, nn.Module): return Encoder(lambda x: torch.as_tensor(what(x)).float(), getattr(what, '__name__', type(what).__name__))
     model = what.to(device) if device else what
-    return Encoder(_encoding(model, pool, channelwise), getattr(model, 'name', type(model).__name__), None if any_channels(model) else model.channels, crop_size(model), _adapting(model), weights_hash(model))
+    return Encoder(_encoding(model, pool, channelwise), getattr(model, 'name', type(model).__name__), None if any_channels(model) else model.channels, crop_size(model), _adapting(model), weights_hash(model), _batch(model))
 
 # %% ../nbs/30_embed.ipynb #9c9101e3
 def _find(what, channels, seed):
@@ -86,6 +87,10 @@ def _encoding(model, pool, channelwise):
         model.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)): return model.encode(x.to(device), **kw).float().cpu()
     return encode
+
+def _batch(model):
+    "Tiles in a batch; with more than a few a CPU takes twice as long for each, since they leave its cache"
+    return 16 if next(model.parameters()).device.type=='cpu' else 256
 
 def _adapting(model):
     "What fits a model to the tiles of an experiment, if it can be fitted"
@@ -127,7 +132,7 @@ def tile_vectors(
     screen, # Screen
     order, # Channels to hand over, see `match_channels`
     size:int|None, # Side of a tile in pixels; None for whole sites
-    bs:int=256, # Tiles in a batch
+    bs:int|None=None, # Tiles in a batch; default the encoder's
     progress:bool=True, # Show a bar?
     n_adapt:int=64, # Sites of an experiment that an encoder is adapted to
 ): # Vectors of all tiles `(T,D)` and the site number of each `(T,)`
@@ -135,8 +140,8 @@ def tile_vectors(
     groups = screen.table.groupby('batch', sort=False).indices.values() if encoder.adapt else [np.arange(len(screen))]
     vecs,owner,bar = [],[],iter(progress_bar(np.concatenate(list(groups)), display=progress))
     for ids in groups:
-        if encoder.adapt: encoder.adapt(x for x,_ in tile_batches(screen, np.random.default_rng(0).permutation(ids)[:n_adapt], order, size, bs))
-        for x,whose in tile_batches(screen, islice(bar, len(ids)), order, size, bs): vecs.append(np.asarray(encoder.encode(x))); owner += whose
+        if encoder.adapt: encoder.adapt(x for x,_ in tile_batches(screen, np.random.default_rng(0).permutation(ids)[:n_adapt], order, size))
+        for x,whose in tile_batches(screen, islice(bar, len(ids)), order, size, bs or encoder.bs): vecs.append(np.asarray(encoder.encode(x))); owner += whose
     next(bar, None) # full
     back = np.argsort(owner, kind='stable')
     return np.concatenate(vecs)[back], np.array(owner)[back]
@@ -166,7 +171,7 @@ def embed(
     channelwise:bool=False, # A vector per channel, side by side, its numbers named by channel? Channel-agnostic models only
     level:str='well', # One row per `well`, `site` or `tile`
     size:int=None, # Side of a tile in pixels; default the model's training crop, whole sites for a function
-    bs:int=256, # Tiles in a batch
+    bs:int|None=None, # Tiles in a batch; default 16 on a CPU, 256 on a GPU
     device=None, # Where the model runs; where it is now if None
     progress:bool=True, # Show a bar?
 )->ad.AnnData: # `X (n,D)` float32; metadata in `obs`, provenance in `uns['cellmae']`
