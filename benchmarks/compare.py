@@ -54,9 +54,9 @@ def plateau_runs(size):
 def channel_runs(size):
     "CA-MAE and MAE of equal width, on six stains and on four, both by the recipe of the CA-MAE"
     r,six,four = recipe('camae_vitt8_shared'),('all six stains','wrong names','DNA, actin, mito','second screen: DNA, actin, golgi'),('four stains','RNA and golgi only','all six stains')
-    runs = [dict(part='channels', family=f, label=f'{f}, trained on {"four" if few else "six"}', model=m, sizes=size['mae']['T'], lr=r.lr, alpha=r.alpha, bs=r.bs, channels=FEW if few else None, views=four if few else six)
-            for few in (False,True) for f,m in (('CA-MAE','camae_vitt8_shared'),('MAE','mae_vitt8'))]
-    return runs + [dict(part='channels', family='statistics', label=k, model=k, views=tuple(v for v in VIEWS if v!='wrong names')) for k in ('intensity','spectrum')]
+    def of(family, model, label, **kw): return dict(part='channels', family=family, model=model, label=f'{family}, {label}', sizes=size['mae']['T'], lr=r.lr, alpha=r.alpha, bs=r.bs, **kw)
+    runs = [of(f, m, f'trained on {"four" if few else "six"}', channels=FEW if few else None, views=four if few else six) for few in (False,True) for f,m in (('CA-MAE','camae_vitt8_shared'),('MAE','mae_vitt8'))]
+    return runs + [of('CA-MAE', 'camae_vitt8', 'a decoder per stain')] + [dict(part='channels', family='statistics', label=k, model=k, views=tuple(v for v in VIEWS if v!='wrong names')) for k in ('intensity','spectrum')]
 
 def inactive_runs(size):
     "The same genes among more and more that do nothing, as many images seen; the fewest are in the part `scale`"
@@ -209,6 +209,7 @@ CONTRASTS = [('WSL -> MAE', ('scale_WSL_densenet_s',neck), ('scale_MAE_T',six)),
     ('quarter of the sites -> all', ('scale_MAE_T_0_25_of_the_sites',six), ('scale_MAE_T',six)), ('alpha 0 -> .01', ('fourier_MAE_T_alpha_0',six), ('fourier_MAE_T_alpha_0_01',six)),
     ('alpha 0 -> .1', ('fourier_MAE_T_alpha_0',six), ('scale_MAE_T',six)), ('B, alpha 0 -> .1', ('fourier_MAE_B_alpha_0',six), ('fourier_MAE_B_alpha_0_1',six)),
     ('MAE -> CA-MAE', ('channels_MAE_MAE_trained_on_six',six), ('channels_CA_MAE_CA_MAE_trained_on_six',by_stain)),
+    ('CA-MAE: decoder per stain -> shared', ('channels_CA_MAE_CA_MAE_a_decoder_per_stain',by_stain), ('channels_CA_MAE_CA_MAE_trained_on_six',by_stain)),
     ('spectrum -> MAE', ('baseline_baseline_spectrum','all six stains_.h5ad'), ('scale_MAE_T',six)), ('untrained -> MAE', ('baseline_baseline_untrained_MAE',six), ('scale_MAE_T',six))]
 
 def write_tables(out, tables, seeds):
