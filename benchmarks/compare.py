@@ -171,6 +171,9 @@ def execute(key, run, out, size, seed):
                 some,genes = measured(wells, shown_to.root/'relationships.csv', CORRECTIONS if ablate else {k: CORRECTIONS[k] for k in ('none','TVN')})
                 rows += [dict(view=view, pool=name, **r) for r in some]
                 if ablate or name!='mean' or isinstance(model, CAMAE): write_whole(at/f'{view}_{name}.h5ad', genes.write_h5ad)
+    if run['family']=='MAE' and run['part']=='scale':   # how much of the map is there after the first block?
+        wells = profiles(model.trim(1), shown_to, 'meanstd')['meanstd']
+        rows += [dict(view=view, pool='first block', **r) for r in measured(wells, shown_to.root/'relationships.csv', {'TVN': TVN()})[0]]
     cost |= dict(embed_s=time.process_time()-start, memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
     result = dict(part=run['part'], family=run['family'], label=run['label'], seed=seed, **cost, rows=rows)
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
