@@ -46,5 +46,5 @@ def test_stored_tables_are_of_these_runs():
     stored = pd.read_csv(root/'benchmarks/compare/runs.csv')
     for part,t in stored.groupby('part'):
         assert set(t.label.astype(str)) == {r['label'] for r in compare.all_runs('small', [part]).values()}
-    assert {'baseline','scale','fourier','channels'} <= set(stored.part)
+    assert set(compare.PARTS)-{'plateau'} == set(stored.part)
     assert set(real.encoder) == set(script('compare_real').ENCODERS)
