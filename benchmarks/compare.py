@@ -134,9 +134,10 @@ def profiles(model, screen, pool):
     if face is None: return {}
     p = embed(face, screen, progress=False)
     if pool!='meanstd': return {pool or '': p}
-    with_x = lambda x: ad.AnnData(x.reshape(p.n_obs, -1), obs=p.obs, uns=p.uns)
-    means = p.X.reshape(p.n_obs, len(screen.channels) if isinstance(model, CAMAE) else 1, 2, -1)[:,:,0]
-    return {'meanstd by stain': p, 'mean by stain': with_x(means), 'mean': with_x(means.mean(1))} if isinstance(model, CAMAE) else {'meanstd': p, 'mean': with_x(means)}
+    def wells(x): return ad.AnnData(x.reshape(p.n_obs, -1), obs=p.obs, uns=p.uns)
+    means = p.X.reshape(p.n_obs, len(screen.channels) if face.channelwise else 1, 2, -1)[:,:,0]
+    whole = {'meanstd by stain': p, 'mean by stain': wells(means)} if face.channelwise else {'meanstd': p}
+    return whole | {'mean': wells(means.mean(1))}
 
 def measured(wells, relationships, corrections):
     "Recall under each correction, and the map after the last"
@@ -165,15 +166,13 @@ def execute(key, run, out, size, seed):
     rows,start = [],time.process_time()
     for view in run['views']:
         shown_to = view_of(run, view, out, size, seed)
-        for pool in pools:
-            for name,wells in profiles(model, shown_to, pool).items():
-                ablate = run['label'] in ('T','densenet_s') and view=='all six stains'
-                some,genes = measured(wells, shown_to.root/'relationships.csv', CORRECTIONS if ablate else {k: CORRECTIONS[k] for k in ('none','TVN')})
-                rows += [dict(view=view, pool=name, **r) for r in some]
-                if ablate or name!='mean' or isinstance(model, CAMAE): write_whole(at/f'{view}_{name}.h5ad', genes.write_h5ad)
-    if run['family']=='MAE' and run['part']=='scale':   # how much of the map is there after the first block?
-        wells = profiles(model.trim(1), shown_to, 'meanstd')['meanstd']
-        rows += [dict(view=view, pool='first block', **r) for r in measured(wells, shown_to.root/'relationships.csv', {'TVN': TVN()})[0]]
+        found = {name: wells for pool in pools for name,wells in profiles(model, shown_to, pool).items()}
+        if run['family']=='MAE' and run['part']=='scale': found['first block'] = profiles(model.trim(1), shown_to, 'meanstd')['meanstd']   # how much of the map is there already?
+        for name,wells in found.items():
+            ablate = run['label'] in ('T','densenet_s') and view=='all six stains'
+            some,genes = measured(wells, shown_to.root/'relationships.csv', {k: CORRECTIONS[k] for k in (['TVN'] if name=='first block' else CORRECTIONS if ablate else ['none','TVN'])})
+            rows += [dict(view=view, pool=name, **r) for r in some]
+            write_whole(at/f'{view}_{name}.h5ad', genes.write_h5ad)
     cost |= dict(embed_s=time.process_time()-start, memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
     result = dict(part=run['part'], family=run['family'], label=run['label'], seed=seed, **cost, rows=rows)
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))

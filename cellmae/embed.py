@@ -22,7 +22,7 @@ from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .images import tile
 from .screen import KEYS, _csv, open_screen, write_whole
-from .train import has_bf16
+from .train import given, has_bf16
 from .stats import intensity_stats, spectrum_stats
 from .zoo import create_model, list_models, load_model
 
@@ -48,6 +48,7 @@ class Encoder(NamedTuple):
     adapt:Callable|None=None # Called with batches of tiles of one experiment before these are encoded
     weights:str='' # Fingerprint of its weights
     bs:int=16 # Tiles in a batch
+    channelwise:bool=False # Are its vectors those of the channels, side by side?
 
 # %% ../nbs/30_embed.ipynb #dbce38c5
 STATS = dict(intensity=intensity_stats, spectrum=spectrum_stats) # Encoders that learn nothing
@@ -66,7 +67,7 @@ def as_encoder(
     if channelwise and not isinstance(what, CAMAE): raise ValueError(f"channelwise=True needs a channel-agnostic model (camae_...); {type(what).__name__} gives one vector for all channels together.")
     if not isinstance(what, nn.Module): return Encoder(lambda x: torch.as_tensor(what(x)).float(), getattr(what, '__name__', type(what).__name__))
     model = what.to(device) if device else what
-    return Encoder(_encoding(model, pool, channelwise), getattr(model, 'name', type(model).__name__), None if any_channels(model) else model.channels, crop_size(model), _adapting(model), weights_hash(model), _batch(model))
+    return Encoder(_encoding(model, pool, channelwise), getattr(model, 'name', type(model).__name__), None if any_channels(model) else model.channels, crop_size(model), _adapting(model), weights_hash(model), _batch(model), channelwise)
 
 # %% ../nbs/30_embed.ipynb #9c9101e3
 def _find(what, channels, seed):
@@ -81,7 +82,7 @@ def _find(what, channels, seed):
 
 def _encoding(model, pool, channelwise):
     "Bytes to vectors, on the model's device"
-    device,kw = next(model.parameters()).device,dict(pool=pool or getattr(model, 'pool', 'mean')) | (dict(channelwise=True) if channelwise else {})
+    device,kw = next(model.parameters()).device,given(pool=pool or getattr(model, 'pool', 'mean'), channelwise=channelwise or None) # not every model has the second
     @torch.inference_mode()
     def encode(x):
         model.eval()
@@ -140,7 +141,7 @@ def tile_vectors(
     groups = screen.table.groupby('batch', sort=False).indices.values() if encoder.adapt else [np.arange(len(screen))]
     vecs,owner,bar = [],[],iter(progress_bar(np.concatenate(list(groups)), display=progress))
     for ids in groups:
-        if encoder.adapt: encoder.adapt(x for x,_ in tile_batches(screen, np.random.default_rng(0).permutation(ids)[:n_adapt], order, size))
+        if encoder.adapt: encoder.adapt(x for x,_ in tile_batches(screen, np.random.default_rng(0).permutation(ids)[:n_adapt], order, size, bs or 256))
         for x,whose in tile_batches(screen, islice(bar, len(ids)), order, size, bs or encoder.bs): vecs.append(np.asarray(encoder.encode(x))); owner += whose
     next(bar, None) # full
     back = np.argsort(owner, kind='stable')
@@ -188,9 +189,9 @@ def embed(
         if level in ('well',up): X,obs = average_up(X, obs, up)
     obs.index = obs[LEVELS[level]].astype(str).agg('_'.join, axis=1)
     channels = [screen.channels[i] for i in order]
-    made = dict(encoder=encoder.name, weights=encoder.weights, pool=pool or 'default', channelwise=channelwise, tile=size or 0,
+    made = dict(encoder=encoder.name, weights=encoder.weights, pool=pool or 'default', channelwise=encoder.channelwise, tile=size or 0,
                 channels=channels, versions={p:version(p) for p in ('cellmae','torch','timm')})
-    names = [f'{c}_{i}' for c in channels for i in range(X.shape[1]//len(channels))] if channelwise else None
+    names = [f'{c}_{i}' for c in channels for i in range(X.shape[1]//len(channels))] if encoder.channelwise else None
     return ad.AnnData(X, obs=obs.astype({c:str for c in obs.select_dtypes('object')}), var=pd.DataFrame(index=names) if names else None, uns={'cellmae':made})
 
 # %% ../nbs/30_embed.ipynb #d64ed4eb

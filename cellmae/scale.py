@@ -22,7 +22,7 @@ from fastai.torch_core import default_device, num_distrib, rank_distrib
 from fastcore.basics import noop, patch
 from timm.optim.lion import Lion
 from .screen import open_screen, split
-from .train import History, Reconstructions, has_bf16
+from .train import History, Reconstructions, given, has_bf16
 from .zoo import Recipe, cost, create_model, list_models, recipe
 
 # %% ../nbs/22_scale.ipynb #7e416023
@@ -72,8 +72,8 @@ def plan(
     **kwargs # Arguments of `cost`, such as `in_chans`
 )->pd.DataFrame: # A row per model: `tokens`, `gflop` and `image_mb` per image; `largest_bs` that fits; `bs`, times `accumulate`, makes a step; `memory_gb` for it; `steps` of an epoch; `flops` of the run; hours
     "What training will take on a device"
-    given = {k:v for k,v in dict(epochs=epochs, bs=bs, crop=crop).items() if v is not None}
-    rows = [_plan_one(m, _n_images(data), memory_gb, flops_per_s, devices, bf16, spare, given, kwargs) for m in (models if isinstance(models, (list,tuple)) else [models])]
+    changes = given(epochs=epochs, bs=bs, crop=crop)
+    rows = [_plan_one(m, _n_images(data), memory_gb, flops_per_s, devices, bf16, spare, changes, kwargs) for m in (models if isinstance(models, (list,tuple)) else [models])]
     return pd.DataFrame(rows).set_index('model')
 
 # %% ../nbs/22_scale.ipynb #d974ba14

@@ -204,8 +204,9 @@ def site():
     subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '-q', '--strict', '-f', str(src/'mkdocs.yml')],
                    check=True, env={**os.environ, 'NO_MKDOCS_2_WARNING':'1'})
     for f in out.rglob('*.html'):
-        if m := re_remote.search(f.read_text()): sys.exit(f'{f.relative_to(root)} needs the network: {m[0]}')
-        if m := re_raw_link.search(f.read_text()): sys.exit(f'{f.relative_to(root)} shows the source of a link: {m[0]}. Names in backticks become links by themselves')
+        html = f.read_text()
+        if m := re_remote.search(html): sys.exit(f'{f.relative_to(root)} needs the network: {m[0]}')
+        if m := re_raw_link.search(html): sys.exit(f'{f.relative_to(root)} shows the source of a link: {m[0]}. Names in backticks become links by themselves')
     print(f'{len(book.pages)} pages in {out.relative_to(root)}')
 
 
