@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 "Embedding of our models against others: one forward pass of the encoder over all tokens"
 import argparse, copy
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 
+from cellmae.train import memory_kept
 from cellmae.zoo import cost, create_model
 import peers, timing
 
@@ -47,8 +49,13 @@ def main():
     p.add_argument('--split', type=int, nargs='+', help='our model alone, the images in batches of these sizes')
     p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--usual-memory', action='store_true', help='let the C library give freed memory back, as in any other process')
     p.add_argument('--out', help='JSON file for the results')
     a = p.parse_args()
+    with nullcontext() if a.usual_memory else memory_kept(): run(a)
+
+def run(a):
+    "Build, check, measure, show"
     torch.set_num_threads(a.threads)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     x = torch.randint(0, 256, (a.bs,6,a.size,a.size), dtype=torch.uint8, device=device)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 "One optimiser step of our models against others, or one part of it: same sizes, same loss, same optimiser, same precision"
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 
@@ -9,6 +10,7 @@ from timm.optim.lion import Lion
 
 from cellmae.fourier import fourier_loss, masked_mean, mix, pixel_loss
 from cellmae.masking import random_mask, take
+from cellmae.train import memory_kept
 from cellmae.zoo import cost, create_model
 import peers, timing
 
@@ -114,8 +116,13 @@ def main():
     p.add_argument('--cases', help='only these, separated by semicolons')
     p.add_argument('--memory', action='store_true', help='peak memory too, each case in a process of its own')
     p.add_argument('--only', help='(used by --memory) measure the memory of one case')
+    p.add_argument('--usual-memory', action='store_true', help='let the C library give freed memory back, as in any other process')
     p.add_argument('--out', help='JSON file for the results')
     a = p.parse_args()
+    with nullcontext() if a.usual_memory else memory_kept(): run(a)
+
+def run(a):
+    "Build, check, measure, show"
     torch.set_num_threads(a.threads); torch.manual_seed(0)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if a.part: return measure_part(a, device)

@@ -13,12 +13,13 @@ from fastcore.basics import patch
 from timm.layers import LayerNorm, Mlp
 from .patching import patchify_channels, unpatchify_channels
 from .masking import Mask, hide_channels, random_mask, restore, take
-from .vit import MAE, decoder_blocks, pick_kernel
+from .blocks import attend, decoder_blocks
+from .vit import MAE
 
 # %% ../nbs/14_cavit.ipynb #29039665
 class CrossAttention(nn.Module):
     "Tokens `(B,Q,d)` read from a context `(B,K,d)`"
-    fused = None # as in `Blocks`
+    fused = None # as in `Attention`
     def __init__(self,
         dim:int, # Width `d` of the tokens
         num_heads:int=8, # Attention heads
@@ -29,9 +30,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context):
         q,k,v = [t.unflatten(-1, (self.num_heads,-1)).transpose(1,2) for t in (self.q(x), *self.kv(context).chunk(2,-1))] # (B,heads,Q or K,d/heads)
-        if pick_kernel(self.fused, context): out = F.scaled_dot_product_attention(q, k, v)
-        else: out = (q*q.shape[-1]**-.5 @ k.transpose(-2,-1)).softmax(-1) @ v
-        return self.proj(out.transpose(1,2).flatten(2))
+        return self.proj(attend(q, k, v, self.fused).transpose(1,2).flatten(2))
 
     def start_local(self): self.kv.weight.data[:self.q.in_features].copy_(nn.init.xavier_uniform_(self.q.weight.data))
 

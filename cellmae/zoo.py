@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from .patching import from_conv
-from .vit import MAE, set_attention
+from .blocks import set_attention
+from .vit import MAE
 from .cavit import CAMAE
 from .munet import MUNet
 from .imagenet import ImageNetEncoder
