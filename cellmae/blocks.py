@@ -46,7 +46,12 @@ class Attention(attention.Attention):
 
 class Block(vision_transformer.Block):
     "timm's standard block with this attention"
-    def __init__(self, *args, **kwargs): super().__init__(*args, attn_layer=Attention, **kwargs)
+    def __init__(self,
+        dim:int, # Width of the tokens
+        num_heads:int, # Attention heads
+        mlp_ratio:float=4., # Width of the MLP over `dim`
+        **kwargs, # Further arguments of timm's `Block`
+    ): super().__init__(dim, num_heads, mlp_ratio, attn_layer=Attention, **kwargs)
 
 # %% ../nbs/12a_blocks.ipynb #65f0a154
 class ParallelBlock(vision_transformer.ParallelScalingBlock):

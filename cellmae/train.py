@@ -88,7 +88,7 @@ _keeping = [] # one entry for each `memory_kept` that is open
 
 @contextmanager
 def memory_kept():
-    "Let the process keep the memory that it frees, for the next step (Linux with glibc; elsewhere nothing changes)"
+    "Let the process keep the memory that it frees, for the next step (Linux with glibc, in the main thread; elsewhere little changes)"
     libc = _glibc()
     if libc is None: yield; return
     _keep_freed(libc, True); _keeping.append(1)
