@@ -30,10 +30,10 @@ def embed(model, x, bf16):
 
 def cosine(a, b): return torch.cosine_similarity(a, b).min().item()
 
-def batch_sizes(a, device, x):
+def batch_sizes(a, device, x, kw):
     "Our model alone on the same images, in batches of several sizes"
     torch.manual_seed(0)
-    model = create_model(a.model, img_size=a.size, **({'depth': a.depth} if a.depth else {})).to(device).eval()
+    model = create_model(a.model, **kw).to(device).eval()
     cases = {f'batches of {n}': (lambda n=n: [embed(model, o, a.bf16) for o in x.split(n)]) for n in a.split}
     secs = timing.measure(cases, a.rounds, device)
     timing.show(f"embed, {a.model}, {a.bs} images, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, f'batches of {a.split[0]}', a.bs), timing.machine(device), a.out)
@@ -59,21 +59,22 @@ def run(a):
     torch.set_num_threads(a.threads)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     x = torch.randint(0, 256, (a.bs,6,a.size,a.size), dtype=torch.uint8, device=device)
-    if a.split: return batch_sizes(a, device, x)
+    kw = dict(img_size=a.size, **({'depth': a.depth} if a.depth else {}))
+    if a.split: return batch_sizes(a, device, x, kw)
     def build(f): torch.manual_seed(0); return f().to(device).eval()
-    built = {k: build(f) for k,f in models(a.model, img_size=a.size, **({'depth': a.depth} if a.depth else {})).items()}
+    built = {k: build(f) for k,f in models(a.model, **kw).items()}
     exact = {k: embed(m, x, False) for k,m in built.items()}
     for k in built: assert cosine(exact[k], exact[twin(k)]) > 1-1e-5, f'{k} and {twin(k)} differ'
-    run = {k: (lambda m=m: embed(m, x, a.bf16)) for k,m in built.items()}
+    cases = {k: (lambda m=m: embed(m, x, a.bf16)) for k,m in built.items()}
     if a.bf16:
         half = copy.deepcopy(built['cellmae']).bfloat16()
-        run['cellmae, bf16 weights'] = lambda: embed(half, x, False)
-        run['cellmae, fp32'] = lambda: embed(built['cellmae'], x, False)
+        cases['cellmae, bf16 weights'] = lambda: embed(half, x, False)
+        cases['cellmae, fp32'] = lambda: embed(built['cellmae'], x, False)
         exact |= {'cellmae, bf16 weights': exact['cellmae'], 'cellmae, fp32': exact['cellmae']}
-    columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in run.items()}} if a.bf16 else {}
-    secs = timing.measure(run, a.rounds, device)
+    columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in cases.items()}} if a.bf16 else {}
+    secs = timing.measure(cases, a.rounds, device)
     if device.type == 'cuda' and not a.depth:
         columns['TFLOP/s'] = {k: round(cost(a.model)['embed']*a.bs/1e3/timing.median(v), 1) for k,v in secs.items() if k.startswith('cellmae')}
-    timing.show(f"embed, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, {k: twin(k) for k in run}, a.bs, **columns), timing.machine(device), a.out)
+    timing.show(f"embed, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, {k: twin(k) for k in cases}, a.bs, **columns), timing.machine(device), a.out)
 
 if __name__ == '__main__': main()

@@ -25,24 +25,24 @@ def use_fused(
 
 # %% ../nbs/12a_blocks.ipynb #847263ad
 def attend(
-    q:Tensor, # Queries `(B,heads,Q,d)`
-    k:Tensor, # Keys `(B,heads,K,d)`
-    v:Tensor, # Values `(B,heads,K,d)`
+    q:Tensor, # Queries `(B,Q,heads,d)`
+    k:Tensor, # Keys `(B,K,heads,d)`
+    v:Tensor, # Values `(B,K,heads,d)`
     fused:bool|None=None, # True or False forces a kernel; None: `use_fused` decides
-)->Tensor: # For each query the mean of the values, weighted by the softmax of `q@k/sqrt(d)` `(B,heads,Q,d)`
+)->Tensor: # For each query the mean of the values, weighted by the softmax of `q@k/sqrt(d)`, heads side by side `(B,Q,heads*d)`
     "Softmax attention by the kernel that is fastest here"
-    q,k = q.to(v.dtype),k.to(v.dtype)
-    if fused is None: fused = use_fused(v.device, v.dtype, torch.is_grad_enabled(), k.shape[-2])
-    if fused: return F.scaled_dot_product_attention(q, k, v)
-    return (q*q.shape[-1]**-.5 @ k.transpose(-2,-1)).softmax(-1) @ v
+    if fused is None: fused = use_fused(v.device, v.dtype, torch.is_grad_enabled(), v.shape[1])
+    q,k,v = [t.to(v.dtype).transpose(1,2) for t in (q,k,v)] # (B,heads,L,d)
+    out = F.scaled_dot_product_attention(q, k, v) if fused else (q*q.shape[-1]**-.5 @ k.transpose(-2,-1)).softmax(-1) @ v
+    return out.transpose(1,2).flatten(2)
 
 # %% ../nbs/12a_blocks.ipynb #91a8932a
 class Attention(attention.Attention):
     "timm's self-attention, computed by `attend`"
     fused = None # True or False forces a kernel, see `set_attention`
     def forward(self, x, **_):
-        q,k,v = self.qkv(x).unflatten(-1, (3,self.num_heads,-1)).permute(2,0,3,1,4) # (B,heads,L,d)
-        return self.proj(attend(self.q_norm(q), self.k_norm(k), v, self.fused).transpose(1,2).flatten(2))
+        q,k,v = self.qkv(x).unflatten(-1, (3,self.num_heads,-1)).unbind(2) # (B,L,heads,d)
+        return self.proj(attend(self.q_norm(q), self.k_norm(k), v, self.fused))
 
 class Block(vision_transformer.Block):
     "timm's standard block with this attention"
@@ -61,8 +61,7 @@ class ParallelBlock(vision_transformer.ParallelScalingBlock):
         bias = self.in_proj.bias if self.mlp_bias is None else F.pad(self.mlp_bias, (0,3*x.shape[-1]))
         hidden,*qkv = F.linear(self.in_norm(x), self.in_proj.weight, bias).split(self.in_split, -1)
         q,k,v = [t.unflatten(-1, (self.num_heads,-1)) for t in qkv] # (B,L,heads,d)
-        q,k,v = [t.transpose(1,2) for t in (self.q_norm(q), self.k_norm(k), v)] # (B,heads,L,d)
-        attended = self.attn_out_proj(attend(q, k, v, self.fused).transpose(1,2).flatten(2))
+        attended = self.attn_out_proj(attend(self.q_norm(q), self.k_norm(k), v, self.fused))
         return x + self.drop_path(self.ls(attended + self.mlp_out_proj(self.mlp_act(hidden))))
 
 # %% ../nbs/12a_blocks.ipynb #53d202fe

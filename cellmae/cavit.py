@@ -29,8 +29,8 @@ class CrossAttention(nn.Module):
         self.q,self.kv,self.proj = nn.Linear(dim, dim, bias=False),nn.Linear(dim, 2*dim, bias=False),nn.Linear(dim, dim)
 
     def forward(self, x, context):
-        q,k,v = [t.unflatten(-1, (self.num_heads,-1)).transpose(1,2) for t in (self.q(x), *self.kv(context).chunk(2,-1))] # (B,heads,Q or K,d/heads)
-        return self.proj(attend(q, k, v, self.fused).transpose(1,2).flatten(2))
+        q,k,v = [t.unflatten(-1, (self.num_heads,-1)) for t in (self.q(x), *self.kv(context).chunk(2,-1))] # (B,Q or K,heads,d/heads)
+        return self.proj(attend(q, k, v, self.fused))
 
     def start_local(self): self.kv.weight.data[:self.q.in_features].copy_(nn.init.xavier_uniform_(self.q.weight.data))
 
