@@ -1,13 +1,11 @@
 #!/usr/bin/env python
 "Embedding of our models against others: one forward pass of the encoder over all tokens"
 import argparse, copy
-from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 
-from cellmae.train import memory_kept
 from cellmae.zoo import cost, create_model
 import peers, timing
 
@@ -35,7 +33,7 @@ def batch_sizes(a, device, x, kw):
     torch.manual_seed(0)
     model = create_model(a.model, **kw).to(device).eval()
     cases = {f'batches of {n}': (lambda n=n: [embed(model, o, a.bf16) for o in x.split(n)]) for n in a.split}
-    secs = timing.measure(cases, a.rounds, device)
+    secs = timing.measure(cases, a.rounds, device, a.keep)
     timing.show(f"embed, {a.model}, {a.bs} images, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, f'batches of {a.split[0]}', a.bs), timing.machine(device), a.out)
 
 
@@ -43,16 +41,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--model', default='mae_vits16')
     p.add_argument('--bs', type=int, default=16)
-    p.add_argument('--size', type=int, default=256, help='side of a crop')
-    p.add_argument('--depth', type=int, help='blocks of the encoder, for smoke tests')
     p.add_argument('--bf16', action='store_true', help='all cases in bfloat16 autocast, and ours with bfloat16 weights')
     p.add_argument('--split', type=int, nargs='+', help='our model alone, the images in batches of these sizes')
-    p.add_argument('--rounds', type=int, default=9)
-    p.add_argument('--threads', type=int, default=2)
-    p.add_argument('--usual-memory', action='store_true', help='let the C library give freed memory back, as in any other process')
-    p.add_argument('--out', help='JSON file for the results')
-    a = p.parse_args()
-    with nullcontext() if a.usual_memory else memory_kept(): run(a)
+    timing.add_options(p)
+    run(p.parse_args())
 
 def run(a):
     "Build, check, measure, show"
@@ -72,7 +64,7 @@ def run(a):
         cases['cellmae, fp32'] = lambda: embed(built['cellmae'], x, False)
         exact |= {'cellmae, bf16 weights': exact['cellmae'], 'cellmae, fp32': exact['cellmae']}
     columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in cases.items()}} if a.bf16 else {}
-    secs = timing.measure(cases, a.rounds, device)
+    secs = timing.measure(cases, a.rounds, device, a.keep)
     if device.type == 'cuda' and not a.depth:
         columns['TFLOP/s'] = {k: round(cost(a.model)['embed']*a.bs/1e3/timing.median(v), 1) for k,v in secs.items() if k.startswith('cellmae')}
     timing.show(f"embed, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, {k: twin(k) for k in cases}, a.bs, **columns), timing.machine(device), a.out)

@@ -1,31 +1,55 @@
 "Cases side by side in one process: rounds in shuffled order, medians, ratios paired by round"
 import json, os, platform, random, re, statistics as st, subprocess, sys, time
+from contextlib import nullcontext
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 
 import torch
 
+from cellmae.train import memory_kept
+
 
 def sync(device):
     if device.type == 'cuda': torch.cuda.synchronize()
+
+def stopwatch(case, device):
+    "Seconds and CPU seconds that one run of a case takes"
+    sync(device); start,cpu = time.perf_counter(),time.process_time()
+    case()
+    sync(device)
+    return time.perf_counter()-start, time.process_time()-cpu
+
+def kept(keep, name=''):
+    "Within this, memory is kept from run to run if `keep` says so, of `all` cases or of `ours`"
+    return memory_kept() if keep == 'all' or keep == 'ours' and name.startswith('cellmae') else nullcontext()
+
+def as_used(name, case, device):
+    "The second of two runs: ours finds the memory of the first, as in our loops, the others begin as in any other process"
+    with kept('ours', name): return [stopwatch(case, device) for _ in range(2)][1]
 
 def measure(
     cases, # `{name: function without arguments}`
     rounds, # How often each case runs
     device, # `torch.device`
-    warmup=1, # Runs of each case before the clock starts
+    keep='all', # Which cases find the memory of their last step again: `all`, `ours` or `none`
     seed=0, # Order of the cases
 ): # `{name: [(seconds, CPU seconds)]}`, one pair per round
-    "Run all cases once per round, in a new order each time"
+    "Run all cases once per round, in a new order each time, after a round that does not count"
     order,rng,secs = list(cases),random.Random(seed),{k: [] for k in cases}
-    for r in range(-warmup, rounds):
-        rng.shuffle(order)
-        for name in order:
-            sync(device); start,cpu = time.perf_counter(),time.process_time()
-            cases[name]()
-            sync(device)
-            if r >= 0: secs[name].append((time.perf_counter()-start, time.process_time()-cpu))
-    return secs
+    with kept('all' if keep == 'all' else 'none'):
+        for _ in range(1+rounds):
+            rng.shuffle(order)
+            for k in order: secs[k].append(as_used(k, cases[k], device) if keep == 'ours' else stopwatch(cases[k], device))
+    return {k: v[1:] for k,v in secs.items()}
+
+def add_options(p):
+    "Options that all benchmarks of the models share"
+    p.add_argument('--size', type=int, default=256, help='side of a crop')
+    p.add_argument('--depth', type=int, help='blocks of the encoder, for smoke tests')
+    p.add_argument('--rounds', type=int, default=9)
+    p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--keep', choices=['all','ours','none'], default='all', help='whose memory is kept from step to step: that of all cases, of ours alone, as each is used, or of none')
+    p.add_argument('--out', help='JSON file for the results')
 
 def median(secs): return st.median([t for t,_ in secs])
 
@@ -63,9 +87,10 @@ def peak_memory(names):
         out[name] = json.loads(res.stdout.splitlines()[-1])['peak_mb'] if res.returncode == 0 else f'failed: {res.stderr[-200:]}'
     return out
 
-def report_peak(case, device, steps=2):
+def report_peak(name, case, device, keep, steps=2):
     "Run one case and print the peak of this process (CPU), or of the GPU's allocator"
-    for _ in range(steps): case()
+    with kept(keep, name):
+        for _ in range(steps): case()
     sync(device)
     peak = torch.cuda.max_memory_allocated()/2**20 if device.type=='cuda' else int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024
     print(json.dumps(dict(peak_mb=round(peak))))

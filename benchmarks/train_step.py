@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 "One optimiser step of our models against others, or one part of it: same sizes, same loss, same optimiser, same precision"
 import argparse
-from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 
@@ -10,7 +9,6 @@ from timm.optim.lion import Lion
 
 from cellmae.fourier import fourier_loss, masked_mean, mix, pixel_loss
 from cellmae.masking import random_mask, take
-from cellmae.train import memory_kept
 from cellmae.zoo import cost, create_model
 import peers, timing
 
@@ -82,21 +80,24 @@ def loss(a, device):
     return {'cellmae': lambda: both(ours), 'the released way': lambda: both(theirs)},'cellmae',{'loss': dict(zip(('cellmae','the released way'), values))}
 
 def lion(a, device):
-    "Updates of the model's weights by timm's Lion, tensor by tensor and with `foreach`, and by fused AdamW"
+    "Updates of the model's weights by timm's Lion, tensor by tensor, with `foreach` and compiled, and by fused AdamW"
     def make(opt):
         torch.manual_seed(0)
         model = create_model(a.model, img_size=a.size, **({'depth': a.depth} if a.depth else {})).to(device)
         for p in model.parameters(): p.grad = torch.randn_like(p)
         return model,opt(model.parameters())
-    made = {k: make(o) for k,o in {'Lion': partial(Lion, lr=1e-4, foreach=False), 'Lion, foreach': partial(Lion, lr=1e-4, foreach=True), 'Lion, default': partial(Lion, lr=1e-4), 'fused AdamW': partial(adamw, fused=True)}.items()}
-    for _,opt in made.values(): opt.step()
-    for (_,p),(_,q) in zip(made['Lion'][0].named_parameters(), made['Lion, foreach'][0].named_parameters()): torch.testing.assert_close(p, q)
-    return {k: opt.step for k,(_,opt) in made.items()},'Lion',{}
+    kinds = {'Lion': partial(Lion, lr=1e-4, foreach=False), 'Lion, foreach': partial(Lion, lr=1e-4, foreach=True), 'Lion, default': partial(Lion, lr=1e-4), 'fused AdamW': partial(adamw, fused=True)}
+    made = {k: make(o) for k,o in (kinds | ({'Lion, compiled': kinds['Lion']} if a.compile else {})).items()}
+    steps = {k: torch.compile(opt.step) if k.endswith('compiled') else opt.step for k,(_,opt) in made.items()}
+    for step in steps.values(): step()
+    for k,(model,_) in made.items():
+        if 'Lion' in k: torch.testing.assert_close(dict(model.named_parameters()), dict(made['Lion'][0].named_parameters()))
+    return steps,'Lion',{}
 
 def measure_part(a, device):
     "Time one part of a step"
     cases,ours,columns = dict(loss=loss, lion=lion)[a.part](a, device)
-    secs = timing.measure(cases, a.rounds, device)
+    secs = timing.measure(cases, a.rounds, device, a.keep)
     timing.show(f'{a.part}, {a.model}, batch {a.bs}', timing.table(secs, ours, a.bs, **columns), timing.machine(device), a.out)
 
 
@@ -104,22 +105,16 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--model', default='mae_vits16', help='a name of cellmae.zoo: ' + ', '.join(sum(families.values(), ())))
     p.add_argument('--bs', type=int, default=8)
-    p.add_argument('--size', type=int, default=256, help='side of a crop')
     p.add_argument('--patch', type=int, help='side of a patch, if not the model\'s')
-    p.add_argument('--depth', type=int, help='blocks of the encoder, for smoke tests')
     p.add_argument('--small-decoder', action='store_true', help='2 blocks of 256 per channel')
     p.add_argument('--bf16', action='store_true', help='all cases in bfloat16 autocast, and the first peer in float32 too')
-    p.add_argument('--compile', action='store_true')
+    p.add_argument('--compile', action='store_true', help='all cases by torch.compile, which takes minutes; with `--part lion` one more case')
     p.add_argument('--part', choices=['loss','lion'], help='only this part of a step')
-    p.add_argument('--rounds', type=int, default=9)
-    p.add_argument('--threads', type=int, default=2)
     p.add_argument('--cases', help='only these, separated by semicolons')
     p.add_argument('--memory', action='store_true', help='peak memory too, each case in a process of its own')
     p.add_argument('--only', help='(used by --memory) measure the memory of one case')
-    p.add_argument('--usual-memory', action='store_true', help='let the C library give freed memory back, as in any other process')
-    p.add_argument('--out', help='JSON file for the results')
-    a = p.parse_args()
-    with nullcontext() if a.usual_memory else memory_kept(): run(a)
+    timing.add_options(p)
+    run(p.parse_args())
 
 def run(a):
     "Build, check, measure, show"
@@ -133,12 +128,12 @@ def run(a):
     tokens = create_model(a.model, **kw).tokens(x[:1].cpu()).shape[1]
     def build(k): torch.manual_seed(0); return make[k]().to(device).train()
     def step(k, model, bf16=a.bf16): return stepper(k, model, x, tokens, bf16, a.compile)
-    if a.only: return timing.report_peak(step(a.only, build(a.only)), device)
+    if a.only: return timing.report_peak(a.only, step(a.only, build(a.only)), device, a.keep)
     built = {k: build(k) for k in make}
     columns = check(built, x, torch.rand(a.bs, tokens, device=device), a.bf16)
     cases = {k: step(k, m) for k,m in built.items()}
     if a.bf16: cases |= {k+', fp32': step(k, built[k], False) for k in ('plain MAE','plain reading of the released') if k in built}
-    secs = timing.measure(cases, a.rounds, device)
+    secs = timing.measure(cases, a.rounds, device, a.keep)
     if device.type == 'cuda' and not a.depth:
         work = cost(a.model)['train']
         columns['TFLOP/s'] = {'cellmae': round(work*a.bs/1e3/timing.median(secs['cellmae']), 1)}

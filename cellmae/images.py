@@ -9,6 +9,7 @@ __all__ = ['STAINS', 'canonical_stain', 'ImageError', 'read_image', 'to_uint8', 
 # %% ../nbs/00_images.ipynb #89ecb524
 import re
 import numpy as np, torch
+import torch.nn.functional as F
 from pathlib import Path
 from PIL import Image
 from tifffile import TiffFile
@@ -150,9 +151,7 @@ def standardise(
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
 )->Tensor: # `(B,C,H,W)` float32
     "Each channel of each image to mean 0 and variance 1"
-    x = check_input(x).float()/255
-    var,mean = torch.var_mean(x, (2,3), correction=0, keepdim=True) # (B,C,1,1)
-    return (x-mean)*torch.rsqrt(var+1e-5)
+    return F.group_norm(check_input(x).float()/255, x.shape[1], eps=1e-5) # each channel a group
 
 # %% ../nbs/00_images.ipynb #cd314f56
 def tile(

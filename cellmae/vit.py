@@ -14,7 +14,7 @@ from timm.layers import LayerNorm
 from .images import standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
 from .masking import Mask, random_mask, restore, shape_noise, take
-from .fourier import fourier_loss, image_fourier_loss, masked_mean, mix, pixel_loss, released_fourier_loss, token_stats
+from .fourier import fourier_loss, image_fourier_loss, masked_mean, mix, released_fourier_loss, squared_error, token_stats
 from .blocks import Block, Blocks, ParallelBlock, decoder_blocks
 
 # %% ../nbs/13_vit.ipynb #6d7753db
@@ -235,15 +235,15 @@ def compare(self:MAE,
 )->tuple[Tensor,dict]: # The loss and its parts
     "Pixel and Fourier loss of the hidden tokens"
     a,b = take(pred, m.ids_mask),take(target, m.ids_mask) # (B,L-K,P)
-    mse = pixel_loss(a, b).mean()
-    with torch.no_grad(): channels = self._by_channel((a.float()-b.float()).square(), m, shape[1])
+    error = squared_error(a, b)
+    mse,channels = error.mean(),self._by_channel(error.detach(), m, shape[1])
     if self.training and self.alpha == 0: return mse, dict(mse=mse.detach(), fourier=torch.full_like(mse, float('nan')), channels=channels)
     if self.fourier == 'patch': fourier = fourier_loss(a, b, self.patch_size).mean()
     else: fourier = self._other_fourier(pred, target, m, *shape[2:])
     return mix(mse, fourier, self.alpha), dict(mse=mse.detach(), fourier=fourier.detach(), channels=channels)
 
 @patch
-def _by_channel(self:MAE, error, m, c): return error.unflatten(-1, (-1,c)).mean((0,1,2)) # (B,L-K,p*p,C) -> (C,)
+def _by_channel(self:MAE, error, m, c): return error.mean((0,1)).unflatten(0, (-1,c)).mean(0) # (B,L-K,p*p*C) -> (p*p,C) -> (C,)
 
 @patch
 def _other_fourier(self:MAE, pred, target, m, h, w):
