@@ -65,8 +65,7 @@ def run(a):
         exact |= {'cellmae, bf16 weights': exact['cellmae'], 'cellmae, fp32': exact['cellmae']}
     columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in cases.items()}} if a.bf16 else {}
     secs = timing.measure(cases, a.rounds, device, a.keep)
-    if device.type == 'cuda' and not a.depth:
-        columns['TFLOP/s'] = {k: round(cost(a.model)['embed']*a.bs/1e3/timing.median(v), 1) for k,v in secs.items() if k.startswith('cellmae')}
+    columns |= timing.utilisation(secs, {k: cost(m)['embed']*a.bs for k,m in built.items() if k.startswith('cellmae')}, device, a.bf16)
     timing.show(f"embed, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, {k: twin(k) for k in cases}, a.bs, **columns), timing.machine(device), a.out)
 
 if __name__ == '__main__': main()

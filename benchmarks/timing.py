@@ -53,6 +53,21 @@ def add_options(p):
 
 def median(secs): return st.median([t for t,_ in secs])
 
+def peak_rate(device, bf16, n=4096, rounds=5):
+    "Operations per second of a large matrix product, in 10^12"
+    a,b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return 2*n**3/1e12/median(measure({'product': lambda: a@b}, rounds, device)['product'])
+
+def utilisation(
+    secs, # What `measure` gave
+    work, # GFLOP per run, `{case: number}`
+    device, # `torch.device`
+    bf16, # Did products run in bfloat16?
+): # Two columns of `table`
+    "Operations per second, and what part they are of those of a large matrix product"
+    peak,rate = peak_rate(device, bf16),{k: w/1e3/median(secs[k]) for k,w in work.items()}
+    return {'TFLOP/s': {k: f'{r:.3g}' for k,r in rate.items()}, 'of peak': {k: f'{r/peak:.0%}' for k,r in rate.items()}}
+
 def table(
     secs, # What `measure` gave
     ours, # Name of the case that a case is divided by, `{case: name}`, or one name for all

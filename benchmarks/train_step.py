@@ -134,9 +134,7 @@ def run(a):
     cases = {k: step(k, m) for k,m in built.items()}
     if a.bf16: cases |= {k+', fp32': step(k, built[k], False) for k in ('plain MAE','plain reading of the released') if k in built}
     secs = timing.measure(cases, a.rounds, device, a.keep)
-    if device.type == 'cuda' and not a.depth:
-        work = cost(a.model)['train']
-        columns['TFLOP/s'] = {'cellmae': round(work*a.bs/1e3/timing.median(secs['cellmae']), 1)}
+    columns |= timing.utilisation(secs, {k: cost(m)['train']*a.bs for k,m in built.items() if k.startswith('cellmae')}, device, a.bf16)
     if a.memory: columns['peak MB'] = timing.peak_memory(built)
     timing.show(f"train step, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, {k: twin(k) for k in cases}, a.bs, **columns), timing.machine(device), a.out)
 
