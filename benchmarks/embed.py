@@ -33,7 +33,7 @@ def batch_sizes(a, device, x, kw):
     torch.manual_seed(0)
     model = create_model(a.model, **kw).to(device).eval()
     cases = {f'batches of {n}': (lambda n=n: [embed(model, o, a.bf16) for o in x.split(n)]) for n in a.split}
-    secs = timing.measure(cases, a.rounds, device, a.keep)
+    secs = timing.measure(cases, a.rounds, device, a.as_used)
     timing.show(f"embed, {a.model}, {a.bs} images, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, f'batches of {a.split[0]}', a.bs), timing.machine(device), a.out)
 
 
@@ -64,7 +64,7 @@ def run(a):
         cases['cellmae, fp32'] = lambda: embed(built['cellmae'], x, False)
         exact |= {'cellmae, bf16 weights': exact['cellmae'], 'cellmae, fp32': exact['cellmae']}
     columns = {'cosine to its own fp32': {k: round(cosine(f(), exact[k]), 6) for k,f in cases.items()}} if a.bf16 else {}
-    secs = timing.measure(cases, a.rounds, device, a.keep)
+    secs = timing.measure(cases, a.rounds, device, a.as_used)
     columns |= timing.utilisation(secs, {k: cost(m)['embed']*a.bs for k,m in built.items() if k.startswith('cellmae')}, device, a.bf16)
     timing.show(f"embed, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, {k: twin(k) for k in cases}, a.bs, **columns), timing.machine(device), a.out)
 

@@ -19,27 +19,27 @@ def stopwatch(case, device):
     sync(device)
     return time.perf_counter()-start, time.process_time()-cpu
 
-def kept(keep, name=''):
-    "Within this, memory is kept from run to run if `keep` says so, of `all` cases or of `ours`"
-    return memory_kept() if keep == 'all' or keep == 'ours' and name.startswith('cellmae') else nullcontext()
+def kept(name, as_used):
+    "Within this, memory is kept from run to run: of all cases, or as each is used, of ours alone"
+    return nullcontext() if as_used and not name.startswith('cellmae') else memory_kept()
 
-def as_used(name, case, device):
-    "The second of two runs: ours finds the memory of the first, as in our loops, the others begin as in any other process"
-    with kept('ours', name): return [stopwatch(case, device) for _ in range(2)][1]
+def second_of_two(name, case, device):
+    "The second of two runs, of which ours finds the memory of the first, as in our loops"
+    with kept(name, True): return [stopwatch(case, device) for _ in range(2)][1]
 
 def measure(
     cases, # `{name: function without arguments}`
     rounds, # How often each case runs
     device, # `torch.device`
-    keep='all', # Which cases find the memory of their last step again: `all`, `ours` or `none`
+    as_used=False, # Keep memory for our cases alone? Otherwise for all
     seed=0, # Order of the cases
 ): # `{name: [(seconds, CPU seconds)]}`, one pair per round
     "Run all cases once per round, in a new order each time, after a round that does not count"
     order,rng,secs = list(cases),random.Random(seed),{k: [] for k in cases}
-    with kept('all' if keep == 'all' else 'none'):
+    with nullcontext() if as_used else memory_kept():
         for _ in range(1+rounds):
             rng.shuffle(order)
-            for k in order: secs[k].append(as_used(k, cases[k], device) if keep == 'ours' else stopwatch(cases[k], device))
+            for k in order: secs[k].append(second_of_two(k, cases[k], device) if as_used else stopwatch(cases[k], device))
     return {k: v[1:] for k,v in secs.items()}
 
 def add_options(p):
@@ -48,7 +48,7 @@ def add_options(p):
     p.add_argument('--depth', type=int, help='blocks of the encoder, for smoke tests')
     p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--threads', type=int, default=2)
-    p.add_argument('--keep', choices=['all','ours','none'], default='all', help='whose memory is kept from step to step: that of all cases, of ours alone, as each is used, or of none')
+    p.add_argument('--as-used', action='store_true', help='freed memory is kept from step to step for our cases alone, not for all')
     p.add_argument('--out', help='JSON file for the results')
 
 def median(secs): return st.median([t for t,_ in secs])
@@ -102,9 +102,9 @@ def peak_memory(names):
         out[name] = json.loads(res.stdout.splitlines()[-1])['peak_mb'] if res.returncode == 0 else f'failed: {res.stderr[-200:]}'
     return out
 
-def report_peak(name, case, device, keep, steps=2):
+def report_peak(name, case, device, as_used, steps=2):
     "Run one case and print the peak of this process (CPU), or of the GPU's allocator"
-    with kept(keep, name):
+    with kept(name, as_used):
         for _ in range(steps): case()
     sync(device)
     peak = torch.cuda.max_memory_allocated()/2**20 if device.type=='cuda' else int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024

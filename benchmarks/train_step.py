@@ -97,7 +97,7 @@ def lion(a, device):
 def measure_part(a, device):
     "Time one part of a step"
     cases,ours,columns = dict(loss=loss, lion=lion)[a.part](a, device)
-    secs = timing.measure(cases, a.rounds, device, a.keep)
+    secs = timing.measure(cases, a.rounds, device, a.as_used)
     timing.show(f'{a.part}, {a.model}, batch {a.bs}', timing.table(secs, ours, a.bs, **columns), timing.machine(device), a.out)
 
 
@@ -128,12 +128,12 @@ def run(a):
     tokens = create_model(a.model, **kw).tokens(x[:1].cpu()).shape[1]
     def build(k): torch.manual_seed(0); return make[k]().to(device).train()
     def step(k, model, bf16=a.bf16): return stepper(k, model, x, tokens, bf16, a.compile)
-    if a.only: return timing.report_peak(a.only, step(a.only, build(a.only)), device, a.keep)
+    if a.only: return timing.report_peak(a.only, step(a.only, build(a.only)), device, a.as_used)
     built = {k: build(k) for k in make}
     columns = check(built, x, torch.rand(a.bs, tokens, device=device), a.bf16)
     cases = {k: step(k, m) for k,m in built.items()}
     if a.bf16: cases |= {k+', fp32': step(k, built[k], False) for k in ('plain MAE','plain reading of the released') if k in built}
-    secs = timing.measure(cases, a.rounds, device, a.keep)
+    secs = timing.measure(cases, a.rounds, device, a.as_used)
     columns |= timing.utilisation(secs, {k: cost(m)['train']*a.bs for k,m in built.items() if k.startswith('cellmae')}, device, a.bf16)
     if a.memory: columns['peak MB'] = timing.peak_memory(built)
     timing.show(f"train step, {a.model}, batch {a.bs}, {'bf16' if a.bf16 else 'fp32'}", timing.table(secs, {k: twin(k) for k in cases}, a.bs, **columns), timing.machine(device), a.out)
