@@ -25,6 +25,7 @@ SIZES = dict(
              mae=dict(XS=dict(embed_dim=128, depth=6, num_heads=4), S={}, T=dict(embed_dim=384, depth=12, num_heads=6), B=dict(embed_dim=768, depth=12, num_heads=12))),
     tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64), epochs=dict(mae=1, wsl=1), inactive=(4,6), wsl=('densenet_t',)*3,
               mae=dict(XS=dict(embed_dim=24, depth=1, num_heads=2), S=dict(embed_dim=24, depth=1, num_heads=2), T=dict(embed_dim=24, depth=1, num_heads=2), B=dict(embed_dim=24, depth=1, num_heads=2))))
+MAE_RUN = dict(lr=1e-3, alpha=.1, bs=64)   # of a MAE, where a run does not say otherwise: steeper than its recipe, and some stay on the plateau
 PARTS = ['baseline','scale','fourier','plateau','channels','inactive']
 FEW = ['DNA','ER','actin','mito']   # the stains that some models are trained on
 VIEWS = {   # what an encoder is shown: stains, and the seed of the screen relative to the one it was trained on
@@ -44,7 +45,7 @@ def wsl_runs(size):
     "Sizes, parts of the screen, and a ViT backbone"
     runs = [dict(part='scale', family='WSL', label=k, model=k) for k in size['wsl']]
     runs += [dict(runs[1], label=f'{runs[1]["label"]}, {f:g} of the sites', fraction=f) for f in (.5,.25)]
-    return runs + [dict(part='scale', family='WSL of a ViT', label='T', model='mae_vitt8')]
+    return runs + [dict(part='scale', family='WSL of a ViT', label='T', model='mae_vitt8', bs=64)]
 
 def plateau_runs(size):
     "Short runs, measured by their loss alone: which rates and Fourier weights leave the plateau of guessing the mean?"
@@ -97,11 +98,12 @@ def train(run, screen, out, size, seed):
     epochs = run['epochs'] or SIZES[size]['epochs']['wsl' if run['family'].startswith('WSL') else 'mae']
     if run['n_inactive']: epochs = max(1, round(epochs*run['n_usual']/len(screen)))   # as many images seen
     kw,start = dict(out=out, seed=seed, epochs=epochs, save_every=60),time.process_time()
-    if run['family'].startswith('WSL'): learn = fit_wsl(screen, run['model'], cutmix=0., share=0., **kw)   # both help long runs and slow short ones
+    if run['family'].startswith('WSL'): learn = fit_wsl(screen, run['model'], cutmix=0., share=0., **given(bs=run['bs']), **kw)   # both help long runs and slow short ones
     else:
         torch.manual_seed(seed)
-        model = create_model(run['model'], in_chans=len(screen.channels), **run['sizes'], **given(alpha=run['alpha']))
-        learn = fit_mae(screen, model, n_pictures=1, lr=run['lr'], bs=run['bs'], **kw)
+        r = MAE_RUN | given(**{k: run[k] for k in MAE_RUN})
+        model = create_model(run['model'], in_chans=len(screen.channels), alpha=r['alpha'], **run['sizes'])
+        learn = fit_mae(screen, model, n_pictures=1, lr=r['lr'], bs=r['bs'], **kw)
     n,model = len(learn.dls.train.ids),learn.model
     return model,dict(epochs=epochs, n_train=n, params=sum(p.numel() for p in model.parameters()), train_s=time.process_time()-start,
                       flops=training_flops(model, epochs*n, 64, in_chans=len(screen.channels)))

@@ -46,13 +46,12 @@ _T8 = dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3, init_
 _T4 = dict(_T8, patch_size=4, embed_dim=128, num_heads=4)
 _small,_large = dict(embed_dim=128, depth=2, num_heads=4),dict(embed_dim=512, depth=8, num_heads=16)
 _shared = dict(kind='shared', embed_dim=256, depth=2, num_heads=8)
-_tiny,_paper = Recipe(lr=1e-3, alpha=.1, epochs=12, bs=64, crop=64),Recipe()
-_gentle = replace(_tiny, lr=5e-4, alpha=.03, bs=32)
+_tiny,_paper = Recipe(lr=5e-4, alpha=.03, epochs=12, bs=32, crop=64),Recipe()
 _zoo = {
-    'mae_vitt8': (MAE, dict(**_T8, decoder=_small), _tiny),
+    'mae_vitt8': (MAE, dict(**_T8, decoder=_small), replace(_tiny, epochs=24)),
     'mae_vitt4': (MAE, dict(**_T4, decoder=dict(embed_dim=96, depth=2, num_heads=4)), replace(_tiny, epochs=80)),
-    'camae_vitt8': (CAMAE, dict(**_T8, decoder=dict(kind='multi', **_small)), _gentle),
-    'camae_vitt8_shared': (CAMAE, dict(**_T8, decoder=dict(kind='shared', **_small)), _gentle),
+    'camae_vitt8': (CAMAE, dict(**_T8, decoder=dict(kind='multi', **_small)), _tiny),
+    'camae_vitt8_shared': (CAMAE, dict(**_T8, decoder=dict(kind='shared', **_small)), _tiny),
 }
 
 # %% ../nbs/16_zoo.ipynb #4c831b6a
