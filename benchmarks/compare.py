@@ -8,13 +8,16 @@ from fastprogress.fastprogress import progress_bar
 
 from cellmae.cavit import CAMAE
 from cellmae.classifier import Classifier
-from cellmae.embed import as_encoder, embed, read_profiles
+from cellmae.embed import as_encoder, embed
+from cellmae.profiles import read_profiles
 from cellmae.recall import compare_recall, recall
 from cellmae.scale import training_flops
-from cellmae.screen import Screen, write_whole
+from cellmae.screen import Screen
+from cellmae.files import write_whole
 from cellmae.synth import STAINS6, synth_screen
 from cellmae.train import fit_mae, given
-from cellmae.tvn import TVN, CenterScale, PCACenterScale, Sphere, aggregate
+from cellmae.tvn import TVN, CenterScale, PCACenterScale, Sphere
+from cellmae.profiles import aggregate
 from cellmae.wsl import fit_wsl, make_classifier
 from cellmae.zoo import create_model, recipe
 

@@ -12,7 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from cellmae.cavit import CAMAE
 from cellmae.embed import as_encoder, embed
 from cellmae.retrieval import balanced_accuracy
-from cellmae.screen import write_stack_screen, write_whole
+from cellmae.screen import write_stack_screen
+from cellmae.files import write_whole
 from cellmae.train import fit_mae
 from cellmae.wsl import fit_wsl, make_classifier
 

@@ -5,8 +5,7 @@ from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 
 import torch
-
-from cellmae.train import memory_kept
+from cellmae.device import memory_kept
 
 
 def sync(device):

@@ -14,15 +14,17 @@ import anndata as ad
 import torch
 from fastai.torch_core import default_device
 from fastcore.script import call_parse, store_true
-from .embed import embed, read_profiles, to_parquet
+from .files import write_whole
+from .embed import embed
+from .profiles import aggregate, read_profiles, to_parquet
 from .plots import plot_history, plot_map, plot_recall, show_channels
 from .recall import recall, recall_table
 from .report import write_report
-from .screen import open_screen, write_whole
+from .screen import open_screen
 from .stats import intensity_stats, spectrum_stats
 from .synth import synth_screen
 from .train import fit_mae
-from .tvn import TVN, aggregate
+from .tvn import TVN
 
 # %% ../nbs/50_cli.ipynb #9c2b8672
 def simulated(

@@ -9,10 +9,14 @@ import pytest
 from anndata import AnnData
 
 from cellmae.features import regress_features
-from cellmae.recall import check_names, compare_recall, download, read_complexes, read_relationships, recall
+from cellmae.recall import check_names, compare_recall, read_complexes, read_relationships, recall
+from cellmae.files import download
 from cellmae.retrieval import average_precision, consistency, magnitude, match, mean_average_precision, probe
 from cellmae.rxrx3 import compound_gene_ap, read_rxrx3
-from cellmae.tvn import TVN, CenterScale, PCACenterScale, Sphere, aggregate, arm_bias, batch_leak, correct_arms, diagnose
+from cellmae.tvn import TVN, CenterScale, PCACenterScale, Sphere
+from cellmae.profiles import aggregate
+from cellmae.arms import arm_bias, correct_arms
+from cellmae.diagnose import batch_leak, diagnose
 
 every = [CenterScale(), Sphere(), PCACenterScale(), TVN(), TVN(0), *(TVN(variant=v) for v in ('efaar', 'efaar_2023', 'efaar_2024'))]
 ids = [str(o) for o in every]

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest
 
 from cellmae.recall import recall
-from cellmae.tvn import CenterScale, TVN, aggregate
+from cellmae.tvn import CenterScale, TVN
+from cellmae.profiles import aggregate
 
 anndata = pytest.importorskip('anndata')
 tfms = dict(centerscale_all=CenterScale(None), centerscale_batch=CenterScale(), tvn=TVN(variant='efaar'), tvn_batch=TVN(variant='efaar'))

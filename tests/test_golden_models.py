@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from cellmae.fourier import fourier_loss, masked_mean, pixel_loss
 from cellmae.masking import random_mask
 from cellmae.cavit import MultiDecoder
-from cellmae.zoo import _released_keys, load_released
+from cellmae.released import _released_keys, load_released
 
 def golden_folder():
     "Folder of check values: CELLMAE_GOLDEN, or `golden` beside CELLMAE_DATA"

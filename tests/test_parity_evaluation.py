@@ -15,7 +15,9 @@ import pytest
 
 from cellmae.recall import recall
 from cellmae.retrieval import average_precision, mean_average_precision
-from cellmae.tvn import TVN, CenterScale, Sphere, aggregate, correct_arms
+from cellmae.tvn import TVN, CenterScale, Sphere
+from cellmae.profiles import aggregate
+from cellmae.arms import correct_arms
 
 
 @pytest.fixture

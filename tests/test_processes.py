@@ -3,7 +3,7 @@ import subprocess, sys
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from cellmae.scale import Together
+from cellmae.many_gpus import Together
 from cellmae.synth import synth_screen
 from cellmae.train import fit_mae
 from cellmae.zoo import create_model
@@ -18,7 +18,7 @@ from pathlib import Path
 from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 from cellmae.data import screen_dls
-from cellmae.scale import Together, join_processes
+from cellmae.many_gpus import Together, join_processes
 from cellmae.train import fit_cycle, mae_learner
 from cellmae.zoo import create_model
 

@@ -33,7 +33,7 @@ def imports(t, walk=False):
     return [o for o in (ast.walk(t) if walk else t.body) if isinstance(o, (ast.Import, ast.ImportFrom))]
 
 
-def number(name): return int(m[1]) if (m := re.match(r'(\d+)\w*_', name)) else 99
+def number(name): return int(m[1]) if (m := re.match(r"(\d+)_", name)) else 99
 
 
 def test_notebooks_are_valid():
@@ -84,7 +84,7 @@ def test_every_notebook_is_in_the_sidebar():
     assert sorted(listed) == sorted(nbs)
 
 def test_imports_go_down_in_number():
-    rank = {re.sub(r'^\d+\w*?_', '', Path(name).stem): number(name) for name in nbs if '/' not in name}
+    rank = {re.sub(r'^\d+_', '', Path(name).stem): number(name) for name in nbs if '/' not in name}
     pat = re.compile(r'^\s*from (?:cellmae)?\.(\w+) import', re.M)
     check(f'{at}: imports {m}' for at,c,_ in code for m in pat.findall(c.source)
           if number(at) < 99 and rank.get(m, 0) > number(at))
@@ -108,3 +108,13 @@ def test_evaluation_imports_stay_light():
     res = subprocess.run([sys.executable, '-c', prog], cwd=root, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
     assert not res.stdout.strip(), f'tvn or recall imports {res.stdout}'
+
+def test_rooms_keep_what_is_private():
+    pat = re.compile(r'^from \.\w+ import (.*)$', re.M)
+    check(f'{f.name}: imports {name}' for f in modules for m in pat.findall(f.read_text())
+          for name in re.split(r'[, ()]+', m) if name.startswith('_'))
+
+def test_code_fits_the_page():
+    "Exported and shown code has lines of at most 100 columns"
+    check(f'{at} line {i}: {len(l)} columns' for at,c,ds in code if 'hide' not in ds
+          for i,l in enumerate(c.source.splitlines(), 1) if len(l) > 100)
