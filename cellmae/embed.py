@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
+from .files import moved
 from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .images import tile
@@ -194,3 +195,6 @@ def embed(
                 channels=channels, versions={p:version(p) for p in ('cellmae','torch','timm')})
     names = [f'{c}_{i}' for c in channels for i in range(X.shape[1]//len(channels))] if encoder.channelwise else None
     return ad.AnnData(X, obs=obs.astype({c:str for c in obs.select_dtypes('object')}), var=pd.DataFrame(index=names) if names else None, uns={'cellmae':made})
+
+# %% ../nbs/31_embed.ipynb #b79be2a1
+__getattr__ = moved(__name__, read_profiles='profiles', to_parquet='profiles')

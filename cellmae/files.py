@@ -10,6 +10,7 @@ import gzip, hashlib, os, platform, re, shutil
 import pandas as pd
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
 from urllib.request import urlopen
@@ -144,3 +145,14 @@ def _fetch(url, sha, part):
         raise ValueError(f'{url} has checksum {_sha256(raw)[:12]}, not {sha[:12]}: nothing was kept; '
                          'it is another version of the file, or a page about it')
     part.write_bytes(raw)
+
+# %% ../nbs/00_files.ipynb #9b816bce
+def moved(
+    module, # `__name__` of the room where names used to be
+    **rooms, # Name -> room where it is now
+):
+    "A `__getattr__` for a module that finds what has moved"
+    def find(name):
+        if name in rooms: return getattr(import_module(f'cellmae.{rooms[name]}'), name)
+        raise AttributeError(f'module {module!r} has no attribute {name!r}')
+    return find

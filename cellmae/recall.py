@@ -15,7 +15,7 @@ from pathlib import Path
 from anndata import AnnData
 from scipy.stats import false_discovery_control, t as student
 from sklearn.base import clone
-from .files import text_of
+from .files import moved, text_of
 from .profiles import aggregate
 
 # %% ../nbs/34_recall.ipynb #cb4a1f96
@@ -369,3 +369,6 @@ def recall_table(
             t.insert(0, 'encoder', e); t.insert(1, 'correction', c)
             res.append(t)
     return pd.concat(res, ignore_index=True)
+
+# %% ../nbs/34_recall.ipynb #c8862996
+__getattr__ = moved(__name__, download='files')

@@ -16,6 +16,7 @@ from sklearn.metrics import recall_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from .files import moved
 from .profiles import as_mask, codes, listed, table_of
 
 # %% ../nbs/35_retrieval.ipynb #ab0e7df1
@@ -307,3 +308,6 @@ def balanced_accuracy(
 def _balanced(y, pred):
     "Mean over the classes in `y` of the share predicted right"
     return float(recall_score(y, pred, labels=np.unique(y), average='macro', zero_division=0))
+
+# %% ../nbs/35_retrieval.ipynb #67179bae
+__getattr__ = moved(__name__, compare_corrections='diagnose', plot_corrections='diagnose')

@@ -16,6 +16,7 @@ from scipy import stats
 from fastai.torch_core import default_device
 from fastcore.basics import patch
 from timm.optim.lion import Lion
+from .files import moved
 from .screen import open_screen, split
 from .device import has_bf16, memory_kept
 from .train import given
@@ -279,3 +280,6 @@ def fit_power(
     ok = sse <= sse.min()*(1+stats.f.ppf(level, 1, n-3)/(n-3))
     parts,i = dict(a=a[ok], b=b[ok], c=c[ok], centre=x.mean()*np.log(10), best=sse[ok].argmin()),sse.argmin()
     return PowerFit(*map(float, (c[i], c[ok].min(), c[ok].max(), a[i], a[ok].min(), a[ok].max())), n, parts)
+
+# %% ../nbs/27_scale.ipynb #27a20317
+__getattr__ = moved(__name__, Together='many_gpus', join_processes='many_gpus')

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from fastprogress import progress_bar
 from pathlib import Path
 from tifffile import imwrite
-from .files import read_table, write_whole
+from .files import moved, read_table, write_whole
 from .labels import is_control, label, well_name
 from .images import ImageError, canonical_stain, check_pixels, fit_range, read_image, to_uint8
 
@@ -399,3 +399,6 @@ def split(
     n = min(max(1, round(valid*len(groups))), len(groups)-1)
     held = key.isin(np.random.default_rng(seed).permutation(groups)[:n]).to_numpy()
     return np.flatnonzero(~held),np.flatnonzero(held)
+
+# %% ../nbs/03_screen.ipynb #5184c20d
+__getattr__ = moved(__name__, CONTROLS='labels', write_whole='files', well_name='labels')

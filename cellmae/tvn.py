@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, TransformerMixin
-from .files import write_whole
+from .files import moved, write_whole
 from .profiles import check_wells, column_of, unpack
 
 # %% ../nbs/32_tvn.ipynb #c8f90804
@@ -345,3 +345,7 @@ def load_correction(
     shared,t.centres_,t.maps_ = ({k:arrays[i] for k,i in head[p].items()} for p in ('shared','centres','maps'))
     t.shared_ = tuple(shared.values())
     return t
+
+# %% ../nbs/32_tvn.ipynb #cc2e8d58
+__getattr__ = moved(__name__, aggregate='profiles', batch_leak='diagnose', diagnose='diagnose',
+                    plot_correction='diagnose', arm_bias='arms', correct_arms='arms')

@@ -18,7 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from .files import write_whole
+from .files import moved, write_whole
 from .blocks import set_attention
 from .vit import MAE
 from .cavit import CAMAE
@@ -268,3 +268,6 @@ def pull_model(
 
 # %% ../nbs/20_zoo.ipynb #7348b59d
 def _is_folder(endpoint): return endpoint is not None and '://' not in str(endpoint)
+
+# %% ../nbs/20_zoo.ipynb #15222e58
+__getattr__ = moved(__name__, load_released='released')
