@@ -29,11 +29,12 @@ def attend(
     k:Tensor, # Keys `(B,K,heads,d)`
     v:Tensor, # Values `(B,K,heads,d)`
     fused:bool|None=None, # True or False forces a kernel; None: `use_fused` decides
-)->Tensor: # For each query the mean of the values, weighted by the softmax of `q@k/sqrt(d)`, heads side by side `(B,Q,heads*d)`
+)->Tensor: # Mean of the values by the softmax of `q@k/sqrt(d)`, heads side by side `(B,Q,heads*d)`
     "Softmax attention by the kernel that is fastest here"
     if fused is None: fused = use_fused(v.device, v.dtype, torch.is_grad_enabled(), v.shape[1])
     q,k,v = [t.to(v.dtype).transpose(1,2) for t in (q,k,v)] # (B,heads,L,d)
-    out = F.scaled_dot_product_attention(q, k, v) if fused else (q*q.shape[-1]**-.5 @ k.transpose(-2,-1)).softmax(-1) @ v
+    if fused: out = F.scaled_dot_product_attention(q, k, v)
+    else: out = (q*q.shape[-1]**-.5 @ k.transpose(-2,-1)).softmax(-1) @ v
     return out.transpose(1,2).flatten(2)
 
 # %% ../nbs/13_blocks.ipynb #91a8932a
@@ -58,7 +59,8 @@ class ParallelBlock(vision_transformer.ParallelScalingBlock):
     "timm's parallel block with this attention, and with the bias of the MLP inside the product"
     fused = None # as in `Attention`
     def forward(self, x):
-        bias = self.in_proj.bias if self.mlp_bias is None else F.pad(self.mlp_bias, (0,3*x.shape[-1]))
+        bias = self.in_proj.bias
+        if self.mlp_bias is not None: bias = F.pad(self.mlp_bias, (0,3*x.shape[-1]))
         hidden,*qkv = F.linear(self.in_norm(x), self.in_proj.weight, bias).split(self.in_split, -1)
         q,k,v = [t.unflatten(-1, (self.num_heads,-1)) for t in qkv] # (B,L,heads,d)
         attended = self.attn_out_proj(attend(self.q_norm(q), self.k_norm(k), v, self.fused))
@@ -81,7 +83,8 @@ def decoder_blocks(
     norm_eps:float=1e-6, # Epsilon of the LayerNorms
 )->Blocks: # Standard blocks in a row
     "Standard blocks as decoders use them"
-    return Blocks(*[Block(dim, num_heads, qkv_bias=True, norm_layer=partial(LayerNorm, eps=norm_eps)) for _ in range(depth)])
+    kw = dict(qkv_bias=True, norm_layer=partial(LayerNorm, eps=norm_eps))
+    return Blocks(*[Block(dim, num_heads, **kw) for _ in range(depth)])
 
 # %% ../nbs/13_blocks.ipynb #c8dd9763
 def set_attention(

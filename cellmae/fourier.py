@@ -44,7 +44,7 @@ def _hermitian_weights(h, w, device=None):
 
 # %% ../nbs/12_fourier.ipynb #f6fb3114
 def fourier_loss(
-    pred:Tensor, # Predicted tokens `(B,L,p*p*C)` of `patchify` or `(B,L,p*p)` of `patchify_channels`
+    pred:Tensor, # Predicted tokens, `(B,L,p*p*C)` of `patchify` or `(B,L,p*p)` of its twin
     target:Tensor, # True tokens, of the same shape
     p:int, # Side of a patch in pixels
 )->Tensor: # Loss of each token `(B,L)`, mean over frequencies and channels, float32
@@ -59,7 +59,9 @@ def amplitudes(
     p:int, # Side of a patch in pixels
 )->Tensor: # Amplitudes `(B,L,C,p,p//2+1)` of the unnormalised transform
     "Half spectrum of each patch and channel"
-    if t.ndim != 3 or t.shape[-1]%p**2: raise ValueError(f"Tokens must be (B,L,p*p*C) with p={p}, got {tuple(t.shape)}. Cut images with `patchify` first.")
+    if t.ndim != 3 or t.shape[-1]%p**2:
+        raise ValueError(f"Tokens must be (B,L,p*p*C) with p={p}, got {tuple(t.shape)}. "
+                         "Cut images with `patchify` first.")
     b,l,n = t.shape
     t = t.float().view(b,l,p,p,n//p**2).permute(0,1,4,2,3) # (B,L,C,p,p)
     return torch.fft.rfft2(t).abs()
@@ -72,7 +74,9 @@ def viewed_planes(
     "The planes that the released code transforms in place of patches"
     b,l,p = t.shape
     s = round((l//c)**.5)
-    if c*s*s != l: raise ValueError(f"{l//c} patches per channel are no square, and the released view needs one. Use square crops, or fourier='patch'.")
+    if c*s*s != l:
+        raise ValueError(f"{l//c} patches per channel are no square, and the released view needs "
+                         "one. Use square crops, or fourier='patch'.")
     return t.float().reshape(b, p*c, s, s)
 
 # %% ../nbs/12_fourier.ipynb #b384ca48
@@ -93,8 +97,8 @@ def image_fourier_loss(
 )->Tensor: # Loss of each image and channel `(B,C)`, float32
     "Mean absolute difference of Fourier amplitudes of whole images"
     h,w = pred.shape[-2:]
-    diff = torch.fft.rfft2(pred.float()).abs()-torch.fft.rfft2(target.float()).abs() # (B,C,H,W//2+1)
-    return (diff.abs()*_hermitian_weights(h, w, diff.device)).sum((-2,-1))*p/(h*w)**.5
+    a,b = [torch.fft.rfft2(t.float()).abs() for t in (pred,target)] # (B,C,H,W//2+1)
+    return ((a-b).abs()*_hermitian_weights(h, w, a.device)).sum((-2,-1))*p/(h*w)**.5
 
 # %% ../nbs/12_fourier.ipynb #18c3b413
 def token_stats(

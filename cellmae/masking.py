@@ -17,8 +17,10 @@ def n_keep(
 )->int: # Visible tokens, at least 1 and less than `n`
     "How many of `n` tokens stay visible"
     k = int(n*(1-ratio))
-    if not 0 < k < n: raise ValueError(f"Mask ratio {ratio} leaves {k} of {n} tokens visible; it must hide some and leave some. "
-                                       "Use a ratio between 0 and 1, larger crops or smaller patches.")
+    if not 0 < k < n:
+        raise ValueError(f"Mask ratio {ratio} leaves {k} of {n} tokens visible; it must hide some "
+                         "and leave some. Use a ratio between 0 and 1, larger crops or "
+                         "smaller patches.")
     return k
 
 # %% ../nbs/11_masking.ipynb #a0056938
@@ -49,7 +51,8 @@ def take(
 )->Tensor: # Those tokens `(B,K,D)`
     "Pick the tokens at `ids`"
     if x.ndim == 2: return x[ids]
-    rows = ids + torch.arange(len(x), device=x.device)[:,None]*x.shape[1] # places among the tokens of the whole batch
+    b,l,_ = x.shape
+    rows = ids + torch.arange(b, device=x.device)[:,None]*l # places among the tokens of the batch
     return x.flatten(0,1).index_select(0, rows.flatten()).unflatten(0, ids.shape)
 
 # %% ../nbs/11_masking.ipynb #009cd4cc
@@ -67,8 +70,10 @@ def restore(
 def _same(noise, c, h, w): return noise[:,:h*w].repeat(1,c)
 
 def _channel(noise, c, h, w):
-    if c == 1: raise ValueError("Whole channels can be hidden only where each has tokens of its own: use a channel-agnostic model (camae_...) and images with several channels.")
-    rank = noise.unflatten(1, (c,-1))[:,:,0].argsort(1).argsort(1) # (B,C), a random order of channels
+    if c == 1:
+        raise ValueError("Whole channels can be hidden only where each has tokens of its own: use "
+                         "a channel-agnostic model (camae_...) and images with several channels.")
+    rank = noise.unflatten(1, (c,-1))[:,:,0].argsort(1).argsort(1) # (B,C), channels in random order
     return noise + rank.repeat_interleave(h*w, 1)
 
 def _block(noise, c, h, w):
@@ -87,7 +92,8 @@ def shape_noise(
     w:int, # Columns of patches
 )->Tensor: # Noise for `random_mask` `(B,C*h*w)`
     "Shape noise, and with it the mask"
-    if masking not in MASKINGS: raise ValueError(f"Unknown masking {masking!r}: use one of {', '.join(MASKINGS)}.")
+    if masking not in MASKINGS:
+        raise ValueError(f"Unknown masking {masking!r}: use one of {', '.join(MASKINGS)}.")
     return MASKINGS[masking](noise, c, h, w)
 
 # %% ../nbs/11_masking.ipynb #5c42ae3b

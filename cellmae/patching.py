@@ -22,9 +22,13 @@ def patchify(
 # %% ../nbs/10_patching.ipynb #393190d1
 def _grid(x, p):
     "Batch, channels and the grid's rows and columns; refuses what `p` does not divide"
-    if x.ndim != 4: raise ValueError(f"Images must be (B,C,H,W), got {x.ndim} dimensions: {tuple(x.shape)}. One image? Add a batch axis: x[None].")
+    if x.ndim != 4:
+        raise ValueError(f"Images must be (B,C,H,W), got {x.ndim} dimensions: {tuple(x.shape)}. "
+                         "One image? Add a batch axis: x[None].")
     b,c,h,w = x.shape
-    if h%p or w%p: raise ValueError(f"Height {h} and width {w} must be multiples of the patch size {p}. Crop to {h//p*p} x {w//p*p}, or tile the image.")
+    if h%p or w%p:
+        raise ValueError(f"Height {h} and width {w} must be multiples of the patch size {p}. "
+                         f"Crop to {h//p*p} x {w//p*p}, or tile the image.")
     return b,c,h//p,w//p
 
 # %% ../nbs/10_patching.ipynb #2495dc16
@@ -66,10 +70,12 @@ def sincos_positions(
     d:int, # Width of a token, a multiple of 4
     h:int, # Rows of patches
     w:int, # Columns of patches
-    slowest:float=10000, # Periods of the waves reach from `2*pi` to almost `slowest` times that, in patches
+    slowest:float=10000, # Periods reach from `2*pi` patches to almost `slowest` times that
 )->Tensor: # Fixed positions `(h*w,d)`, row by row, in `[-1,1]`
     "Sine and cosine fingerprints of each token's row and column"
-    if d%4: raise ValueError(f"Token width must be a multiple of 4 (sine and cosine of row and column), got {d}.")
+    if d%4:
+        raise ValueError("Token width must be a multiple of 4 (sine and cosine of row and column), "
+                         f"got {d}.")
     omega = slowest**(-torch.arange(d//4, dtype=torch.float64)/(d//4)) # (d/4,)
     row,col = [torch.arange(n)[:,None]*omega for n in (h,w)] # (h,d/4), (w,d/4)
     row,col = [torch.cat([a.sin(), a.cos()], 1) for a in (row,col)] # (h,d/2), (w,d/2)
