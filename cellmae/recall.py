@@ -76,11 +76,20 @@ def read_complexes(
     return {k: pd.DataFrame(combinations(sorted(set(v.split())), 2), columns=['entity1','entity2']) for k,v in lines}
 
 # %% ../nbs/34_recall.ipynb #40e8efed
+def _at_most(n, share):
+    "The largest whole number that is at most a `share` of `n`"
+    k = int(share*n)
+    return k+1 if (k+1)/n<=share else k
+
+def _at_least(n, share):
+    "The smallest whole number that is at least a `share` of `n`"
+    k = int(share*n)
+    return k+1 if k/n<share else k
+
 def _tail_ranks(n, low, high):
     "Which order statistics (from 0) of `n` cosines bound the tails; `n` and -1 stand for none"
-    if not 0<=low<=high<=1: raise ValueError(f'tails need 0 <= low <= high <= 1, not {low} and {high}')
-    k,m = int(low*n),int(high*n)
-    return k+((k+1)/n<=low), m+(m/n<high)-1
+    if 0<=low<=high<=1: return _at_most(n, low),_at_least(n, high)-1
+    raise ValueError(f'tails need 0 <= low <= high <= 1, not {low} and {high}')
 
 def _tail_values(
     null, # Sorted cosines `(n)`
@@ -90,6 +99,8 @@ def _tail_values(
     return null[k] if k<len(null) else np.inf, null[m] if m>=0 else -np.inf
 
 # %% ../nbs/34_recall.ipynb #fb2de7db
+def _outside(q, below, above): return (q<below)|(q>above)
+
 def tail_hits(
     null, # Cosines of all pairs, sorted
     query, # Cosines of known pairs, any shape
@@ -97,9 +108,7 @@ def tail_hits(
     high=0.95, # Share of the null below the upper tail
 )->np.ndarray: # True where in a tail; shape of `query`
     "Which cosines are among the lowest or the highest of all?"
-    a,b = _tail_values(null, low, high)
-    query = np.asarray(query)
-    return (query<a)|(query>b)
+    return _outside(np.asarray(query), *_tail_values(null, low, high))
 
 # %% ../nbs/34_recall.ipynb #abf73b9b
 def gene_map(
@@ -151,18 +160,29 @@ def cosines(
 def _dots(Z, i, j, step=2**14):
     "Cosines of the pairs `(i,j)`"
     res,(i,j) = np.empty(i.size, Z.dtype),(i.ravel(),j.ravel())
-    for a in range(0, len(i), step): res[a:a+step] = np.einsum('pd,pd->p', Z[i[a:a+step]], Z[j[a:a+step]])
+    for a in range(0, len(i), step):
+        b = slice(a, a+step)
+        res[b] = np.einsum('pd,pd->p', Z[i[b]], Z[j[b]])
     return res
 
-def _brackets(Z, ranks, rng, width, m=2**20):
+def _brackets(Z, ranks, width, m=2**20):
     "`(R,2)`: where order statistics `ranks` of all cosines should lie, from `m` random pairs"
     n = len(Z)
-    i,j = rng.integers(0, n, (2,m))
+    i,j = np.random.default_rng(0).integers(0, n, (2,m))
     s = np.sort(_dots(Z, i[i!=j], j[i!=j]))
     p = np.asarray(ranks)/(n*(n-1)//2)
-    at,d = p*len(s),width*np.sqrt(len(s)*p*(1-p))+width
-    s = np.r_[-np.inf, s, np.inf]
-    return np.stack([s[(at-d).astype(int).clip(0, len(s)-1)],s[(at+d+2).astype(int).clip(0, len(s)-1)]], 1)
+    at,error = p*len(s),np.sqrt(len(s)*p*(1-p)) # rank in the sample, and its standard error
+    d = width*error+width
+    low,high = ((at+o).astype(int).clip(0, len(s)+1) for o in (-d,d+2))
+    return np.r_[-np.inf, s, np.inf][np.stack([low,high], 1)]
+
+def _blocks(Z, step):
+    "Cosines of a block of rows with all rows from its first one on, each pair once, else NaN"
+    step = max(16, min(step, 2**24//len(Z))) # fewer rows for very large maps
+    for a in range(0, len(Z), step):
+        B = Z[a:a+step]@Z[a:].T
+        B[np.tril_indices(len(B))] = np.nan
+        yield a,B
 
 # %% ../nbs/34_recall.ipynb #7ebe46ab
 def _select(
@@ -170,23 +190,22 @@ def _select(
     ranks, # Order statistics (from 0)
     P, # Pairs `(P,2)`
     width=6, # Of the brackets, in standard errors
-    step=512, # Rows per block, fewer for very large maps
+    step=512, # Rows per block
 ): # Values of `ranks`, cosines of `P`
-    "Order statistics of the cosines of all pairs, and single cosines, in one pass and without storing them"
-    I,J = np.sort(P, 1).T if len(P) else np.empty((2,0), int)
-    lohi,below,kept = _brackets(Z, ranks, np.random.default_rng(0), width),np.zeros(len(ranks), int),[[] for _ in ranks]
-    order,q = np.argsort(I, kind='stable'),np.empty(len(P), Z.dtype)
-    step = max(16, min(step, 2**24//len(Z)))
-    for a in range(0, len(Z), step):
-        B = Z[a:a+step]@Z[a:].T
-        B[np.tril_indices(len(B))] = np.nan
-        at = order[np.searchsorted(I[order], a):np.searchsorted(I[order], a+step)]
-        q[at] = B[I[at]-a,J[at]-a]
-        for t,(l,h) in enumerate(lohi):
-            below[t] += np.count_nonzero(B<l); kept[t].append(B[(B>=l)&(B<=h)])
-    kept,at = [np.sort(np.concatenate(k)) for k in kept],np.asarray(ranks)-below
-    if not all(0<=r<len(k) for r,k in zip(at, kept)): return _select(Z, ranks, P, 4*width, step)
-    return np.array([k[r] for r,k in zip(at, kept)]),q
+    "Order statistics of the cosines of all pairs, and some cosines, in one pass"
+    brackets = _brackets(Z, ranks, width)
+    below,inside = np.zeros(len(ranks), int),[[] for _ in ranks]
+    q,(I,J) = np.empty(len(P), Z.dtype),np.sort(P, 1).T
+    for a,B in _blocks(Z, step):
+        here = (I>=a)&(I<a+len(B))
+        q[here] = B[I[here]-a,J[here]-a]
+        for t,(low,high) in enumerate(brackets):
+            below[t] += np.count_nonzero(B<low)
+            inside[t].append(B[(B>=low)&(B<=high)])
+    inside,at = [np.sort(np.concatenate(v)) for v in inside],np.asarray(ranks)-below
+    missed = any(not 0<=r<len(v) for r,v in zip(at, inside))
+    if missed: return _select(Z, ranks, P, 4*width, step)
+    return np.array([v[r] for r,v in zip(at, inside)]),q
 
 # %% ../nbs/34_recall.ipynb #2a8103f2
 class _Pairs:
@@ -201,11 +220,16 @@ class _Pairs:
     def cuts(self, thresholds, P):
         "Tails `(T,2)`, and cosines of pairs `P`; the last call, as it sorts"
         ranks = np.array([_tail_ranks(self.n, *t) for t in thresholds]).ravel()
-        if self.cos is None: v,q = _select(self.Z, ranks.clip(0, self.n-1), P)
-        else:
-            q = self(P[:,0], P[:,1])
-            self.cos.sort(); v = self.cos[ranks.clip(0, self.n-1)]
-        return np.where(ranks==self.n, np.inf, np.where(ranks<0, -np.inf, v)).astype(self.Z.dtype).reshape(-1,2),q
+        v,q = self._ordered(ranks.clip(0, self.n-1), P)
+        v = np.where(ranks==self.n, np.inf, np.where(ranks<0, -np.inf, v))
+        return v.astype(self.Z.dtype).reshape(-1,2),q
+
+    def _ordered(self, ranks, P):
+        "Order statistics `ranks`, and cosines of pairs `P`"
+        if self.cos is None: return _select(self.Z, ranks, P)
+        q = self(*P.T)
+        self.cos.sort()
+        return self.cos[ranks],q
 
 # %% ../nbs/34_recall.ipynb #24dd3602
 def _boot_tails(
@@ -216,23 +240,25 @@ def _boot_tails(
     n_null=2**16, # Pairs that stand for the null
 ): # `(n_boot,2)` per threshold
     "Where the tails of bootstrap maps begin"
-    n = W.shape[1]
+    n,t = W.shape[1],np.array(thresholds)
     i,j = np.triu_indices(n, 1) if cos.n<=n_null else rng.integers(0, n, (2,n_null))
     i,j = i[i!=j],j[i!=j]
     v = cos(i, j)
-    o = np.argsort(v)
-    v,i,j,res = v[o],i[o],j[o],np.empty((len(thresholds),len(W),2), v.dtype)
+    order = np.argsort(v)
+    v,i,j = v[order],i[order],j[order]
+    res = np.empty((len(t),len(W),2), v.dtype)
     for b,w in enumerate(W):
         c = np.cumsum(w[i]*w[j], dtype=np.float64)
-        res[:,b] = v[np.searchsorted(c, np.array(thresholds)*c[-1]).clip(0, len(v)-1)]
-    t = np.array(thresholds)[:,None]
+        res[:,b] = v[np.searchsorted(c, t*c[-1]).clip(0, len(v)-1)]
+    t = t[:,None]
     return np.where(t<=0, -np.inf, np.where(t>=1, np.inf, res)).astype(v.dtype)
 
 # %% ../nbs/34_recall.ipynb #25e31e11
 def _deflation(hits, P, n):
     "Factor from the spread of the gene bootstrap to that of recall"
     e = (hits-hits.mean())/len(hits)
-    by_gene,by_pair = (np.bincount(P.ravel(), np.repeat(e, 2), minlength=n)**2).sum(),(e**2).sum()
+    by_pair = (e**2).sum()
+    by_gene = (np.bincount(P.ravel(), np.repeat(e, 2), minlength=n)**2).sum()
     return np.sqrt(max(by_gene-by_pair, by_pair)/(by_gene+by_pair)) if by_pair else 1.
 
 def _interval(q, hits, P, W, tails):
@@ -240,29 +266,43 @@ def _interval(q, hits, P, W, tails):
     if not len(W) or not len(q): return np.nan,np.nan
     w = W[:,P[:,0]]*W[:,P[:,1]] # (n_boot,P)
     total = w.sum(1)
-    r = (w*((q<tails[:,:1])|(q>tails[:,1:]))).sum(1)[total>0]/total[total>0]
-    lo,hi = np.percentile(hits.mean()+_deflation(hits, P, W.shape[1])*(r-r.mean()), [2.5,97.5])
+    r = (w*_outside(q, tails[:,:1], tails[:,1:])).sum(1)[total>0]/total[total>0]
+    spread = _deflation(hits, P, W.shape[1])*(r-r.mean())
+    lo,hi = np.percentile(hits.mean()+spread, [2.5,97.5])
     return max(lo, 0),min(hi, 1)
 
 # %% ../nbs/34_recall.ipynb #47717e51
 def _match(names, rel):
     "Ids `(P,2)` of the known pairs within the map, and which genes of the map are named in `rel`"
-    ids,known = pd.Index(names),pd.Index(pd.unique(rel[['entity1','entity2']].to_numpy().ravel()))
-    named,src = ids.isin(known),rel.attrs.get('source', 'the table')
+    ids,known,src = pd.Index(names),pd.Index(pd.unique(rel.to_numpy().ravel())),rel.attrs['source']
+    named = ids.isin(known)
     case = ~named & ids.str.upper().isin(known.str.upper())
-    if not named.any():
-        cure = 'ignoring case they do: use upper case in both' if case.any() else 'use the same kind of name in both (symbols, not aliases or ids)'
-        raise ValueError(f'none of the {len(ids)} genes of the map (such as {", ".join(ids[:3])}) is named in {src} (such as {", ".join(known[:3])}): {cure}')
-    if case.any(): warnings.warn(f'{case.sum()} genes of the map, such as {ids[case][0]}, match {src} only if case is ignored: use one case in both')
-    P = np.stack([ids.get_indexer(rel.entity1),ids.get_indexer(rel.entity2)], 1)
-    P = P[(P>=0).all(1)]
-    if not len(P): warnings.warn(f'{src} names {named.sum()} genes of the map but relates no two of them: its recall is NaN')
+    if not named.any(): raise ValueError(_strangers(ids, known, case, src))
+    if case.any():
+        warnings.warn(f'{case.sum()} genes of the map, such as {ids[case][0]}, match {src} only if case '
+                      'is ignored: use one case in both')
+    P = _ids_of(rel, ids)
+    if not len(P):
+        warnings.warn(f'{src} names {named.sum()} genes of the map but relates no two of them: '
+                      'its recall is NaN')
     return P,named
+
+def _ids_of(rel, names):
+    "Ids `(P,2)` of the pairs whose genes are both in `names`"
+    P = np.stack([pd.Index(names).get_indexer(rel[k]) for k in ('entity1','entity2')], 1)
+    return P[(P>=0).all(1)]
+
+def _strangers(ids, known, case, src):
+    "What to say if no gene of the map is known"
+    cure = ('ignoring case they do: use upper case in both' if case.any() else
+            'use the same kind of name in both (symbols, not aliases or ids)')
+    return (f'none of the {len(ids)} genes of the map (such as {", ".join(ids[:3])}) is named '
+            f'in {src} (such as {", ".join(known[:3])}): {cure}')
 
 # %% ../nbs/34_recall.ipynb #62d00564
 def recall(
-    x, # AnnData (wells or genes; controls are dropped, wells averaged), DataFrame indexed by gene, or `(X, names)`
-    relationships, # Path or table of pairs, a dict name -> path or table, or a folder of such files
+    x, # AnnData (wells, or genes), DataFrame indexed by gene, or `(X, names)`
+    relationships, # Path or table of pairs, a dict of them by name, or a folder of such files
     thresholds=((.05,.95),(.1,.9)), # Lower and upper tails; `(0,.95)` is the upper tail alone
     n_boot=200, # Bootstrap maps for the interval; 0 for none
     n_perm=200, # Shuffled maps for the null; 0 for none
@@ -271,27 +311,36 @@ def recall(
 )->pd.DataFrame: # One row per source and threshold
     "Share of the known pairs among the most alike or most opposite pairs of the map"
     Z,names = gene_map(x)
-    n,rng = len(names),np.random.default_rng(seed)
-    cos = _Pairs(Z, max_pairs)
-    W = rng.multinomial(n, np.full(n, 1/n), size=n_boot).astype(np.float32)
+    sets = [_Set(names, *o) for o in _sources(relationships)]
+    rng,cos = np.random.default_rng(seed),_Pairs(Z, max_pairs)
+    W = rng.multinomial(len(Z), np.full(len(Z), 1/len(Z)), size=n_boot).astype(np.float32)
     tails = _boot_tails(cos, W, thresholds, rng)
-    perms = np.stack([rng.permutation(n) for _ in range(n_perm)]) if n_perm else np.empty((0,n), int)
-    sources = [(k, rel.attrs['version'], *_match(names, rel)) for k,rel in _sources(relationships)]
-    perm = [np.stack([cos(p[P[:,0]], p[P[:,1]]) for p in perms]) if n_perm else np.empty((0,len(P))) for _,_,P,_ in sources]
-    cuts,q = cos.cuts(thresholds, np.concatenate([o[2] for o in sources]))
-    q = np.split(q, np.cumsum([len(o[2]) for o in sources])[:-1])
-    return pd.DataFrame([_row(c, names, W, t, *lh, *s, *v) for s,*v in zip(sources, q, perm) for lh,c,t in zip(thresholds, cuts, tails)])
+    perms = [rng.permutation(len(Z)) for _ in range(n_perm)]
+    for s in sets: s.null = np.array([cos(*p[s.P].T) for p in perms]).reshape(n_perm, len(s.P))
+    cuts,q = cos.cuts(thresholds, np.concatenate([s.P for s in sets]))
+    for s in sets: s.q,q = np.split(q, [len(s.P)])
+    return pd.DataFrame([s.row(*o, W) for s in sets for o in zip(thresholds, cuts, tails)])
 
 # %% ../nbs/34_recall.ipynb #94e90e46
-def _row(cut, names, W, tails, low, high, source, version, P, named, q, perm):
-    "One line of the result"
-    hits = (q<cut[0])|(q>cut[1])
-    lo,hi = _interval(q, hits, P, W, tails)
-    r = ((perm<cut[0])|(perm>cut[1])).mean(1) if len(P) else np.array([])
-    null_mean,null_low,null_high = (r.mean(),*np.percentile(r, [2.5,97.5])) if len(r) else [np.nan]*3
-    return dict(source=source, low=low, high=high, recall=hits.mean() if len(P) else np.nan, ci_low=lo, ci_high=hi, chance=low+1-high,
-                null_mean=null_mean, null_low=null_low, null_high=null_high, n_genes=len(names), n_pairs=len(P),
-                n_named=int(named.sum()), unnamed=', '.join(names[~named][:3]), version=version)
+class _Set:
+    "Known pairs `P` within a map, their cosines `q`, and those in shuffled maps, `null (n_perm,P)`"
+    def __init__(self, names, source, rel):
+        self.source,(self.P,named) = source,_match(names, rel)
+        self.counts = dict(n_genes=len(names), n_pairs=len(self.P), n_named=int(named.sum()),
+                           unnamed=', '.join(names[~named][:3]), version=rel.attrs['version'])
+
+    def row(self, threshold, cut, tails, W):
+        "One line of the result"
+        (low,high),hits = threshold,_outside(self.q, *cut)
+        lo,hi = _interval(self.q, hits, self.P, W, tails)
+        return dict(source=self.source, low=low, high=high, recall=hits.mean() if len(hits) else np.nan,
+                    ci_low=lo, ci_high=hi, chance=low+1-high, **self.luck(cut), **self.counts)
+
+    def luck(self, cut):
+        "Mean of the recall of shuffled maps, and where 95 % of them lie"
+        r = _outside(self.null, *cut).mean(1) if self.null.size else np.array([np.nan])
+        lo,hi = np.percentile(r, [2.5,97.5])
+        return dict(null_mean=r.mean(), null_low=lo, null_high=hi)
 
 # %% ../nbs/34_recall.ipynb #73d7c1e7
 def check_names(
@@ -328,30 +377,32 @@ def compare_recall(
 )->pd.DataFrame: # One row per set: `n_pairs`, `a`, `b`, `gain`, `t`, `p`, `q`, largest gain first
     "Recall of two models on the genes that both have, its difference, and a paired test"
     maps = [gene_map(o) for o in (a,b)]
-    names = maps[0][1][np.isin(maps[0][1], maps[1][1])]
-    if len(names)<20: raise ValueError(f'the two maps share {len(names)} genes, at least 20 are needed: give them the same kind of names')
-    ids,sets = pd.Index(names),_tables(relationships)
-    P = {k: np.stack([ids.get_indexer(r.entity1),ids.get_indexer(r.entity2)], 1) for k,r in sets.items()}
-    P = {k: v[(v>=0).all(1)] for k,v in P.items()}
-    P = {k: v for k,v in P.items() if len(v)>=min_pairs}
-    if not P: raise ValueError(f'no set relates {min_pairs} pairs of the {len(names)} genes that both maps have')
-    hits = [_hits(Z[pd.Index(n).get_indexer(names)], low, high, np.concatenate(list(P.values()))) for Z,n in maps]
-    ha,hb = (np.split(h, np.cumsum([len(v) for v in P.values()])[:-1]) for h in hits)
-    t,p = np.array([_paired(y*1.-x, v) for x,y,v in zip(ha, hb, P.values())]).T
-    res = pd.DataFrame(dict(n_pairs=[len(v) for v in P.values()], a=[h.mean() for h in ha], b=[h.mean() for h in hb]), index=pd.Index(P, name='source'))
-    return res.assign(gain=res.b-res.a, t=t, p=p, q=false_discovery_control(p)).sort_values('gain', ascending=False, kind='stable')
+    names = _common(*(n for _,n in maps))
+    sets = {k: _ids_of(rel, names) for k,rel in _sources(relationships)}
+    sets = {k: P for k,P in sets.items() if len(P)>=min_pairs}
+    if not sets: raise ValueError(f'no set relates {min_pairs} pairs of the {len(names)} genes that '
+                                  'both maps have')
+    hits = [_hits(Z[pd.Index(n).get_indexer(names)], low, high, [*sets.values()]) for Z,n in maps]
+    res = pd.DataFrame([_gain(*o) for o in zip(sets.values(), *hits)], index=pd.Index(sets, name='source'))
+    return res.assign(q=false_discovery_control(res.p)).sort_values('gain', ascending=False, kind='stable')
 
 # %% ../nbs/34_recall.ipynb #e22d4458
-def _tables(relationships):
-    "Tables by name; those of complexes are taken as they are"
-    if isinstance(relationships, dict) and all(isinstance(v, pd.DataFrame) and list(v.columns)==['entity1','entity2'] for v in relationships.values()):
-        return {k: pd.DataFrame(np.sort(v.to_numpy().astype(str), 1), columns=v.columns).drop_duplicates().query('entity1!=entity2') for k,v in relationships.items()}
-    return dict(_sources(relationships))
+def _common(a, b):
+    "Names that are in both maps"
+    names = a[np.isin(a, b)]
+    if len(names)>=20: return names
+    raise ValueError(f'the two maps share {len(names)} genes, at least 20 are needed: '
+                     'give them the same kind of names')
 
-def _hits(Z, low, high, P):
-    "Which pairs `P` are in the tails of map `Z`"
-    cuts,q = _Pairs(Z).cuts([(low,high)], P)
-    return (q<cuts[0,0])|(q>cuts[0,1])
+def _hits(Z, low, high, sets):
+    "Which of the pairs of each set are in the tails of map `Z`"
+    (cut,),q = _Pairs(Z).cuts([(low,high)], np.concatenate(sets))
+    return np.split(_outside(q, *cut), np.cumsum([len(P) for P in sets])[:-1])
+
+def _gain(P, a, b):
+    "Line of one set: its pairs `P`, and which of them each map finds"
+    t,p = _paired(b*1.-a, P)
+    return dict(n_pairs=len(P), a=a.mean(), b=b.mean(), gain=b.mean()-a.mean(), t=t, p=p)
 
 # %% ../nbs/34_recall.ipynb #daf35c19
 def recall_table(
@@ -361,14 +412,14 @@ def recall_table(
     **kwargs # Passed to `recall`
 )->pd.DataFrame: # Columns `encoder`, `correction`, and those of `recall`
     "Recall of every encoder under every correction"
-    res = []
-    for e,ad in embeddings.items():
-        for c,tfm in corrections.items():
-            try: t = recall(ad if tfm is None else clone(tfm).fit_transform(ad), relationships, **kwargs)
-            except (ValueError,TypeError) as err: raise type(err)(f'encoder {e!r}, correction {c!r}: {err}') from err
-            t.insert(0, 'encoder', e); t.insert(1, 'correction', c)
-            res.append(t)
-    return pd.concat(res, ignore_index=True)
+    res = {(e,c): _corrected(ad, tfm, relationships, f'encoder {e!r}, correction {c!r}', kwargs)
+           for e,ad in embeddings.items() for c,tfm in corrections.items()}
+    return pd.concat(res, names=['encoder','correction',None]).reset_index([0,1]).reset_index(drop=True)
+
+def _corrected(ad, tfm, relationships, what, kwargs):
+    "Recall after a correction, or an error that says after which"
+    try: return recall(ad if tfm is None else clone(tfm).fit_transform(ad), relationships, **kwargs)
+    except (ValueError,TypeError) as e: raise type(e)(f'{what}: {e}') from e
 
 # %% ../nbs/34_recall.ipynb #c8862996
 __getattr__ = moved(__name__, download='files')
