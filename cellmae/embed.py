@@ -7,8 +7,9 @@ __all__ = ['STATS', 'LEVELS', 'match_channels', 'AnyEncoder', 'as_encoder', 'wei
            'average_up', 'embed']
 
 # %% ../nbs/31_embed.ipynb #0bd12dfb
-import hashlib
-from itertools import islice
+import hashlib, re
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -23,12 +24,15 @@ from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .images import tile
 from .device import has_bf16, memory_kept
-from .screen import KEYS, open_screen
+from .labels import label
+from .screen import SITE, WELL, open_screen
 from .stats import intensity_stats, spectrum_stats
-from .train import given
 from .zoo import create_model, list_models, load_model
 
 # %% ../nbs/31_embed.ipynb #3940e17b
+_other_name = ("If the same stain has another name there, rename it when opening the screen "
+               "(`channels=`); else use a channel-agnostic model.")
+
 def match_channels(
     wanted, # Names the model was trained with, or None if it takes any
     given, # Names the screen has
@@ -37,8 +41,8 @@ def match_channels(
     if wanted is None: return list(range(len(given)))
     missing = [c for c in wanted if c not in given]
     if not missing: return [list(given).index(c) for c in wanted]
-    raise ValueError(f"The model was trained on {', '.join(wanted)}, and the screen has no {', '.join(missing)} (it has {', '.join(given)}). "
-                     "If the same stain has another name there, rename it when opening the screen (`channels=`); else use a channel-agnostic model.")
+    raise ValueError(f"The model was trained on {', '.join(wanted)}, and the screen has no "
+                     f"{', '.join(missing)} (it has {', '.join(given)}). {_other_name}")
 
 # %% ../nbs/31_embed.ipynb #17addec0
 class AnyEncoder(NamedTuple):
@@ -47,7 +51,7 @@ class AnyEncoder(NamedTuple):
     name:str # For tables and provenance
     channels:list|None=None # Names of the channels it wants, in order; None: any
     size:int|None=None # Side of its tiles in pixels; None: whole sites
-    adapt:Callable|None=None # Called with batches of tiles of one experiment before these are encoded
+    adapt:Callable|None=None # Called with tiles of an experiment before these are encoded
     weights:str='' # Fingerprint of its weights
     bs:int=16 # Tiles in a batch
     channelwise:bool=False # Are its vectors those of the channels, side by side?
@@ -56,22 +60,27 @@ class AnyEncoder(NamedTuple):
 STATS = dict(intensity=intensity_stats, spectrum=spectrum_stats) # Encoders that learn nothing
 
 def as_encoder(
-    what, # A model, the folder of one, a function `(B,C,H,W) -> (B,D)`, a name in `STATS` or of `list_models()` (untrained, or with ImageNet weights)
-    channels:list|None=None, # Names of the screen's channels; a model made by name is made for these
-    pool:str|None=None, # What a model makes of its tokens: `mean` (paper), `meanstd`, `cls`; None: the model's own choice
+    what, # A model, the folder of one, a name in `STATS` or `list_models()`, or a function
+    channels:list|None=None, # Names of the screen's channels, for a model made by name
+    pool:str|None=None, # `mean`, `meanstd` or `cls` of the tokens; None: the model's choice
     device=None, # Where a model runs; where it is now if None
     seed:int=0, # Weights of an untrained model
     channelwise:bool=False, # A vector per channel, side by side? Channel-agnostic models only
 )->AnyEncoder:
     "Give any encoder its face"
     if isinstance(what, AnyEncoder): return what
-    what = _find(what, channels, seed) if isinstance(what, (str,Path)) else what
-    if channelwise and not isinstance(what, CAMAE): raise ValueError(f"channelwise=True needs a channel-agnostic model (camae_...); {type(what).__name__} gives one vector for all channels together.")
-    if not isinstance(what, nn.Module): return AnyEncoder(lambda x: torch.as_tensor(what(x)).float(), getattr(what, '__name__', type(what).__name__))
-    model = what.to(device) if device else what
-    return AnyEncoder(_encoding(model, pool, channelwise), getattr(model, 'name', type(model).__name__), None if any_channels(model) else model.channels, crop_size(model), _adapting(model), weights_hash(model), _batch(model), channelwise)
+    if isinstance(what, (str,Path)): what = _find(what, channels, seed)
+    if channelwise and not isinstance(what, CAMAE):
+        raise ValueError(_whole.format(type(what).__name__))
+    if not isinstance(what, nn.Module): return _of_function(what)
+    return _of_model(what.to(device) if device else what, pool, channelwise)
 
 # %% ../nbs/31_embed.ipynb #9c9101e3
+_whole = ("channelwise=True needs a channel-agnostic model (camae_...); "
+          "{} gives one vector for all channels together.")
+_no_model = ("{} is a module without `encode` or `config`, so how to embed with it is not known. "
+             "Give a function of bytes `(B,C,H,W)`, such as `lambda x: net(x.float()/255)`.")
+
 def _find(what, channels, seed):
     "The function, or the model, that a name or a folder stands for"
     if what in STATS: return STATS[what]
@@ -82,13 +91,44 @@ def _find(what, channels, seed):
     model.channels = channels
     return model
 
+def _of_function(f):
+    "The face of a function of tiles"
+    name = getattr(f, '__name__', type(f).__name__)
+    def encode(x):
+        v = f(x)
+        try: return torch.as_tensor(v).detach().float().cpu()
+        except (TypeError, ValueError, RuntimeError) as e:
+            what = type(v).__name__
+            raise ValueError(f'Encoder {name} gave {what}, not numbers `(B,D)`: {e}') from e
+    return AnyEncoder(encode, name)
+
+def _of_model(model, pool, channelwise):
+    "The face of a model, where it is now"
+    if not (hasattr(model, 'encode') and hasattr(getattr(model, 'backbone', model), 'config')):
+        raise ValueError(_no_model.format(type(model).__name__))
+    name = getattr(model, 'name', type(model).__name__)
+    channels = None if any_channels(model) else model.channels
+    return AnyEncoder(_encoding(model, pool, channelwise), name, channels, crop_size(model),
+                      _adapting(model), weights_hash(model), _batch(model), channelwise)
+
+# %% ../nbs/31_embed.ipynb #6f82325a
+@contextmanager
+def _evaluating(model):
+    "Evaluation mode inside; afterwards each part is in the mode that it was in"
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try: yield
+    finally:
+        for m,was in modes: m.training = was
+
 def _encoding(model, pool, channelwise):
     "Bytes to vectors, on the model's device"
-    device,kw = next(model.parameters()).device,given(pool=pool or getattr(model, 'pool', 'mean'), channelwise=channelwise or None) # not every model has the second
+    device,kw = next(model.parameters()).device,dict(pool=pool or getattr(model, 'pool', 'mean'))
+    if channelwise: kw['channelwise'] = True # only channel-agnostic models have it
+    low = partial(torch.autocast, device.type, torch.bfloat16, enabled=has_bf16(device))
     @torch.inference_mode()
     def encode(x):
-        model.eval()
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)): return model.encode(x.to(device), **kw).float().cpu()
+        with _evaluating(model), low(): return model.encode(x.to(device), **kw).float().cpu()
     return encode
 
 def _batch(model):
@@ -107,10 +147,21 @@ def weights_hash(
 )->str: # 12 hex digits
     "Short fingerprint of a model's weights"
     h = hashlib.sha256()
-    for k,v in sorted(model.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().float().numpy().tobytes())
+    for k,v in sorted(model.state_dict().items()):
+        h.update(k.encode())
+        h.update(v.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()[:12]
 
 # %% ../nbs/31_embed.ipynb #c04ab66a
+def _place(screen, i): return ', '.join(f'{k} {v}' for k,v in screen.table[SITE].iloc[i].items())
+
+def _tiles(screen, i, order, size):
+    "Tiles `(n,C,size,size)` of site `i`"
+    x = screen[i][order]
+    if not size: return x[None]
+    try: return tile(x, size)
+    except ValueError as e: raise ValueError(f'{e} ({_place(screen, i)})') from e
+
 def tile_batches(
     screen, # Screen
     ids, # Numbers of the sites to read
@@ -121,13 +172,26 @@ def tile_batches(
     "Tiles of sites, in batches"
     tiles,owner = [],[]
     for i in ids:
-        x = screen[i][order]
-        t = tile(x, size) if size else x[None]
+        t = _tiles(screen, i, order, size)
         if tiles and (len(owner)+len(t)>bs or t.shape[1:]!=tiles[-1].shape[1:]):
             yield torch.from_numpy(np.concatenate(tiles)), owner
             tiles,owner = [],[]
-        tiles.append(t); owner = owner+[i]*len(t)
+        tiles.append(t)
+        owner = owner+[i]*len(t)
     yield torch.from_numpy(np.concatenate(tiles)), owner
+
+# %% ../nbs/31_embed.ipynb #4a5393b8
+def _checked(v, encoder, screen, owner):
+    "Vectors `(B,D)`, one for each tile and all finite, or an error that names the site"
+    v,name = np.asarray(v),f'Encoder {encoder.name}'
+    if v.ndim!=2 or len(v)!=len(owner):
+        raise ValueError(f'{name} gave an array of shape {v.shape} for {len(owner)} tiles '
+                         f'({_place(screen, owner[0])} and on): give one vector for each, `(B,D)`.')
+    bad = ~np.isfinite(v).all(1)
+    if not bad.any(): return v
+    place = _place(screen, owner[bad.argmax()])
+    raise ValueError(f'{name} gave NaN or infinite numbers for {place}. '
+                     'Look at the image of this site; if it is as it should be, mend the encoder.')
 
 # %% ../nbs/31_embed.ipynb #e3ee3d14
 def tile_vectors(
@@ -136,65 +200,138 @@ def tile_vectors(
     order, # Channels to hand over, see `match_channels`
     size:int|None, # Side of a tile in pixels; None for whole sites
     bs:int|None=None, # Tiles in a batch; default the encoder's
-    progress:bool=True, # Show a bar?
+    progress:bool=True, # Show how far it is?
     n_adapt:int=64, # Sites of an experiment that an encoder is adapted to
 ): # Vectors of all tiles `(T,D)` and the site number of each `(T,)`
     "Encode every tile of a screen, one experiment after the other if the encoder adapts"
-    groups = screen.table.groupby('batch', sort=False).indices.values() if encoder.adapt else [np.arange(len(screen))]
-    vecs,owner,bar = [],[],iter(progress_bar(np.concatenate(list(groups)), display=progress))
-    for ids in groups:
-        if encoder.adapt: encoder.adapt(x for x,_ in tile_batches(screen, np.random.default_rng(0).permutation(ids)[:n_adapt], order, size, bs or 256))
-        for x,whose in tile_batches(screen, islice(bar, len(ids)), order, size, bs or encoder.bs): vecs.append(np.asarray(encoder.encode(x))); owner += whose
-    next(bar, None) # full
+    tiles = partial(tile_batches, screen, order=order, size=size)
+    bar = partial(progress_bar, display=progress)
+    def vectors(ids):
+        for x,owner in tiles(ids, bs=bs or encoder.bs):
+            yield _checked(encoder.encode(x), encoder, screen, owner), owner
+    def adapted(ids):
+        some = np.random.default_rng(0).permutation(ids)[:n_adapt]
+        encoder.adapt(x for x,_ in tiles(some, bs=bs or 256))
+        yield from vectors(ids)
+    if not encoder.adapt: return _in_order(encoder, vectors(bar(range(len(screen)))))
+    experiments = list(screen.table.groupby('batch', sort=False).indices.values())
+    return _in_order(encoder, (o for ids in bar(experiments) for o in adapted(ids)))
+
+# %% ../nbs/31_embed.ipynb #f2bb5830
+def _in_order(encoder, parts):
+    "All vectors and the sites they are of, in the order of the screen"
+    vecs,owner = zip(*parts)
+    dims = {v.shape[1] for v in vecs}
+    if len(dims)>1:
+        raise ValueError(f'Encoder {encoder.name} gave vectors of {min(dims)} to {max(dims)} '
+                         'numbers: mend it, or cut tiles of one size, `size=`.')
+    owner = np.concatenate(owner)
     back = np.argsort(owner, kind='stable')
-    return np.concatenate(vecs)[back], np.array(owner)[back]
+    return np.concatenate(vecs)[back], owner[back]
 
 # %% ../nbs/31_embed.ipynb #aff783c7
-LEVELS = dict(tile=['plate','well','site','tile'], site=['plate','well','site'], well=['plate','well'])
+LEVELS = dict(tile=[*SITE,'tile'], site=SITE, well=WELL)
 
 def average_up(
     X:np.ndarray, # Vectors `(n,D)`
     obs:pd.DataFrame, # Their metadata, `n` rows
     level:str, # `site` or `well`
-): # Mean vectors `(m,D)` and metadata `m` rows, with the number of rows behind each in `n_<level below>s`
+): # Mean vectors `(m,D)` and metadata `m` rows, with `n_tiles` and `n_sites` behind each
     "Mean of the rows that share a site, or a well"
-    groups = obs.groupby(LEVELS[level], sort=False, observed=True)
-    codes = groups.ngroup().to_numpy()
+    below = dict(site='tile', well='site')[level]
+    codes = obs.groupby(LEVELS[level], sort=False).ngroup().to_numpy()
     sums = np.zeros((codes.max()+1, X.shape[1]))
     np.add.at(sums, codes, X)
-    below = dict(site='tile', well='site')[level]
-    up = groups.first().reset_index().drop(columns=below).assign(**{f'n_{below}s':groups.size().to_numpy()})
-    return (sums/np.bincount(codes)[:,None]).astype(np.float32), up
+    n = np.bincount(codes)
+    up = _constant(obs.drop(columns=below), codes).assign(**{f'n_{below}s':n})
+    if 'n_tiles' in obs: up['n_tiles'] = obs['n_tiles'].groupby(codes).sum()
+    return (sums/n[:,None]).astype(np.float32), up
+
+def _constant(obs, codes):
+    "One row per group: the columns that have a single value in each"
+    groups = obs.groupby(codes)
+    single = (groups.nunique(dropna=False)==1).all()
+    return groups.first()[[c for c in obs if single[c]]]
+
+# %% ../nbs/31_embed.ipynb #d078b5cb
+def _metadata(screen):
+    "What a screen's table says of its sites, but where their files are"
+    ours = ['tile','n_tiles','n_sites']
+    t = screen.table.rename(columns=str)
+    t = t[[c for c in t if not re.match('file(_|$)', c) and c not in ours]]
+    texts = t.select_dtypes(exclude=['number','bool'])
+    return t.assign(**{c: v.map(label) for c,v in texts.items()})
+
+_which = 'Correct the plate map, or embed with `level="site"`.'
+
+def _one_label(obs):
+    "Refuse a well that has two perturbations, or is a control and is none"
+    for k in ('perturbation','control'):
+        values = obs.groupby(WELL, sort=False)[k].unique()
+        bad = values[values.map(len)>1]
+        if not len(bad): continue
+        batch,plate,well = bad.index[0]
+        raise ValueError(f'{len(bad)} wells have more than one {k}: {well} of plate {plate}, '
+                         f'batch {batch} has {" and ".join(map(repr, bad.iloc[0]))}. {_which}')
+
+def _row_names(obs, level):
+    "Names for rows: the batch stands in them where it is not the plate"
+    k = obs[LEVELS[level]].astype(str)
+    k['batch'] = np.where(k.batch==k.plate, '', k.batch+'_')
+    return k.batch+k[LEVELS[level][1:]].agg('_'.join, axis=1)
 
 # %% ../nbs/31_embed.ipynb #a7b06417
 def embed(
-    model, # An encoder: a model, the folder of a saved one, a function `(B,C,H,W) -> (B,D)`, or a name, see `as_encoder`
+    model, # An encoder: a model, the folder of one, a function `(B,C,H,W) -> (B,D)`, or a name
     data, # Screen, or path of one
-    pool:str|None=None, # What a model makes of its tokens: `mean` (the paper's), `meanstd` (mean and standard deviation), `cls`; None: the model's own choice
-    channelwise:bool=False, # A vector per channel, side by side, its numbers named by channel? Channel-agnostic models only
+    pool:str|None=None, # `mean`, `meanstd` or `cls` of the tokens; None: the model's choice
+    channelwise:bool=False, # A vector per channel, side by side? Channel-agnostic models only
     level:str='well', # One row per `well`, `site` or `tile`
-    size:int=None, # Side of a tile in pixels; default the model's training crop, whole sites for a function
+    size:int=None, # Side of a tile in pixels; default the model's crop, whole sites for a function
     bs:int|None=None, # Tiles in a batch; default 16 on a CPU, 256 on a GPU
     device=None, # Where the model runs; where it is now if None
-    progress:bool=True, # Show a bar?
+    progress:bool=True, # Show how far it is?
 )->ad.AnnData: # `X (n,D)` float32; metadata in `obs`, provenance in `uns['cellmae']`
     "Vectors for every well of a screen, without masks"
-    if level not in LEVELS: raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     screen = open_screen(data)
-    if not len(screen): raise ValueError("The screen has no sites to embed. Look at `screen.check()` and at the pattern or CSV it was made from.")
+    sites = _sites_to_embed(screen, level, size)
     encoder = as_encoder(model, screen.channels, pool, device, channelwise=channelwise)
     order,size = match_channels(encoder.channels, screen.channels), size or encoder.size
     with memory_kept(): X,ids = tile_vectors(encoder, screen, order, size, bs, progress)
-    obs = screen.table[KEYS].iloc[ids].reset_index(drop=True)
-    obs['tile'] = obs.groupby(['plate','well','site'], observed=True).cumcount()
+    X,obs = _averaged(X, sites.iloc[ids].reset_index(drop=True), level)
+    channels = [screen.channels[i] for i in order]
+    made = dict(encoder=encoder.name, weights=encoder.weights, channelwise=encoder.channelwise,
+                pool=pool or 'default', tile=size or 0, channels=channels, versions=_versions(),
+                left_out=[c for c in sites if c not in obs and c!='site'])
+    return ad.AnnData(X, obs=obs, var=_features(X, channels, encoder), uns={'cellmae':made})
+
+# %% ../nbs/31_embed.ipynb #ecdbb095
+_no_sites = ('The screen has no sites to embed. '
+             'Look at `screen.check()` and at the pattern or CSV it was made from.')
+
+def _sites_to_embed(screen, level, size):
+    "The metadata of all sites, if they can be embedded like that"
+    if level not in LEVELS: raise ValueError(f'level must be {", ".join(LEVELS)}, not {level!r}')
+    if size is not None and size<1: raise ValueError(f'size must be 1 pixel or more, not {size}')
+    if not len(screen): raise ValueError(_no_sites)
+    sites = _metadata(screen)
+    if level=='well': _one_label(sites)
+    return sites
+
+def _averaged(X, obs, level):
+    "Vectors and their named rows at a level, from those of tiles"
+    obs['tile'] = obs.groupby(SITE).cumcount()
     for up in ['site','well']:
         if level in ('well',up): X,obs = average_up(X, obs, up)
-    obs.index = obs[LEVELS[level]].astype(str).agg('_'.join, axis=1)
-    channels = [screen.channels[i] for i in order]
-    made = dict(encoder=encoder.name, weights=encoder.weights, pool=pool or 'default', channelwise=encoder.channelwise, tile=size or 0,
-                channels=channels, versions={p:version(p) for p in ('cellmae','torch','timm')})
-    names = [f'{c}_{i}' for c in channels for i in range(X.shape[1]//len(channels))] if encoder.channelwise else None
-    return ad.AnnData(X, obs=obs.astype({c:str for c in obs.select_dtypes('object')}), var=pd.DataFrame(index=names) if names else None, uns={'cellmae':made})
+    return X, obs.set_index(ad.utils.make_index_unique(pd.Index(_row_names(obs, level))))
+
+def _features(X, channels, encoder):
+    "Names of features: numbers, or channel and number where each channel has its own"
+    if not encoder.channelwise: return None
+    n = X.shape[1]//len(channels)
+    return pd.DataFrame(index=[f'{c}_{i}' for c in channels for i in range(n)])
+
+def _versions(): return {p:version(p) for p in ('cellmae','torch','timm')}
 
 # %% ../nbs/31_embed.ipynb #b79be2a1
 __getattr__ = moved(__name__, read_profiles='profiles', to_parquet='profiles')
