@@ -15,7 +15,7 @@ from fastprogress import progress_bar
 from pathlib import Path
 from tifffile import imwrite
 from .files import moved, read_table, write_whole
-from .labels import is_control, label, well_name
+from .labels import is_control, label, well_name, yes_no
 from .images import ImageError, canonical_stain, check_pixels, fit_range, read_image, to_uint8
 
 # %% ../nbs/03_screen.ipynb #1a93516f
@@ -86,7 +86,8 @@ def _columns(df, files, controls, plate):
     for k,v in dict(plate=plate, site='1', perturbation='').items():
         if k not in df: df[k] = v
     if 'batch' not in df: df['batch'] = df['plate']
-    if controls is None: df['control'] = df['control' if 'control' in df else 'perturbation'].map(is_control).astype(bool)
+    if controls is None and 'control' in df: df['control'] = yes_no(df['control'])
+    elif controls is None: df['control'] = df['perturbation'].map(is_control).astype(bool)
     else:
         controls,found = {controls} if isinstance(controls, str) else set(controls),set(df['perturbation'])
         if controls-found:
