@@ -14,7 +14,7 @@ from timm.layers import LayerNorm, Mlp
 from .patching import patchify_channels, unpatchify_channels
 from .masking import Mask, hide_channels, random_mask, restore, take
 from .blocks import attend, decoder_blocks
-from .vit import MAE
+from .vit import MAE, check_arguments
 
 # %% ../nbs/15_cavit.ipynb #29039665
 class CrossAttention(nn.Module):
@@ -26,13 +26,18 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         self.num_heads = num_heads
-        self.q,self.kv,self.proj = nn.Linear(dim, dim, bias=False),nn.Linear(dim, 2*dim, bias=False),nn.Linear(dim, dim)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2*dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, context):
-        q,k,v = [t.unflatten(-1, (self.num_heads,-1)) for t in (self.q(x), *self.kv(context).chunk(2,-1))] # (B,Q or K,heads,d/heads)
+        qkv = self.q(x),*self.kv(context).chunk(2, -1)
+        q,k,v = [t.unflatten(-1, (self.num_heads,-1)) for t in qkv] # (B,Q or K,heads,d/heads)
         return self.proj(attend(q, k, v, self.fused))
 
-    def start_local(self): self.kv.weight.data[:self.q.in_features].copy_(nn.init.xavier_uniform_(self.q.weight.data))
+    def start_local(self):
+        q = nn.init.xavier_uniform_(self.q.weight.data)
+        self.kv.weight.data[:self.q.in_features].copy_(q)
 
 # %% ../nbs/15_cavit.ipynb #12925a72
 class MultiDecoder(nn.Module):
@@ -50,16 +55,21 @@ class MultiDecoder(nn.Module):
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1,1,embed_dim))
         self.channel_tokens = nn.Parameter(torch.zeros(in_chans,embed_dim))
-        self.query_norm,self.context_norm,self.out_norm = [LayerNorm(embed_dim, eps=norm_eps) for _ in range(3)]
+        norms = [LayerNorm(embed_dim, eps=norm_eps) for _ in range(3)]
+        self.query_norm,self.context_norm,self.out_norm = norms
         self.cross,self.mlp = CrossAttention(embed_dim),Mlp(embed_dim, 4*embed_dim)
-        self.stacks = nn.ModuleList([decoder_blocks(embed_dim, depth, num_heads, norm_eps) for _ in range(in_chans)])
+        self.stacks = nn.ModuleList([decoder_blocks(embed_dim, depth, num_heads, norm_eps)
+                                     for _ in range(in_chans)])
         self.head = nn.Linear(embed_dim, n_pixels)
 
     def forward(self, latent, mask, pos, c):
-        if c != len(self.stacks): raise ValueError(f"This decoder draws {len(self.stacks)} channels, the images have {c}. "
-                                                   "Embedding works with any channels; to train on other panels use a shared decoder (camae_..._shared).")
-        x = restore(self.embed(latent[:,1:]), mask.ids_restore, self.mask_token).unflatten(1, (c,-1)) # (B,C,N,d)
-        x = (x + pos + self.channel_tokens[:,None]).flatten(1,2) # (B,C*N,d)
+        if c != len(self.stacks):
+            raise ValueError(f"This decoder draws {len(self.stacks)} channels, the images have "
+                             f"{c}. Embedding works with any channels; to train on other panels "
+                             "use a shared decoder (camae_..._shared).")
+        x = restore(self.embed(latent[:,1:]), mask.ids_restore, self.mask_token) # (B,C*N,d)
+        x = x.unflatten(1, (c,-1)) + pos + self.channel_tokens[:,None] # (B,C,N,d)
+        x = x.flatten(1,2) # (B,C*N,d)
         z = self.cross(self.query_norm(x), self.context_norm(x))
         z = z + self.mlp(self.out_norm(z))
         z = [stack(t) for stack,t in zip(self.stacks, z.chunk(c, 1))]
@@ -89,7 +99,8 @@ class SharedDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1,1,embed_dim))
-        self.query_norm,self.context_norm,self.norm = [LayerNorm(embed_dim, eps=norm_eps) for _ in range(3)]
+        norms = [LayerNorm(embed_dim, eps=norm_eps) for _ in range(3)]
+        self.query_norm,self.context_norm,self.norm = norms
         self.cross = CrossAttention(embed_dim, num_heads)
         self.blocks = decoder_blocks(embed_dim, depth, num_heads, norm_eps)
         self.head = nn.Linear(embed_dim, n_pixels)
@@ -109,7 +120,7 @@ class CAMAE(MAE):
         img_size:int=256, # Nominal side of a crop in pixels
         patch_size:int=16, # Side of a patch in pixels
         in_chans:int=6, # Channels in training; a `multi` decoder has weights for exactly these
-        max_chans:int=16, # Images with more channels are refused: most likely their axes are mixed up
+        max_chans:int=16, # Images with more are refused: most likely their axes are mixed up
         decoder:dict|None=None, # `kind`, `multi` or `shared`, and arguments of that decoder
         local:bool=False, # Start with attention to places nearby?
         **kwargs, # Further arguments of `MAE`
@@ -121,11 +132,16 @@ class CAMAE(MAE):
     @property
     def n_pixels(self): return self.patch_size**2 # numbers in a patch
     def _make_decoder(self, kind='multi', **kw):
+        kinds = dict(multi=MultiDecoder, shared=SharedDecoder)
+        if kind not in kinds:
+            raise ValueError(f"Unknown decoder kind {kind!r}: use 'multi' or 'shared'.")
+        check_arguments(kinds[kind], kw)
         if kind == 'shared': return SharedDecoder(self.embed_dim, self.n_pixels, **kw)
-        if kind == 'multi': return MultiDecoder(self.embed_dim, self.n_pixels, self.in_chans, **kw)
-        raise ValueError(f"Unknown decoder kind {kind!r}: use 'multi' or 'shared'.")
+        return MultiDecoder(self.embed_dim, self.n_pixels, self.in_chans, **kw)
+
     def _cut(self, x): return patchify_channels(x, self.patch_size)
-    def _glue(self, t, h, w): return unpatchify_channels(t, self.patch_size, t.shape[1]//(h*w), h, w)
+    def _glue(self, t, h, w):
+        return unpatchify_channels(t, self.patch_size, t.shape[1]//(h*w), h, w)
 
 # %% ../nbs/15_cavit.ipynb #c50a1631
 @patch
@@ -134,8 +150,9 @@ def check(self:CAMAE,
 ):
     "Refuse images that do not fit the model"
     if x.ndim == 4 and x.shape[1] > self.max_chans:
-        raise ValueError(f"Images {tuple(x.shape)} would have {x.shape[1]} channels, more than {self.max_chans}. "
-                         "The shape must be (B,C,H,W): permute the axes, or create the model with a larger `max_chans`.")
+        raise ValueError(f"Images {tuple(x.shape)} would have {x.shape[1]} channels, more than "
+                         f"{self.max_chans}. The shape must be (B,C,H,W): permute the axes, or "
+                         "create the model with a larger `max_chans`.")
 
 @patch
 def _groups(self:CAMAE, x, channelwise): return x.shape[1] if channelwise else 1
@@ -157,11 +174,13 @@ def _by_channel(self:CAMAE, error, m, c):
 # %% ../nbs/15_cavit.ipynb #4fe92e82
 @patch
 def draw_channels(self:CAMAE,
-    x:Tensor, # Images `(B,C,H,W)` in the channels of training; missing ones may hold anything, zeros for example
+    x:Tensor, # Images `(B,C,H,W)` in the channels of training; missing ones may hold anything
     channels:list[int], # Channels to draw
 )->Tensor: # Those channels as predicted from the others, standardised `(B,len(channels),H,W)`
     "Predict missing stains"
-    if isinstance(self.decoder, SharedDecoder): raise ValueError("A shared decoder cannot draw a stain of which nothing is visible. Use a model with a decoder per channel.")
+    if isinstance(self.decoder, SharedDecoder):
+        raise ValueError("A shared decoder cannot draw a stain of which nothing is visible. "
+                         "Use a model with a decoder per channel.")
     t,c = self.tokens(x),x.shape[1]
     noise = hide_channels(torch.zeros(t.shape[:2], device=x.device), channels, c)
     m = random_mask(noise, len(channels)/c - .5/t.shape[1]) # half a token less: safe from rounding

@@ -86,6 +86,7 @@ def _same_kind(x, f, y, g):
 def read_image(
     files, # A path, whose planes are the channels, or a list of paths, one per channel
     page:int|None=None, # Read only this page of each file, from 0
+    z=None, t=None, series=None,
 )->np.ndarray: # `(C,H,W)` in the files' own dtype
     "Read a field of view from TIFF, PNG or JPEG 2000"
     if isinstance(files, (str,Path)): return np.ascontiguousarray(_planes(_read(files, page), files))
@@ -134,13 +135,17 @@ def fit_range(
     lo,hi = np.percentile(np.concatenate(pix, 1), (low,high), axis=1)
     return np.float32([lo, np.where(hi>lo, hi, lo+1)]).T
 
+# %% ../nbs/02_images.ipynb #3a3fd727
+# While a program is made of a model (`torch.export`, ONNX) there are no pixels to look at
+exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
 # %% ../nbs/02_images.ipynb #20bca2cf
 def check_input(
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
 )->Tensor: # `x`
     "Refuse what a model would silently get wrong"
     if x.ndim!=4: raise ValueError(f'Images must be (B,C,H,W), got {tuple(x.shape)}. For a single one: `x[None]`.')
-    if not x.is_floating_point(): return x
+    if not x.is_floating_point() or exporting(): return x
     lo,hi = torch.stack(torch.aminmax(x)).tolist()
     if not np.isfinite([lo,hi]).all(): raise ValueError('NaN or infinite pixels. `screen.check()` finds the file.')
     if hi<=1: raise ValueError('Float images in 0..1. Models take 0..255: give uint8, or multiply by 255.')
@@ -151,7 +156,8 @@ def standardise(
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
 )->Tensor: # `(B,C,H,W)` float32
     "Each channel of each image to mean 0 and variance 1"
-    return F.group_norm(check_input(x).float()/255, x.shape[1], eps=1e-5) # each channel a group
+    planes = (check_input(x).float()/255).flatten(0,1)[:,None] # (B*C,1,H,W)
+    return F.group_norm(planes, 1, eps=1e-5).view(x.shape)
 
 # %% ../nbs/02_images.ipynb #cd314f56
 def tile(

@@ -6,15 +6,19 @@
 __all__ = ['Encoder', 'Decoder', 'MAE', 'init_weights', 'start_local', 'MAEOutput', 'pool_tokens']
 
 # %% ../nbs/14_vit.ipynb #4cce5862
+from difflib import get_close_matches
+from inspect import signature
+from numbers import Integral
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from timm.layers import LayerNorm
-from .images import standardise
+from .images import exporting, standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
-from .masking import Mask, random_mask, restore, shape_noise, take
-from .fourier import fourier_loss, image_fourier_loss, masked_mean, mix, released_fourier_loss, squared_error, token_stats
+from .masking import MASKINGS, Mask, random_mask, restore, shape_noise, take
+from .fourier import (fourier_loss, image_fourier_loss, masked_mean, mix,
+                             released_fourier_loss, squared_error, token_stats)
 from .blocks import Block, Blocks, ParallelBlock, decoder_blocks
 
 # %% ../nbs/14_vit.ipynb #6d7753db
@@ -28,20 +32,24 @@ class Encoder(nn.Module):
         init_values:float=1e-4, # Start of LayerScale's `gamma`
         drop_path:float=.1, # Chance to skip the last block, rising from 0 at the first
         final_norm:bool=True, # LayerNorm after the last block?
-        qkv_bias:bool=False, # Bias on all inner projections (released weights in the legacy layout need it)
+        qkv_bias:bool=False, # Bias on all inner projections, as in the released legacy layout?
         mlp_ratio:float=4., # Width of the MLPs over `embed_dim`
-        parallel:bool=True, # Parallel blocks? Otherwise standard ones, which can hold the weights of other ViTs
+        parallel:bool=True, # Parallel blocks? Or standard ones, which other ViTs' weights fit
     ):
         super().__init__()
         self.embed = PatchEmbed(n_pixels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1,1,embed_dim))
-        block,kw = (ParallelBlock, dict(qkv_bias=qkv_bias, qk_norm=True, init_values=init_values)) if parallel else (Block, dict(qkv_bias=True))
-        self.blocks = Blocks(*[block(embed_dim, num_heads, mlp_ratio, drop_path=drop_path*i/max(depth-1,1), **kw) for i in range(depth)])
+        block,kw = Block,dict(qkv_bias=True)
+        if parallel:
+            block,kw = ParallelBlock,dict(qkv_bias=qkv_bias, qk_norm=True, init_values=init_values)
+        drops = [drop_path*i/max(depth-1,1) for i in range(depth)]
+        self.blocks = Blocks(*[block(embed_dim, num_heads, mlp_ratio, drop_path=d, **kw)
+                               for d in drops])
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
 
     def forward(self, patches, pos, blocks=None):
         x = self.embed(patches.to(self.embed.weight.dtype)) + pos # (B,K,D)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x),-1,-1), x], 1) # (B,1+K,D)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0],-1,-1), x], 1) # (B,1+K,D)
         return self.norm(self.blocks(x)) if blocks is None else self.blocks(x, blocks)
 
 # %% ../nbs/14_vit.ipynb #4a73c435
@@ -78,7 +86,7 @@ class MAE(nn.Module):
         embed_dim:int=384, # Width of the encoder
         depth:int=12, # Blocks of the encoder
         num_heads:int=6, # Attention heads of the encoder
-        decoder:dict|None=None, # Arguments of `Decoder`: `embed_dim`, `depth`, `num_heads`, `norm_eps`
+        decoder:dict|None=None, # Arguments of `Decoder`: `embed_dim`, `depth`, `num_heads`, ..
         mask_ratio:float=.75, # Fraction of tokens hidden in training
         alpha:float=.01, # Weight of the Fourier loss
         init_values:float=1e-4, # Start of LayerScale's `gamma`
@@ -89,22 +97,24 @@ class MAE(nn.Module):
         local:bool=False, # Start with attention to places nearby? See `start_local`
         mlp_ratio:float=4., # Width of the encoder's MLPs over `embed_dim`
         parallel:bool=True, # Parallel blocks in the encoder?
-        masking:str='joint', # How tokens are hidden, see `shape_noise`: `joint` or `block`; with tokens per channel also `same` or `channel`
-        fourier:str='patch', # What the Fourier loss transforms: each `patch`, the `image`, or the planes of the `released` code
+        masking:str='joint', # How tokens are hidden, see `shape_noise`
+        fourier:str='patch', # What the Fourier loss sees: `patch`, `image`, or as `released`
         norm_pix:bool=False, # Compare tokens after each was brought to mean 0 and variance 1?
     ):
         super().__init__()
         decoder = decoder or {}
-        self.config = {k: v for k,v in locals().items() if k not in ('self','__class__')}
-        for k in ('patch_size','in_chans','embed_dim','mask_ratio','alpha','slowest','masking','fourier','norm_pix'): setattr(self, k, self.config[k])
-        self.channels = None
-        self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path, final_norm, qkv_bias, mlp_ratio, parallel)
+        self.config = config_of(locals())
+        store_attr('patch_size,in_chans,embed_dim,slowest')
+        store_attr('mask_ratio,masking,alpha,fourier,norm_pix') # read by the objective
+        self.channels,self.grid = None,(img_size//patch_size,)*2
+        self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path,
+                               final_norm, qkv_bias, mlp_ratio, parallel)
         self.decoder = self._make_decoder(**decoder)
-        self.grid = (img_size//patch_size,)*2
-        for name,d in [('enc_pos',embed_dim), ('dec_pos',self.decoder.embed.out_features)]:
-            self.register_buffer(name, sincos_positions(d, *self.grid, slowest), persistent=False)
         self.apply(init_weights)
         if local: start_local(self)
+        for name,d in [('enc_pos',embed_dim), ('dec_pos',self.decoder.embed.out_features)]:
+            self.register_buffer(name, sincos_positions(d, *self.grid, slowest), persistent=False)
+        self.register_load_state_dict_post_hook(_fresh_positions)
 
 # %% ../nbs/14_vit.ipynb #a3f9b6e2
 @patch(as_prop=True)
@@ -113,13 +123,70 @@ def n_pixels(self:MAE):
     return self.patch_size**2*self.in_chans
 
 @patch
-def _make_decoder(self:MAE, **kw): return Decoder(self.embed_dim, self.n_pixels, **kw)
+def _make_decoder(self:MAE, **kw):
+    check_arguments(Decoder, kw)
+    return Decoder(self.embed_dim, self.n_pixels, **kw)
 
 @patch
 def _cut(self:MAE, x): return patchify(x, self.patch_size)
 
 @patch
 def _glue(self:MAE, t, h, w): return unpatchify(t, self.patch_size, self.in_chans, h, w)
+
+# %% ../nbs/14_vit.ipynb #ded6d21d
+def _count(v, c): return isinstance(v, Integral) and v > 0
+def _share(v, c): return 0 <= v < 1
+
+_ranges = dict(
+    img_size=(_count, 'a whole number of pixels'),
+    patch_size=(lambda v,c: _count(v, c) and v <= c['img_size'], 'from 1 to img_size'),
+    in_chans=(_count, 'a whole number from 1'), depth=(_count, 'a whole number from 1'),
+    num_heads=(_count, 'a whole number from 1'),
+    embed_dim=(lambda v,c: _count(v, c) and v%4 == v%c['num_heads'] == 0,
+               'a multiple of 4 and of num_heads'),
+    mask_ratio=(lambda v,c: 0 < v < 1, 'above 0 and below 1'),
+    alpha=(_share, 'from 0 to below 1'), drop_path=(_share, 'from 0 to below 1'),
+    masking=(lambda v,c: v in MASKINGS, f"one of {', '.join(MASKINGS)}"),
+    fourier=(lambda v,c: v in ('patch','image','released'), "'patch', 'image' or 'released'"))
+
+def _fits(k, c):
+    try: return _ranges[k][0](c[k], c)
+    except TypeError: return False # text, None, ..
+
+# %% ../nbs/14_vit.ipynb #9af2fe39
+def config_of(
+    args, # The `locals()` of an `__init__` that has not made variables of its own
+)->dict: # Its arguments
+    "What a model is made with, if every number lies in its range"
+    c = {k: v for k,v in args.items() if k not in ('self','__class__')}
+    for k in _ranges:
+        if k in c and not _fits(k, c):
+            raise ValueError(f"{k} must be {_ranges[k][1]}, got {c[k]!r}.")
+    return c
+
+# %% ../nbs/14_vit.ipynb #1cea5818
+def argument_names(
+    cls, # A class
+)->list[str]: # Names, its own first
+    "Arguments of a class, and those of its parents if it hands on `**kwargs`"
+    names = []
+    for c in cls.__mro__:
+        params = list(signature(c.__init__).parameters.values())[1:]
+        names += [p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if params[-1:] and params[-1].kind != params[-1].VAR_KEYWORD: break
+    return names
+
+def check_arguments(
+    cls, # A class
+    args, # Names of arguments for it
+):
+    "Refuse names that `cls` does not know, with the nearest that it does"
+    known = argument_names(cls)
+    for k in args:
+        if k in known: continue
+        near = get_close_matches(k, known, 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
+        raise TypeError(f"{cls.__name__} has no argument {k!r}. {hint}")
 
 # %% ../nbs/14_vit.ipynb #595bd4c7
 def init_weights(
@@ -129,8 +196,8 @@ def init_weights(
     if isinstance(m, nn.Linear):
         nn.init.trunc_normal_(m.weight, std=.02)
         if m.bias is not None: nn.init.zeros_(m.bias)
-    for name in ('cls_token','mask_token'):
-        if isinstance(getattr(m, name, None), nn.Parameter): nn.init.normal_(getattr(m, name), std=.02)
+    for name,p in m.named_parameters(recurse=False):
+        if name in ('cls_token','mask_token'): nn.init.normal_(p, std=.02)
 
 # %% ../nbs/14_vit.ipynb #e1d0c019
 def start_local(
@@ -138,10 +205,24 @@ def start_local(
 ):
     "Let queries and keys of each block start with equal weights"
     for m in model.modules():
-        qkv = m.in_proj.weight if isinstance(m, ParallelBlock) else m.attn.qkv.weight if isinstance(m, Block) else None
-        if qkv is None: continue
+        if isinstance(m, ParallelBlock): qkv = m.in_proj.weight
+        elif isinstance(m, Block): qkv = m.attn.qkv.weight
+        else: continue
         q,k,_ = qkv.data[-3*qkv.shape[1]:].chunk(3)
         k.copy_(nn.init.xavier_uniform_(q))
+
+# %% ../nbs/14_vit.ipynb #8b898375
+def _fresh_positions(model, *_):
+    "Make the positions again, where the weights are and as precise"
+    for name in {'enc_pos','dec_pos'} & model._buffers.keys():
+        fresh = sincos_positions(model._buffers[name].shape[1], *model.grid, model.slowest)
+        setattr(model, name, fresh.to(model.encoder.cls_token))
+
+@patch
+def _apply(self:MAE, fn, recurse=True):
+    nn.Module._apply(self, fn, recurse)
+    _fresh_positions(self)
+    return self
 
 # %% ../nbs/14_vit.ipynb #63cef6e0
 @patch
@@ -151,8 +232,9 @@ def check(self:MAE,
     "Refuse images that do not fit the model"
     if x.ndim == 4 and x.shape[1] != self.in_chans:
         names = f" ({', '.join(self.channels)})" if self.channels else ''
-        raise ValueError(f"Images have {x.shape[1]} channels, the model was made for {self.in_chans}{names}. "
-                         "Pick and order the channels of the images accordingly, or use a channel-agnostic model (camae_...).")
+        raise ValueError(f"Images have {x.shape[1]} channels, the model was made for "
+                         f"{self.in_chans}{names}. Pick and order the channels of the images "
+                         "accordingly, or use a channel-agnostic model (camae_...).")
 
 @patch
 def tokens(self:MAE,
@@ -175,12 +257,12 @@ def images(self:MAE,
 class MAEOutput(NamedTuple):
     "What a masked autoencoder returns"
     loss:Tensor # Scalar to minimise
-    parts:dict # Its terms before mixing, `mse` and `fourier`, and `channels`: the mse of each channel `(C,)`. `fourier` is NaN in training with `alpha=0`, where no one needs it
+    parts:dict # Before mixing: `mse`, `fourier`, and `channels`, the mse of each channel `(C,)`
     pred:Tensor # Predicted tokens `(B,L,P)`
     target:Tensor # True tokens, self-standardised `(B,L,P)`
     mask:Tensor # 1 where hidden `(B,L)`
     latent:Tensor # Encoder output for the visible tokens, class token first `(B,1+K,D)`
-    ids_restore:Tensor # Where each place is in the shuffled order, of which `latent` holds the first `K` `(B,L)`
+    ids_restore:Tensor # Where in the shuffled order, whose start is `latent`, each place is `(B,L)`
 
 # %% ../nbs/14_vit.ipynb #187da6f5
 @patch
@@ -209,14 +291,17 @@ def _noise(self:MAE, noise, tokens, x):
     "Noise as given, if it fits, or fresh; in the shape of this model's masks"
     (b,l),(h,w) = tokens.shape[:2],[n//self.patch_size for n in x.shape[-2:]]
     if noise is None: noise = torch.rand(b, l, device=tokens.device)
-    if noise.shape != (b,l): raise ValueError(f"Noise must have one number per token, {(b,l)}, got {tuple(noise.shape)}.")
+    if noise.shape != (b,l):
+        raise ValueError(f"Noise must have one number per token, {(b,l)}, "
+                         f"got {tuple(noise.shape)}.")
     return shape_noise(noise, self.masking, l//(h*w), h, w)
 
 @patch
 def _pos(self:MAE, name, x):
     "Positions `(N,d)` of the grid of images `x`: the stored ones, or fresh ones for another size"
     pos,grid = getattr(self, name),tuple(n//self.patch_size for n in x.shape[-2:])
-    return pos if grid == self.grid else sincos_positions(pos.shape[1], *grid, self.slowest).to(pos)
+    if not exporting() and grid == self.grid: return pos
+    return sincos_positions(pos.shape[1], *grid, self.slowest).to(pos)
 
 @patch
 def _encode(self:MAE, x, tokens, ids=None, blocks=None):
@@ -237,37 +322,45 @@ def compare(self:MAE,
     a,b = take(pred, m.ids_mask),take(target, m.ids_mask) # (B,L-K,P)
     error = squared_error(a, b)
     mse,channels = error.mean(),self._by_channel(error.detach(), m, shape[1])
-    if self.training and self.alpha == 0: return mse, dict(mse=mse.detach(), fourier=torch.full_like(mse, float('nan')), channels=channels)
-    if self.fourier == 'patch': fourier = fourier_loss(a, b, self.patch_size).mean()
+    free = self.training and self.alpha == 0 # then no one needs the Fourier loss
+    if free: fourier = torch.full_like(mse, torch.nan)
+    elif self.fourier == 'patch': fourier = fourier_loss(a, b, self.patch_size).mean()
     else: fourier = self._other_fourier(pred, target, m, *shape[2:])
-    return mix(mse, fourier, self.alpha), dict(mse=mse.detach(), fourier=fourier.detach(), channels=channels)
+    parts = dict(mse=mse.detach(), fourier=fourier.detach(), channels=channels)
+    return mse if free else mix(mse, fourier, self.alpha),parts
 
 @patch
-def _by_channel(self:MAE, error, m, c): return error.mean((0,1)).unflatten(0, (-1,c)).mean(0) # (B,L-K,p*p*C) -> (p*p,C) -> (C,)
+def _by_channel(self:MAE, error, m, c):
+    return error.mean((0,1)).unflatten(0, (-1,c)).mean(0) # (B,L-K,p*p*C), (p*p,C), (C,)
 
 @patch
 def _other_fourier(self:MAE, pred, target, m, h, w):
     "Fourier loss of whole images, hidden tokens as predicted, or of the released planes"
-    if self.fourier == 'released': return masked_mean(released_fourier_loss(pred, target, pred.shape[1]*self.patch_size**2//(h*w)), m.mask)
-    if self.fourier != 'image': raise ValueError(f"Unknown fourier={self.fourier!r}: use 'patch', 'image' or 'released'.")
+    if self.fourier == 'released':
+        c = pred.shape[1]*self.patch_size**2//(h*w) # channels that have tokens of their own
+        return masked_mean(released_fourier_loss(pred, target, c), m.mask)
     drawn = torch.where(m.mask[...,None]>0, pred.float(), target)
-    return image_fourier_loss(self.images(drawn, h, w), self.images(target, h, w), self.patch_size).mean()
+    a,b = [self.images(t, h, w) for t in (drawn,target)]
+    return image_fourier_loss(a, b, self.patch_size).mean()
 
 # %% ../nbs/14_vit.ipynb #0ca0cd8e
 @patch
 def encode(self:MAE,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
-    pool:str='mean', # `mean` of the patch tokens, `meanstd`: mean and standard deviation, `cls`: class token
+    pool:str='mean', # `mean` of the patch tokens, `meanstd`: and deviation, or `cls` token
     channelwise:bool=False, # One embedding per channel, side by side (channel-agnostic models only)
-    blocks:int|list[int]|None=None, # After which block or blocks, 1 to depth; None: all, and the final norm
-)->Tensor: # Embeddings `(B,D)`, twice as wide for `meanstd`, `C` times as wide if channelwise; `(n,B,D)` for a list of `n` blocks
+    blocks:int|list[int]|None=None, # After which of 1 to depth; None: after all, and the final norm
+)->Tensor: # `(B,D)`; `2*D` for `meanstd`, `C*D` if channelwise; `(n,B,D)` for a list of `n` blocks
     "Embed images; nothing is hidden"
     z,groups = self.features(x, blocks),self._groups(x, channelwise)
-    return torch.stack([pool_tokens(o, pool, groups) for o in z]) if isinstance(z, list) else pool_tokens(z, pool, groups)
+    if isinstance(z, list): return torch.stack([pool_tokens(o, pool, groups) for o in z])
+    return pool_tokens(z, pool, groups)
 
 @patch
 def _groups(self:MAE, x, channelwise):
-    if channelwise: raise ValueError("A token of this model holds all channels, so there is no embedding per channel. Use a channel-agnostic model (camae_...).")
+    if channelwise:
+        raise ValueError("A token of this model holds all channels, so there is no embedding per "
+                         "channel. Use a channel-agnostic model (camae_...).")
     return 1
 
 # %% ../nbs/14_vit.ipynb #8470d5ab
@@ -282,14 +375,16 @@ def pool_tokens(
     t = z[:,1:].unflatten(1, (groups,-1)) # (B,groups,N,D)
     if pool == 'mean': return t.mean(2).flatten(1)
     if pool == 'meanstd': return torch.cat([t.mean(2), t.std(2, correction=0)], -1).flatten(1)
-    if pool == 'cls': raise ValueError("There is one class token, not one per channel. Use pool='mean' or 'meanstd'.")
+    if pool == 'cls':
+        raise ValueError("There is one class token, not one per channel. "
+                         "Use pool='mean' or 'meanstd'.")
     raise ValueError(f"Unknown pooling {pool!r}: use 'mean', 'meanstd' or 'cls'.")
 
 # %% ../nbs/14_vit.ipynb #19e6267c
 @patch
 def features(self:MAE,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
-    blocks:int|list[int]|None=None, # After which block or blocks, 1 to depth; None: all, and the final norm
+    blocks:int|list[int]|None=None, # After which of 1 to depth; None: after all, and the final norm
 )->Tensor: # Tokens, class token first `(B,1+L,D)`; a list of them for a list of blocks
     "Encode all tokens of images"
     if blocks is None: return self._encode(x, self.tokens(x))
@@ -301,7 +396,9 @@ def features(self:MAE,
 @patch
 def _check_blocks(self:MAE, blocks):
     bad = [k for k in blocks if not 1 <= k <= len(self.encoder.blocks)]
-    if bad or not blocks: raise ValueError(f"The encoder has blocks 1 to {len(self.encoder.blocks)}, there is no block {bad[0] if bad else 'to return'}.")
+    if bad or not blocks:
+        raise ValueError(f"The encoder has blocks 1 to {len(self.encoder.blocks)}, there is no "
+                         f"block {bad[0] if bad else 'to return'}.")
 
 @patch
 def latent(self:MAE,
@@ -318,7 +415,8 @@ def trim(self:MAE,
 ): # A model with the first `k` blocks and no final norm
     "Cut the encoder after block `k`"
     self._check_blocks([k])
-    model = type(self)(**{**self.config, **self._cut_config(k)}).to(next(self.parameters()).device).train(self.training)
+    model = type(self)(**{**self.config, **self._cut_config(k)})
+    model.to(next(self.parameters()).device).train(self.training)
     model.load_state_dict({n: v for n,v in self.state_dict().items() if n in model.state_dict()})
     for n in ('name','channels','provenance'):
         if hasattr(self, n): setattr(model, n, getattr(self, n))
