@@ -86,7 +86,6 @@ def _same_kind(x, f, y, g):
 def read_image(
     files, # A path, whose planes are the channels, or a list of paths, one per channel
     page:int|None=None, # Read only this page of each file, from 0
-    z=None, t=None, series=None,
 )->np.ndarray: # `(C,H,W)` in the files' own dtype
     "Read a field of view from TIFF, PNG or JPEG 2000"
     if isinstance(files, (str,Path)): return np.ascontiguousarray(_planes(_read(files, page), files))

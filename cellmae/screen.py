@@ -8,75 +8,191 @@ __all__ = ['SITE', 'WELL', 'KEYS', 'Screen', 'open_screen', 'write_stack_screen'
 # %% ../nbs/03_screen.ipynb #f7050bfa
 import copy, hashlib, json, os, re
 import numpy as np, pandas as pd
-from collections import Counter
+from collections import Counter, deque
+from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from fastprogress import progress_bar
 from pathlib import Path
 from tifffile import imwrite
 from .files import moved, read_table, write_whole
-from .labels import is_control, label, well_name, yes_no
-from .images import ImageError, canonical_stain, check_pixels, fit_range, read_image, to_uint8
+from .labels import clean, dates_among, is_control, row_letters, well_name, yes_no
+from .images import (ImageError, canonical_stain, check_pixels, fit_range, read_image,
+                            to_uint8)
 
 # %% ../nbs/03_screen.ipynb #1a93516f
 SITE = ['batch','plate','well','site'] # What a site is known by, everywhere
 WELL = SITE[:3]
 KEYS = [*SITE,'perturbation','control'] # The columns that every screen has
 
+@contextmanager
+def _about(what):
+    "Errors say what they are about: the path of a table"
+    try: yield
+    except ValueError as e:
+        if isinstance(what, pd.DataFrame) or str(e).startswith(str(what)): raise
+        raise ValueError(f'{what}: {e}') from e
+
+def _words(o):
+    "A place in words, from the columns of `SITE` that there are"
+    twin = 'batch' in o and 'plate' in o and o['batch']==o['plate']
+    return ', '.join(f'{k} {o[k]}' for k in SITE[twin:] if k in o)
+
+def _renamed(df, names):
+    "Columns under the names we want, beside the ones they had; what they displace is kept too"
+    gone = [v for v in names.values() if v not in df]
+    if gone: raise ValueError(f'No column {gone}: the table has {list(df)}. Correct the name.')
+    was = {k: f'given_{k}' for k,v in names.items() if k in df and k!=v}
+    return df.rename(columns=was).assign(**{k: df[v] for k,v in names.items()})
+
+def _short(c): return re.sub('^(image_)?metadata_|_position$', '', str(c).strip().lower())
+
 def _tidy(df, names):
     "Metadata columns under our names, as text"
-    gone = [v for v in names.values() if v not in df]
-    if gone: raise ValueError(f'No column {gone}: the table has {list(df.columns)}. Correct the name.')
-    df = df.drop(columns=[k for k in names if k in df and k!=names[k]]).rename(columns={v:k for k,v in names.items()})
-    short = {c: re.sub('^metadata_|_position$', '', str(c).lower()) for c in df}
-    df = df.rename(columns={c:s for c,s in short.items() if s in KEYS and s not in df})
+    df = _renamed(df, names)
+    first = {_short(c): c for c in reversed(list(df))}
+    df = df.rename(columns={c:k for k,c in first.items() if k in KEYS and k not in df})
+    if 'well' not in df: df['well'] = _wells_by_row(df, first)
     for k in [*SITE,'perturbation']:
-        if k in df: df[k] = df[k].map(label)
-    if 'well' not in df: raise ValueError(f"No column `well`: the table has {list(df)}. Say which it is: `well='...'`.")
-    return df.assign(well=df['well'].map(well_name))
+        if k in df: df[k] = clean(df[k])
+    return df.assign(well=df['well'].map({w: well_name(w) for w in df['well'].unique()}))
+
+# %% ../nbs/03_screen.ipynb #2588eccf
+def _row(r): return row_letters(int(r)-1) if r.isdigit() else r
+
+def _wells_by_row(df, columns):
+    "Names of wells from a column of rows and one of columns"
+    row,col = columns.get('row'),columns.get('col', columns.get('column'))
+    if row and col: return [_row(r)+c for r,c in zip(clean(df[row]), clean(df[col]))]
+    raise ValueError(f'No column `well`, nor `row` and `col`: the table has {list(df)}. '
+                     "Say which it is: `well='...'`.")
+
+def _filled(df):
+    "Refuse gaps in what a site is known by; a column that is empty is none"
+    for k in [k for k in SITE if k in df]:
+        n = (df[k]=='').sum()
+        if n==len(df)>0: df = df.drop(columns=k)
+        elif n: raise ValueError(f'{n} of {len(df)} rows name no {k}. Fill the column '
+                                 '(of merged cells only the first is filled), or drop the rows.')
+    return df
 
 # %% ../nbs/03_screen.ipynb #0e199e5e
+def _load_data(df):
+    "Files by channel from CellProfiler's columns `FileName_`, `PathName_`, or else `URL_`"
+    at = {re.sub('^Image_', '', str(c)): clean(df[c]) for c in df if re.search(_elsewhere, str(c))}
+    names = {c[9:]: at[c] for c in at if c.startswith('FileName_')}
+    names = names or {c[4:]: at[c] for c in at if c.startswith('URL_')}
+    if any(c.startswith('Illum') for c in names): print('Illumination functions are not applied')
+    ways = {c: at.get(f'PathName_{c}', ['']*len(df)) for c in names}
+    join = lambda way,f: f'{way.rstrip("/")}/{f}' if way and f else f
+    return {re.sub('^Orig', '', c): [join(w.replace('\\', '/'), f) for w,f in zip(ways[c], fs)]
+            for c,fs in names.items() if not c.startswith('Illum')}
+
+_elsewhere = '^(Image_)?(FileName|PathName|URL)_'
+
 def _file_columns(df):
     "File names by raw channel; `file` where one image holds all"
-    if 'file' in df: return {'file': df['file']}
-    own = {c[5:]: df[c] for c in df if c.startswith('file_')}
-    cp = [c[9:] for c in df if c.startswith('FileName_') and not c.startswith('FileName_Illum')]
-    path = lambda c: df['PathName_'+c].str.rstrip('/\\')+'/' if 'PathName_'+c in df else ''
-    files = own or {re.sub('^Orig', '', c): path(c)+df['FileName_'+c] for c in cp}
-    if files: return files
-    raise ValueError(f'No file columns: the table has {list(df.columns)}. Call them `file_DNA`, ..., or `file`.')
+    own = {re.sub('^file_', '', str(c)): clean(df[c]) for c in df if re.match('file(_|$)', str(c))}
+    if 'file' in own: own = {'file': own['file']}
+    files = own or _load_data(df)
+    if files: return {c: [f.replace('\\', '/') for f in fs] for c,fs in files.items()}
+    raise ValueError(f'No file columns: the table has {list(df)}. '
+                     'Call them `file_DNA`, ..., or `file`.')
 
+# %% ../nbs/03_screen.ipynb #26b9dc58
 def _name_channels(raw, channels):
     "`{raw: name}` in the order asked for"
     if 'file' in raw:
-        if not channels: raise ValueError("One file per site: name its planes, `channels=['DNA','ER']`.")
+        if not channels:
+            raise ValueError("One file per site: name its planes, `channels=['DNA','ER']`.")
         raw = channels
     found = {**{canonical_stain(r):r for r in raw}, **{r:r for r in raw}}
-    if not isinstance(channels, dict): channels = {found.get(c, found.get(canonical_stain(c), c)): c for c in channels or raw}
+    if not isinstance(channels, dict):
+        channels = {found.get(c, found.get(canonical_stain(c), c)): c for c in channels or raw}
     gone = [r for r in channels if r not in raw]
-    if gone: raise ValueError(f'No channel {gone}: found {list(raw)}. Say which is which: `channels={{found: name}}`.')
+    if gone: raise ValueError(f'No channel {gone}: found {list(raw)}. '
+                              'Say which is which: `channels={found: name}`.')
     new = {r:canonical_stain(n) for r,n in channels.items()}
     if len(set(new.values()))==len(new): return new
-    raise ValueError(f'Two channels have one name: {new}. Give them names: `channels={{found: name}}`.')
+    raise ValueError(f'Two channels have one name: {new}. '
+                     'Give them names: `channels={found: name}`.')
+
+# %% ../nbs/03_screen.ipynb #c4cd9fd4
+_away = re.compile('[A-Za-z][A-Za-z0-9+]*:/|/') # `/home/..`, `D:/..`, `s3://..`
+
+def _tail(folder, names, root):
+    "The longest end of `folder` below `root` in which one of `names` is; None if there is none"
+    parts = [p for p in folder.split('/') if p]
+    for i in range(len(parts)+1):
+        tail = '/'.join(parts[i:])
+        if any((root/tail/n).exists() for n in names): return tail
+
+def _moved(files, root):
+    "`{path: where it is below root}` for paths of another machine"
+    folders = {}
+    for f in files:
+        if _away.match(f): folders.setdefault(f.rpartition('/')[0], []).append(f.rpartition('/')[2])
+    gone = {d:fs for d,fs in folders.items() if not any(Path(d, f).exists() for f in fs[:5])}
+    tails = {d: _tail(d, fs[:5], root) for d,fs in gone.items()}
+    lost = next((f'{d}/{gone[d][0]}' for d,t in tails.items() if t is None), None)
+    if lost: print(f'Not on this machine: {lost}. Say where the images are now: `root=`.')
+    return {f'{d}/{f}': Path(t, f).as_posix() for d,t in tails.items() if t is not None
+            for f in gone[d]}
+
+# %% ../nbs/03_screen.ipynb #a04da977
+def _at_home(files, root):
+    "Files by channel, those of another machine by where they are below `root`"
+    moved = _moved(dict.fromkeys(f for fs in files.values() for f in fs), root)
+    if not moved: return files
+    old = {new: f for f,new in moved.items()}
+    for f,new in moved.items():
+        if old[new]!=f: raise ValueError(f'Below `root`, {f} and {old[new]} would both be {new}. '
+                                         'Give the folder that holds the folders of both.')
+    print(f'{len(moved)} files are taken from below `root`: {f} is {new}')
+    return {c: [moved.get(f, f) for f in fs] for c,fs in files.items()}
+
+# %% ../nbs/03_screen.ipynb #dd510dd5
+def _saved(f):
+    "What was saved beside the table `f`"
+    js = f.with_suffix('.json')
+    saved = json.loads(js.read_text(encoding='utf-8')) if js.exists() else {}
+    return saved if 'channels' in saved else {} # else another's file
+
+def _opened(x, **given):
+    "A table, and how to read its images: as given, else as `screen.json` beside it says"
+    if isinstance(x, pd.DataFrame): return x,{**given, 'root': given['root'] or '.'}
+    f = Path(x)/'screen.csv' if Path(x).is_dir() else Path(x)
+    if not f.exists():
+        df,left = _by_names(f.parent, _instrument(f), given['z'], given['t'])
+        return df,{**given, 'root':f.parent, **left}
+    df,saved = read_table(f),_saved(f)
+    if given['channels']: saved.pop('ranges', None) # they belong to the channels saved
+    return df,{**given, 'root':f.parent, **saved, **{k:v for k,v in given.items() if v is not None}}
 
 # %% ../nbs/03_screen.ipynb #4aee4c8a
 class Screen:
     "A table of sites, the names of their channels, and the way to their pixels"
     def __init__(self,
-        table:pd.DataFrame, # One row per site: metadata, and files by channel
-        channels=None, # Names in order, or `{raw: name}`; default: all file columns. Needed where one `file` holds all
-        root='.', # Folder that file names are relative to
-        controls=None, # Perturbations that are controls; default: a column `control`, or names in `CONTROLS`
-        ranges=None, # `(C,2)` intensities that become 0 and 255; default: `fit_ranges` when first needed
+        table, # One row per site, metadata and files by channel; or its path; or a folder
+        channels=None, # Names in order, or `{raw: name}`; default: all. Needed if `file` holds all
+        root=None, # Folder that file names are relative to; default: that of the table
+        controls=None, # Perturbations that are controls; default: a column `control`, or `CONTROLS`
+        ranges=None, # `(C,2)` intensities that become 0 and 255; default: `fit_ranges` when needed
+        z=None, # Of stacks, this plane, or `'max'` or `'mean'` of all
+        t=None, # Of time series, this point
         **names, # Columns under another name: `perturbation='gene'`
     ):
-        df,self.root = _tidy(table, names).reset_index(drop=True),Path(root)
-        files = _file_columns(df)
-        new = _name_channels(files, channels)
-        self.channels = list(new.values())
-        if 'file' not in files: files = {f'file_{n}': files[r] for r,n in new.items()}
-        self.table = _columns(df, files, controls, self.root.resolve().name)
-        self._whole,self._ranges = self,None if ranges is None else np.float32(ranges)
+        with _about(table):
+            df,how = _opened(table, channels=channels, root=root, ranges=ranges, z=z, t=t)
+            df,self.root = _filled(_tidy(df, names)).reset_index(drop=True),Path(how['root'])
+            files = _file_columns(df)
+            new = _name_channels(files, how['channels'])
+            self.channels,self.z,self.t = list(new.values()),how['z'],how['t']
+            if 'file' not in files: files = {f'file_{n}': files[r] for r,n in new.items()}
+            files = _at_home(files, self.root)
+            self.table = _columns(df, files, controls, self.root.resolve().name)
+        self._whole,self._type,self._ranges = self,how.get('type'),how['ranges']
+        if self._ranges is not None: self._ranges = np.float32(self._ranges)
 
     def __len__(self): return len(self.table)
 
@@ -86,152 +202,345 @@ def _columns(df, files, controls, plate):
     for k,v in dict(plate=plate, site='1', perturbation='').items():
         if k not in df: df[k] = v
     if 'batch' not in df: df['batch'] = df['plate']
-    if controls is None and 'control' in df: df['control'] = yes_no(df['control'])
-    elif controls is None: df['control'] = df['perturbation'].map(is_control).astype(bool)
-    else:
-        controls,found = {controls} if isinstance(controls, str) else set(controls),set(df['perturbation'])
-        if controls-found:
-            raise ValueError(f'No perturbation is called {controls-found}: found {sorted(found)[:8]}. Correct `controls`.')
-        df['control'] = df['perturbation'].isin(controls)
-    own = [c for c in df if c not in KEYS and not re.match('file(_|$)|(File|Path)Name_|URL_', str(c))]
-    files = {c: f.map(label).str.replace('\\', '/') for c,f in files.items()}
+    df['control'] = _controls(df, controls)
+    own = [c for c in df if c not in KEYS and not re.match(f'file(_|$)|{_elsewhere}', str(c))]
     return pd.concat([df[KEYS+own], pd.DataFrame(files, index=df.index)], axis=1)
+
+def _controls(df, controls):
+    "Which rows are controls: those called so, else a column `control`, else names in `CONTROLS`"
+    names = df['perturbation']
+    if controls is None: return _said(df) if 'control' in df else names.map(is_control).astype(bool)
+    gone = set(clean(listify(controls)))-set(names)
+    if not gone: return names.isin(clean(listify(controls)))
+    raise ValueError(f'No perturbation is called {sorted(gone)}: '
+                     f'found {sorted(set(names))[:8]}. Correct `controls`.')
+
+def _said(df):
+    "The column `control`; a row that names no perturbation need not say"
+    names = clean(df['perturbation']) if 'perturbation' in df else np.full(len(df), '')
+    out,labelled = np.zeros(len(df), bool),names!=''
+    asked = (clean(df['control'])!='') | labelled | ~labelled.any()
+    out[asked] = yes_no(df['control'][asked])
+    return out
 
 # %% ../nbs/03_screen.ipynb #8d14c978
 @patch
 def __repr__(self:Screen):
     t,w = self.table,self.wells
-    plates,batches,perturbations = t[['plate','batch','perturbation']].mask(lambda o: o=='').nunique()
-    return (f'Screen(sites={len(t)}, wells={len(w)}, controls={w["control"].sum()}, plates={plates}, batches={batches}, '
-            f'perturbations={perturbations}, channels={self.channels})')
+    plates = len(t[WELL[:2]].drop_duplicates())
+    batches,perturbations = t[['batch','perturbation']].mask(lambda o: o=='').nunique()
+    return (f'Screen(sites={len(t)}, wells={len(w)}, controls={w["control"].sum()}, '
+            f'plates={plates}, batches={batches}, perturbations={perturbations}, '
+            f'channels={self.channels})')
 
 @patch(as_prop=True)
 def wells(self:Screen):
-    "One row per well, with its number of sites"
+    "One row per well, with its number of sites; a well whose sites disagree has no label"
     g = self.table.groupby(WELL, sort=False)
-    return g[KEYS[4:]].first().assign(sites=g.size()).reset_index()
+    w,agree = g[KEYS[4:]].first(),g[KEYS[4:]].nunique().eq(1).all(axis=1)
+    w = w.assign(perturbation=w['perturbation'].where(agree, ''), control=w['control']&agree)
+    return w.assign(sites=g.size()).reset_index()
 
 # %% ../nbs/03_screen.ipynb #65a18eed
-_fields = ['plate','well','row','col','site','channel','batch','perturbation','_']
+_fields = ['plate','well','row','col','site','channel','z','time','batch','perturbation','_']
+_any = '[^/]+?'
+_well = r'(?:[A-Pa-p]|[Aa][A-Fa-f])[ ._-]*\d{1,3}|[Rr]\d{1,2}[ ._-]*[Cc]\d{1,2}'
+_guid = '[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}' # ImageXpress ends its names so
+_tail_end = rf'(?:{_guid}|(?!(?<=\d)\d|(?<=[A-Za-z])[A-Za-z])[^/]*?)'
 
-def _regex(pattern):
+def _regex(pattern, well=_any):
     "Compile `{plate}/{well}_{channel}.tif`; a field that comes twice must say the same twice"
-    out,seen = '',set()
-    for i,p in enumerate(re.split(r'\{(\w+)\}', pattern)):
+    parts,out,seen = re.split(r'\{(\w+)\}', pattern),'',set()
+    for i,p in enumerate(parts):
         if i%2==0: out += re.escape(p)
-        elif p not in _fields: raise ValueError(f'{pattern}: unknown field {{{p}}}. Use {_fields}.')
-        elif p=='_': out += '[^/]*?'
-        else: out += f'(?P={p})' if p in seen else f'(?P<{p}>[^/]+?)'; seen.add(p)
+        elif p not in _fields:
+            raise ValueError(f'{pattern}: unknown field {{{p}}}. Use {_fields}.')
+        elif p=='_': out += _tail_end if i>1 and not parts[i-1] else '[^/]*?'
+        elif p in seen: out += f'(?P={p})'
+        else: out += f'(?P<{p}>{well if p=="well" else _any})'; seen.add(p)
+    out = re.sub(r'(\\\.\w+)$', r'(?i:\1)', out) # .tif, .TIF
     if 'well' in seen or {'row','col'}<=seen: return re.compile(out)
     raise ValueError(f'{pattern}: names no {{well}}, nor {{row}} and {{col}}. Add it.')
 
 # %% ../nbs/03_screen.ipynb #778317b6
 _suffixes = ('.tif','.tiff','.png','.jp2','.jpg','.jpeg')
 
-def _match_files(root, pattern):
-    "A row per image that matches, and the list of those that do not"
-    rx,rows,rest = _regex(pattern),[],[]
-    for d,_,fs in os.walk(root):
+def _folders(root):
+    "`(folder,files)` below a root: real folders first, then those behind links, each once"
+    seen,tops = set(),[Path(root)]
+    for top in tops: # grows by the links that are met
+        for d,ds,fs in os.walk(top):
+            if (real := os.path.realpath(d)) in seen: ds.clear(); continue
+            seen.add(real)
+            stores = [o for o in ds if o.endswith('.zarr')]
+            ds[:] = sorted(o for o in ds if not o.startswith(('.','@')) and o not in stores)
+            tops += [Path(d, o) for o in ds if os.path.islink(os.path.join(d, o))]
+            yield Path(d),sorted(fs+stores)
+
+def _images(root):
+    "Names of the images below a folder, of those that are passed over, and other kinds of files"
+    found,passed,other = [],[],Counter()
+    for d,fs in _folders(root):
+        way = d.relative_to(root).as_posix()+'/'
         for f in fs:
-            if not f.lower().endswith(_suffixes): continue
-            f = Path(d, f).relative_to(root).as_posix()
-            if m := rx.fullmatch(f): rows.append({**m.groupdict(), 'file':f})
-            else: rest.append(f)
-    if rows: return pd.DataFrame(rows),sorted(rest)
-    if not rest: raise ValueError(f'{root}: no images. Check the path.')
-    raise ValueError(f'{root}: none of {len(rest)} images matches {pattern}; the first is {min(rest)}. Correct the pattern.')
+            name = (way+f).removeprefix('./')
+            if not f.lower().endswith(_suffixes): other[Path(f).suffix] += 1
+            elif f.startswith('.') or 'thumb' in f.lower(): passed.append(name)
+            else: found.append(name)
+    return found,passed,other
+
+# %% ../nbs/03_screen.ipynb #f14b8bc8
+def _no_images(root, other):
+    "Why a folder has no images, and what to do"
+    if not Path(root).is_dir(): return f'{root}: no such folder. Check the path.'
+    other.pop('', None)
+    kinds = ', '.join(f'{n} {k}' for k,n in other.most_common(4))
+    cure = f'Export or convert what is there: {kinds}' if kinds else 'Check the path.'
+    return f'{root}: no images (of {", ".join(_suffixes)}). {cure}'
+
+def _no_match(root, pattern, found):
+    "Why no image matches a pattern"
+    case = any(re.compile(_regex(pattern).pattern, re.I).fullmatch(f) for f in found)
+    deep,asked = min(found).count('/'),pattern.count('/')
+    why = ('They differ in upper and lower case only. ' if case else '' if deep==asked else
+           f'It lies {deep} folders deep, the pattern {asked}, and no hole reaches across a `/`. ')
+    return (f'{root}: none of {len(found)} images matches {pattern}; the first is {min(found)}. '
+            f'{why}Correct the pattern.')
+
+def _match_files(root, pattern):
+    "A row per image that matches; a word about those that do not"
+    strict,loose = _regex(pattern, _well),_regex(pattern)
+    found,passed,other = _images(root)
+    if not found: raise ValueError(_no_images(root, other))
+    met = {f: strict.fullmatch(f) or loose.fullmatch(f) for f in found}
+    rows = [{**m.groupdict(), 'file':f} for f,m in met.items() if m]
+    if not rows: raise ValueError(_no_match(root, pattern, found))
+    if passed: print(f'{len(passed)} hidden files and thumbnails are left out, such as {passed[0]}')
+    rest,n = [f for f in met if not met[f]],len(met)
+    if rest: print(f'{len(rest)} of {n} images do not match the pattern, such as {min(rest)}')
+    return pd.DataFrame(rows)
 
 # %% ../nbs/03_screen.ipynb #79fffe78
-def _row(r): return r if not r.isdigit() else chr(64+int(r)) if int(r)<27 else 'A'+chr(38+int(r))
 def _natural(s): return s.str.replace(r'\d+', lambda m: m[0].zfill(9), regex=True)
+
+def _same(a, b): return a==b or a.isdigit() and b.isdigit() and int(a)==int(b)
+
+def _choose(df, field, want, name):
+    "Rows of the plane or time point that is wanted; all of them if they are to be projected"
+    if field not in df or (name=='z' and want in ('max','mean')): return df
+    there = df[field].unique()
+    met = [o for o in there if _same(o, str(want))] if want is not None else there
+    if len(met)==1: return df[df[field]==met[0]].drop(columns=field)
+    project = " or project them, `z='max'`" if name=='z' else ''
+    raise ValueError(f'{{{field}}} is one of {sorted(there)[:8]}. Choose it, '
+                     f'`{name}={there[0].lstrip("0") or 0}`{project}.')
+
+def _once(df, every, pattern):
+    "Refuse two files for one place"
+    twice = df[df.duplicated(every, keep=False)].sort_values([*every,'file'])
+    if not len(twice): return df
+    raise ValueError(f"{pattern}: two files for one site and channel, "
+                     f"{' and '.join(twice['file'][:2])}. Add {{site}}, {{z}} or {{time}} where "
+                     'they differ, or spell out the one you want.')
 
 def _wide(df, pattern):
     "One row per site, one column per channel, in natural order"
     if 'row' in df: df['well'] = df.pop('row').map(_row) + df.pop('col')
     key = [k for k in KEYS if k in df]
-    every = key+['channel']*('channel' in df)
-    twice = df[df.duplicated(every, keep=False)].sort_values(every+['file'])
-    if len(twice): raise ValueError(f"{pattern}: two files for one site and channel, {' and '.join(twice['file'][:2])}. "
-                                    'Add {site} where they differ, or spell out the one you want.')
-    if 'channel' in df: df = df.pivot(index=key, columns='channel', values='file').add_prefix('file_').reset_index()
+    every = key+[k for k in ('channel',) if k in df]
+    df = _once(df, every+[k for k in ('z',) if k in df], pattern)
+    if 'z' in df: # planes of one image, from below
+        df = df.sort_values('z', key=_natural).groupby(every)['file'].agg('|'.join).reset_index()
+    if 'channel' in df:
+        df = df.pivot(index=key, columns='channel', values='file').add_prefix('file_').reset_index()
     df.columns.name = None
     return df.sort_values(key, key=_natural, ignore_index=True)
 
-# %% ../nbs/03_screen.ipynb #0d2321de
-def _join(df, meta, names):
-    "Add the plate map's columns to the sites"
-    df,meta = _tidy(df, {}),meta if isinstance(meta, pd.DataFrame) else read_table(meta)
-    try: meta = _tidy(meta, names)
-    except ValueError as e: raise ValueError(f'Plate map: {e}') from e
-    on = [k for k in SITE if k in df and k in meta]
-    twice = meta[meta.duplicated(on)][on].to_numpy()
-    if len(twice): raise ValueError(f'The plate map has two rows for {twice[0]}. Keep one, or add a column `plate`.')
-    df = df.drop(columns=[c for c in df if c in meta and c not in on]).merge(meta, 'left', on, indicator='_met')
-    n = (df.pop('_met')!='both').sum()
-    if n: print(f'{n} of {len(df)} sites are not in the plate map')
+# %% ../nbs/03_screen.ipynb #6082dd71
+def _is_place(w): return bool(re.fullmatch('[A-Z]{1,2}[0-9]{2}', well_name(w)))
+
+def _places(df, pattern):
+    "Refuse a `{well}` that took more than the well; mention names that are no place on a plate"
+    wells = df['well'].unique()
+    odd = [w for w in wells if not _is_place(w)]
+    more = [w for w in odd if any(map(_is_place, re.split('[^A-Za-z0-9]+', w)))]
+    if more: raise ValueError(f'{pattern}: {{well}} would be {more[0]!r}. '
+                              'Put {plate} or {_} where it takes more than the well.')
+    if odd: print(f'{len(odd)} of {len(wells)} wells are no place on a plate, such as {odd[0]}')
     return df
 
+# %% ../nbs/03_screen.ipynb #0d2321de
+def _plate_map(meta, names):
+    "A plate map with one row per well, under our names"
+    with _about('Plate map'):
+        meta = _tidy(meta if isinstance(meta, pd.DataFrame) else read_table(meta), names)
+        nameless = (meta['well']=='').sum()
+        if nameless: print(f'{nameless} rows of the plate map name no well, and are left out')
+        meta = _filled(meta[meta['well']!='']).drop_duplicates()
+        return meta.assign(control=_said(meta)) if 'control' in meta else meta
+
+def _unambiguous(meta, on):
+    "Refuse a plate map that says two things of one place"
+    twice = meta[meta.duplicated(on, keep=False)]
+    if not len(twice): return
+    a,b = twice[(twice[on]==twice[on].iloc[0]).all(axis=1)].iloc[:2].to_dict('records')
+    diff = ', '.join(f'{k} {a[k]!r} and {b[k]!r}' for k in a if a[k]!=b[k])
+    raise ValueError(f'The plate map has two rows for {_words({k: a[k] for k in on})}: {diff}. '
+                     'Keep one, or add a column `plate`.')
+
+def _say_unmet(sites, places, n):
+    "Say how many of `n` sites the plate map does not name; refuse it if it names none of them"
+    such = lambda o: _words(o.iloc[0].to_dict())
+    if len(sites)==n: raise ValueError(
+        f'None of {n} sites is in the plate map: the files say {such(sites)}, the map says '
+        f'{such(places)}. Correct one of them; a map for all plates needs no column `plate`.')
+    if len(sites): print(f'{len(sites)} of {n} sites are not in the plate map: {such(sites)}')
+
+def _join(df, meta, names):
+    "Add the plate map's columns to the sites"
+    df,meta = _tidy(df, {}),_plate_map(meta, names)
+    on = [k for k in SITE if k in df and k in meta]
+    _unambiguous(meta, on)
+    df = df.drop(columns=[c for c in df if c in meta and c not in on])
+    df = df.merge(meta, 'left', on, indicator='_met')
+    lost = (df.pop('_met')!='both').to_numpy()
+    _say_unmet(df.loc[lost, on], meta[on], len(df))
+    if 'control' in df: df['control'] = df['control'].where(~lost, False).astype(bool)
+    return df
+
+# %% ../nbs/03_screen.ipynb #1b15b1c7
+_instruments = (
+    'r{row}c{col}f{site}p{z}-ch{channel}sk{time}fk{_}fl{_}', # Opera Phenix, Operetta
+    '{well}_s{site}_w{channel}{_}',                          # RxRx
+    '{_}_{well}_s{site}_w{channel}{_}',                      # ImageXpress
+    '{_}_{well}_w{channel}{_}',
+    '{_}_{well}_T{time}F{site}L{_}A{_}Z{z}C{channel}',       # CellVoyager
+    '{well}(fld {site} wv {channel})',                       # InCell
+    '{well}--W{_}--P{site}--Z{z}--T{time}--{channel}',       # ScanR
+    '{plate}_{well}f{site}d{channel}',                       # ArrayScan
+    '{well}_{_}_{_}_{site}_{channel}_{time}',                # Cytation
+    'Timepoint{time}_Row{row}_Well{col}_{channel}_zstack{z}_{site}',
+    '{well}_s{site}_{channel}')
+
+def _lead(found):
+    "What the folders above the images are, or None"
+    ways,out,fields = [f.split('/')[:-1] for f in found],'',['{batch}','{plate}']
+    if len({len(w) for w in ways})>1: return
+    for names in reversed(list(zip(*ways))): # from the images up
+        own = re.fullmatch('(?i)images?|(timepoint|zstep)_?[0-9]+', names[0]) or len(fields)<2
+        if own and len(set(names))==1: out = f'{names[0]}/{out}'
+        elif fields: out = f'{fields.pop()}/{out}'
+        else: return
+    return out
+
+def _guess(found):
+    "The pattern of an instrument that all images follow, or None"
+    lead,end = _lead(found),Path(found[0]).suffix
+    for p in _instruments if lead is not None else ():
+        if '{plate}' in p: lead = lead.replace('{plate}', '{_}')
+        rx = _regex(lead+p+end, _well)
+        if all(map(rx.fullmatch, found)): return lead+p+end
+
+def _instrument(f):
+    "The pattern for a folder of images in which there is no table `f`, or how to open it"
+    found = _images(f.parent)[0] if f.name=='screen.csv' else []
+    if not found: raise FileNotFoundError(
+        f'{f}: missing. Make it: `Screen.from_pattern(root, pattern).save(folder)`.')
+    if pattern := _guess(found): print(f'Opened by the names {pattern}'); return pattern
+    raise FileNotFoundError(
+        f'{f}: missing, but there are {len(found)} images, such as {found[0]}. Say how they are '
+        "named: `Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`.")
+
 # %% ../nbs/03_screen.ipynb #c94ef556
+def _by_names(root, pattern, z, t):
+    "A row per site from names of files; and what is still to choose within the files"
+    df = _match_files(root, pattern)
+    chosen = 'z' in df and z not in ('max','mean')
+    left = dict(z=None if chosen else z, t=None if 'time' in df else t)
+    df = _choose(_choose(df, 'z', z, 'z'), 'time', t, 't')
+    return _places(_wide(df, pattern), pattern),left
+
 @patch(cls_method=True)
 def from_pattern(cls:Screen,
     root, # Folder with the images
-    pattern:str, # Their names below it: `'{plate}/{well}_s{site}_{channel}.tif'`
+    pattern:str=None, # Their names: `'{plate}/{well}_{channel}.tif'`; default: an instrument's
     channels=None, # Names in order, or `{raw: name}`; default: all that are found
-    meta=None, # Plate map, a table or CSV: `well`, maybe `plate`, `perturbation`, `batch`, `control`, and anything else
+    meta=None, # Plate map, a table or its path: `well`, maybe `plate`, and whatever is known of it
     controls=None, # Perturbations that are controls
+    z=None, # This one of the planes `{z}`, or of those in a file; or `'max'` or `'mean'` of all
+    t=None, # This one of the points `{time}`, or of those in a file
     **names, # Columns of `meta` under another name: `perturbation='gene'`
 )->Screen:
     "Open a screen by the names of its files"
-    df,rest = _match_files(root, pattern)
-    if rest: print(f'{len(rest)} of {len(rest)+len(df)} images do not match the pattern, such as {rest[0]}')
-    df = _wide(df, pattern)
+    df,left = _by_names(root, pattern or _instrument(Path(root)/'screen.csv'), z, t)
     if meta is not None: df = _join(df, meta, names)
     elif names: raise ValueError(f'{names} name columns of `meta`. Give `meta` too.')
-    return cls(df, channels, root, controls)
+    return cls(df, channels, root, controls, **left)
 
 # %% ../nbs/03_screen.ipynb #77128033
 @patch(cls_method=True)
 def from_csv(cls:Screen,
-    path, # Table with a row per site and columns `file_<channel>`, CellProfiler's `FileName_<channel>`, or `file`
+    path, # A row per site; columns `file_<channel>`, CellProfiler's `FileName_<channel>`, or `file`
     channels=None, # Names in order, or `{raw: name}`
     root=None, # Folder that file names are relative to; default: the table's
     controls=None, # Perturbations that are controls
+    z=None, # Of stacks, this plane, or `'max'` or `'mean'` of all
+    t=None, # Of time series, this point
     **names, # Columns under another name: `perturbation='gene'`
 )->Screen:
     "Open a screen that is listed in a table"
-    df = read_table(path)
-    try: return cls(df, channels, Path(path).parent if root is None else root, controls, **names)
-    except ValueError as e: raise ValueError(f'{path}: {e}') from e
+    return cls(path, channels, root, controls, z=z, t=t, **names)
 
 # %% ../nbs/03_screen.ipynb #7be94010
+def _paths(root, name):
+    "The file of a name, or all files of its planes"
+    fs = tuple(root/f for f in name.split('|'))
+    return fs if len(fs)>1 else fs[0]
+
+def _project(xs, z):
+    "The planes of an image, each `(C,H,W)`, as one"
+    if len({x.shape for x in xs})>1: raise ImageError('wrong size', '', 'Planes of several sizes.')
+    return np.max(xs, 0) if z=='max' else np.mean(xs, 0).round().astype(xs[0].dtype)
+
+def _pixels(fs, z, t):
+    "`(C,H,W)` of one file, or of a file per channel, any of which may be a tuple of planes"
+    each = fs if isinstance(fs, list) else [fs]
+    kw = {k:v for k,v in dict(z=z,t=t).items() if v is not None}
+    deep = {len(f) if isinstance(f, tuple) else 0 for f in each}
+    if deep=={0}: return read_image(fs, **kw)
+    if len(deep)>1: raise ImageError('wrong channel count', '', 'Channels of unequal depth in z.')
+    if z is None: raise ImageError('wrong channel count', '', "Several planes. Choose: `z='max'`.")
+    slabs = zip(*each)
+    return _project([read_image(list(s) if isinstance(fs, list) else s[0]) for s in slabs], z)
+
+# %% ../nbs/03_screen.ipynb #0f357e88
 @patch
 def files(self:Screen,
     i:int, # Row of the table
-): # A path per channel, or the one path that holds all
+): # A path per channel, or the one that holds all; a tuple where planes lie in several files
     "The files of site `i`"
     t = self.table
-    if 'file' in t: return self.root/t['file'].iat[i]
+    if 'file' in t: return _paths(self.root, t['file'].iat[i])
     fs = {c:t['file_'+c].iat[i] for c in self.channels}
     gone = [c for c,f in fs.items() if not f]
-    if gone: raise ImageError('missing', '', f'No file of {gone}. Add it to the table, or leave the site out. {_where(self, i)}')
-    return [self.root/f for f in fs.values()]
+    if not gone: return [_paths(self.root, f) for f in fs.values()]
+    raise ImageError('missing', '', f'No file of {gone}. '
+                     f'Add it to the table, or leave the site out. {self._where(i)}')
 
-def _where(screen, i):
-    "Where site `i` is, in words"
-    o = screen.table.iloc[i][SITE]
-    batch = '' if o.batch==o.plate else f'batch {o.batch}, '
-    return f'({batch}plate {o.plate}, well {o.well}, site {o.site})'
+@patch
+def _where(self:Screen, i): return f'({_words(self.table.iloc[i])})'
 
 @patch
 def read(self:Screen,
     i:int, # Row of the table
 )->np.ndarray: # `(C,H,W)`, as stored
     "The pixels of site `i` before any scaling"
-    fs = self.files(i)
-    try: x = read_image(fs)
-    except ImageError as e: raise ImageError(e.problem, e.file, f'{e.cure} {_where(self, i)}') from e
-    if len(x)==len(self.channels): return x
-    raise ImageError('wrong channel count', fs, f'{len(x)} planes for {self.channels}. Name each of them. {_where(self, i)}')
+    fs,n = self.files(i),len(self.channels)
+    try: x = _pixels(fs, self.z, self.t)
+    except ImageError as e: raise ImageError(e.problem, e.file, f'{e.cure} {self._where(i)}') from e
+    if len(x)==n: return x
+    raise ImageError('wrong channel count', fs, f'{len(x)} planes for {self.channels}. '
+                     f'Name each of them. {self._where(i)}')
 
 # %% ../nbs/03_screen.ipynb #443d98da
 _no_sites = 'The screen has no sites. Check the table or the pattern it was made from.'
@@ -241,13 +550,14 @@ def _sample(self:Screen, n, seed):
     "Images of `n` sites, plate after plate in turn, passing over bad ones"
     if not len(self): raise ValueError(_no_sites)
     order = np.random.default_rng(seed).permutation(len(self))
-    turn = self.table['plate'].iloc[order].to_frame().groupby('plate').cumcount().to_numpy()
+    turn = self.table.iloc[order].groupby(WELL[:2]).cumcount().to_numpy()
     good,bad = 0,None
     for i in order[np.argsort(turn, kind='stable')][:4*n]:
         if good==n: return
         try: x = self.read(i); check_pixels(x)
         except ImageError as e: bad = e
-        except ValueError as e: bad = ImageError('bad pixels', self.files(i), f'{e} {_where(self, i)}')
+        except ValueError as e:
+            bad = ImageError('bad pixels', self.files(i), f'{e} {self._where(i)}')
         else: good += 1; yield x
     if not good: raise bad
 
@@ -259,7 +569,10 @@ def fit_ranges(self:Screen,
 )->np.ndarray: # `(C,2)` float32, also in `screen.ranges`
     "Fit the screen's one rule from 16 to 8 bits, unless it has one"
     s = self._whole
-    if s._ranges is None: s._ranges = fit_range(s._sample(n, seed))
+    if s._ranges is not None: return s._ranges
+    types = Counter(x.dtype.name for x in s._sample(9, seed))
+    s._type = types.most_common(1)[0][0] # a site of another type has no say
+    s._ranges = fit_range(x for x in s._sample(n, seed) if x.dtype.name==s._type)
     return s._ranges
 
 @patch(as_prop=True)
@@ -271,10 +584,12 @@ def ranges(self:Screen):
 @patch
 def __getitem__(self:Screen, i:int):
     "The pixels of site `i`, `(C,H,W)` uint8"
-    r = self.fit_ranges()
-    x = self.read(i)
-    try: return to_uint8(x, r)
-    except ValueError as e: raise ImageError('bad pixels', self.files(i), f'{e} {_where(self, i)}') from e
+    r,kind,x = self.fit_ranges(),self._whole._type,self.read(i)
+    bad = lambda problem,why: ImageError(problem, self.files(i), f'{why} {self._where(i)}')
+    try: y = to_uint8(x, r)
+    except ValueError as e: raise bad('bad pixels', e) from e
+    if kind in (None,x.dtype.name): return y
+    raise bad('wrong type', f'{x.dtype}, but most sites are {kind}. Export all with one bit depth.')
 
 # %% ../nbs/03_screen.ipynb #fecfb6b8
 @patch
@@ -282,32 +597,44 @@ def subset(self:Screen,
     idx, # Row numbers, or a mask with one entry per row
 )->Screen: # With the same channels and ranges
     "The screen of some of its sites"
-    s,idx = copy.copy(self),np.asarray(idx)
-    s.table = self.table.iloc[np.flatnonzero(idx) if idx.dtype==bool else idx.astype(int)].reset_index(drop=True)
+    s,idx,mask = copy.copy(self),np.asarray(idx),np.asarray(idx).dtype==bool
+    if mask and len(idx)!=len(self): raise ValueError(
+        f'A mask of {len(idx)} for {len(self)} sites. It needs one entry per row of the table.')
+    if idx.size and idx.dtype.kind not in 'biu':
+        raise ValueError(f'Sites are chosen by row numbers or True and False, not {idx.dtype}.')
+    rows = np.flatnonzero(idx) if mask else idx.astype(int)
+    s.table = self.table.iloc[rows].reset_index(drop=True)
     return s
 
 # %% ../nbs/03_screen.ipynb #499e29d0
+@patch
+def _file_cols(self:Screen): return [c for c in self.table if re.match('file(_|$)', str(c))]
+
 @patch
 def save(self:Screen,
     folder, # Made where it does not exist
 )->Path: # `folder`
     "Write `screen.csv` and `screen.json`"
     folder,t = Path(folder),self.table.copy()
-    js = json.dumps(dict(channels=self.channels, ranges=self.fit_ranges().tolist()), indent=1)
+    how = dict(channels=self.channels, ranges=self.fit_ranges().tolist(), type=self._whole._type,
+               z=self.z, t=self.t)
     way = os.path.relpath(self.root.resolve(), folder.resolve())
-    for c in t.columns[t.columns.str.match('file(_|$)')]: t[c] = t[c].map(lambda f: Path(way, f).as_posix() if f else f)
-    write_whole(folder/'screen.json', lambda f: f.write_text(js, encoding='utf-8'))
+    lead = lambda names: '|'.join(Path(way, f).as_posix() if f else f for f in names.split('|'))
+    for c in self._file_cols(): t[c] = t[c].map(lead)
+    (folder/'screen.json').unlink(missing_ok=True) # it must not be seen beside another table
     write_whole(folder/'screen.csv', lambda f: t.to_csv(f, index=False))
+    write_whole(folder/'screen.json', lambda f: f.write_text(json.dumps(how, indent=1)))
     return folder
 
 # %% ../nbs/03_screen.ipynb #c0674650
 @patch
 def fingerprint(self:Screen)->str: # 12 hex digits
-    "Short hash of what the pixels and the labels come from: sites, files, channels in order, ranges"
-    what = [self.channels, self.fit_ranges().tolist(), self.table[KEYS].to_numpy().tolist()]
-    h = hashlib.sha256(json.dumps(what).encode())
-    for c in self.table.columns[self.table.columns.str.match('file(_|$)')]:
-        for f in self.table[c]: h.update(_seal(self.root/f).encode())
+    "Short hash of sites, labels, files, channels in order, ranges and planes"
+    what = [self.channels, self.z, self.t, self.fit_ranges().tolist()]
+    h = hashlib.sha256(json.dumps([what, self.table[KEYS].to_numpy().tolist()]).encode())
+    for c in self._file_cols():
+        for names in self.table[c]:
+            for f in names.split('|'): h.update(_seal(self.root/f).encode())
     return h.hexdigest()[:12]
 
 def _seal(f):
@@ -318,17 +645,10 @@ def _seal(f):
 
 # %% ../nbs/03_screen.ipynb #8f0c9ccb
 def open_screen(
-    x, # A `Screen`, a CSV, or a folder that holds `screen.csv`
+    x, # A `Screen`, a table of sites or its path, or a folder: a saved screen, or images
 )->Screen:
     "Open what was saved, pass on what is open"
-    if isinstance(x, Screen): return x
-    f = Path(x)/'screen.csv' if Path(x).is_dir() else Path(x)
-    if not f.exists(): raise FileNotFoundError(f'{f}: missing. Make it: `Screen.from_pattern(root, pattern).save(folder)`.')
-    js = f.with_suffix('.json')
-    kw = json.loads(js.read_text()) if js.exists() else {}
-    s = Screen.from_csv(f, kw.get('channels'))
-    if kw.get('ranges'): s._ranges = np.float32(kw['ranges'])
-    return s
+    return x if isinstance(x, Screen) else Screen(x)
 
 # %% ../nbs/03_screen.ipynb #66aa78e1
 def write_stack_screen(
@@ -346,63 +666,124 @@ def write_stack_screen(
 # %% ../nbs/03_screen.ipynb #2f2bd482
 def _bad_plane(p):
     "What is wrong with the pixels of one plane, as `(problem,cure)`"
-    if p.max()==p.min(): return 'constant',f'All pixels are {p.flat[0]}. Leave the site out, or image it again.'
+    if p.max()==p.min():
+        return 'constant',f'All pixels are {p.flat[0]}. Leave the site out, or image it again.'
     try: check_pixels(p)
     except ValueError as e: return str(e).split(': ', 1)
 
 # %% ../nbs/03_screen.ipynb #bd25107e
+def _seen(c, f, p):
+    "A good plane as `(channel,file,size,type,digest)`"
+    return c,f,'x'.join(map(str, p.shape)),p.dtype.name,hashlib.blake2b(p.tobytes()).digest()
+
+@patch
+def _planes(self:Screen, name, chs):
+    "`(len(chs),H,W)` of one column of files"
+    f = _paths(self.root, name)
+    x = _pixels(f if 'file' in self.table else [f], self.z, self.t)
+    if len(x)==len(chs): return x
+    raise ImageError('wrong channel count', name, f'{len(x)} planes for {chs}. Name each of them.')
+
 @patch
 def _look(self:Screen, i):
-    "Problems of site `i` as `(problem,channel,file,cure)`, its good planes as `(channel,file,size,type,digest)`"
+    "Problems of site `i` as `(problem,channel,file,cure)`, and its good planes"
     t,bad,good = self.table,[],[]
-    cols = [('file', self.channels)] if 'file' in t else [('file_'+c, [c]) for c in self.channels]
+    cols = [('file', self.channels)] if 'file' in t else [(f'file_{c}', [c]) for c in self.channels]
     for col,chs in cols:
         f = t[col].iat[i]
-        try:
-            x = read_image(self.root/f)
-            if len(x)!=len(chs): raise ImageError('wrong channel count', f, f'{len(x)} planes for {chs}. Name each of them.')
+        try: x = self._planes(f, chs)
         except ImageError as e: bad.append((e.problem, ', '.join(chs), f, e.cure)); continue
         for c,p in zip(chs,x):
             if b := _bad_plane(p): bad.append((b[0], c, f, b[1]))
-            else: good.append((c, f, f'{p.shape[0]}x{p.shape[1]}', p.dtype.name, hashlib.blake2b(p.tobytes()).digest()))
+            else: good.append(_seen(c, f, p))
     return bad,good
 
 # %% ../nbs/03_screen.ipynb #19b7dafa
 def _compare(planes):
-    "Problems `(i,problem,channel,file,cure)` that show only when planes `(i,channel,file,size,type,digest)` are compared"
+    "Problems of planes `(i,channel,file,size,type,digest)` that show when they are compared"
     seen,rows = {},[]
-    size,kind = [Counter(p[k] for p in planes).most_common(1)[0][0] for k in (3,4)] if planes else (0,0)
+    most = lambda k: Counter(p[k] for p in planes).most_common(1)[0][0] if planes else 0
+    size,kind = most(3),most(4)
     for i,c,f,s,k,h in planes:
-        if s!=size: rows.append((i, 'wrong size', c, f, f'{s}, but most have {size}. Export all sites alike.'))
-        if k!=kind: rows.append((i, 'wrong type', c, f, f'{k}, but most are {kind}. Export all with one bit depth.'))
-        if h in seen: rows.append((i, 'duplicate', c, f, f'The same pixels as {seen[h]}. Find out which it is.'))
+        bad = lambda problem,cure: rows.append((i, problem, c, f, cure))
+        if s!=size: bad('wrong size', f'{s}, but most have {size}. Export all sites alike.')
+        if k!=kind: bad('wrong type', f'{k}, but most are {kind}. Export all with one bit depth.')
+        if h in seen: bad('duplicate', f'The same pixels as {seen[h]}. Find out which it is.')
         seen.setdefault(h, f'{c} of {f}')
     return rows
 
 # %% ../nbs/03_screen.ipynb #5a104f6a
+def _twice(t):
+    "Sites that have two rows"
+    cure = 'This site has two rows. Keep one.'
+    return [('duplicate', *o, cure) for o in t[t.duplicated(SITE)][SITE].to_numpy()]
+
+def _contradictions(t):
+    "Wells whose sites have several perturbations, or are controls and not"
+    several = t.groupby(WELL)[KEYS[4:]].transform('nunique').gt(1).any(axis=1)
+    rows = []
+    for well,g in t[several].groupby(WELL, sort=False):
+        names = sorted(g['perturbation'].replace('', 'none').unique())
+        what = ' and '.join(names[:4]) if len(names)>1 else f'{names[0]}, control and not,'
+        rows.append(('two perturbations' if len(names)>1 else 'control and not', *well, '',
+            f'Its sites have the perturbation {what} so the well has none. Correct the plate map.'))
+    return rows
+
+def _controls_short(t):
+    "Batches with too few controls to learn a correction from"
+    rows,cure = [],'Name them with `controls=[...]`, or in a column `control`.'
+    for b,g in t.groupby('batch', sort=False):
+        n,plates = len(g[g['control']][WELL].drop_duplicates()),', '.join(g['plate'].unique())
+        if n<3: rows.append((_few[n][0], b, plates, '', '', f'Batch {b} {_few[n][1]}. {cure}'))
+    return rows
+
+_few = [('no controls', 'has none, so it cannot be corrected: centring takes two'),
+        ('one control', 'has one well of them, so it cannot be corrected: centring takes two'),
+        ('two controls', 'has two wells of them: enough to centre it, too few to know its spread')]
+
+def _nameless(t):
+    "Wells without a perturbation, and perturbations that look like dates"
+    wells,rows = t[WELL+KEYS[4:]].drop_duplicates(WELL),[]
+    bare = wells[(wells['perturbation']=='')&~wells['control']]
+    dates = dates_among(wells['perturbation'].unique())
+    if len(bare): rows.append(('no perturbation', '', '', '', '',
+        f'{len(bare)} of {len(wells)} wells, such as {_words(bare.iloc[0])}: no evaluation counts '
+        "them. Name them in the plate map, or say which column does: `perturbation='...'`."))
+    if len(dates): rows.append(('dates for names', '', '', '', '',
+        f'{", ".join(map(str, dates[:4]))}: a spreadsheet made dates of genes (SEPTIN1 is 1-Sep). '
+        'Take the names from the source of the table.'))
+    return rows
+
 @patch
 def _table_problems(self:Screen):
     "Problems `(problem,batch,plate,well,site,cure)` that need no pixels"
     t = self.table
     if not len(t): return [('empty', '', '', '', '', _no_sites)]
-    rows = [('duplicate', *o, 'This site has two rows. Keep one.') for o in t[t.duplicated(SITE)][SITE].to_numpy()]
-    cure = 'Batch {} has none, so it cannot be corrected. Name them with `controls=[...]`, or in a column `control`.'
-    for b,g in t.groupby('batch', sort=False):
-        if not g['control'].any(): rows.append(('no controls', b, ', '.join(g['plate'].unique()), '', '', cure.format(b)))
-    return rows
+    return [*_twice(t), *_contradictions(t), *_controls_short(t), *_nameless(t)]
 
 # %% ../nbs/03_screen.ipynb #f9277345
+def _ahead(f, n, workers):
+    "`f(0)` to `f(n-1)` in order, worked out by threads that are only a little ahead"
+    pool,todo = ThreadPoolExecutor(workers),deque()
+    try:
+        for i in range(n):
+            todo.append(pool.submit(f, i))
+            if len(todo)>4*workers: yield todo.popleft().result()
+        while todo: yield todo.popleft().result()
+    finally: pool.shutdown(wait=False, cancel_futures=True) # also when it is interrupted
+
 @patch
 def check(self:Screen,
     workers:int=4, # Threads that read
-)->pd.DataFrame: # Columns `problem,batch,plate,well,site,channel,file,cure`; no rows if all is well
+)->pd.DataFrame: # `problem,batch,plate,well,site,channel,file,cure`; no rows if all is well
     "Read every file; list what is wrong, where, and the cure"
     bad,planes,t = [],[],self.table
-    with ThreadPoolExecutor(workers) as pool:
-        for i,(b,g) in enumerate(progress_bar(pool.map(self._look, range(len(self))), total=len(self), leave=False)):
-            bad += [(i,*o) for o in b]; planes += [(i,*o) for o in g]
-    rows = [(p, *t[SITE].iloc[i], c, f, cure) for i,p,c,f,cure in sorted(bad+_compare(planes), key=lambda o: o[0])]
-    rows = [(*o[:5], '', '', o[5]) for o in self._table_problems()] + rows
+    looks = _ahead(self._look, len(self), workers)
+    for i,(b,g) in enumerate(progress_bar(looks, total=len(self), leave=False)):
+        bad += [(i,*o) for o in b]; planes += [(i,*o) for o in g]
+    found = sorted(bad+_compare(planes), key=lambda o: o[0])
+    rows = [(*o[:5], '', '', o[5]) for o in self._table_problems()]
+    rows += [(p, *t[SITE].iloc[i], c, f, cure) for i,p,c,f,cure in found]
     return pd.DataFrame(rows, columns=['problem',*SITE,'channel','file','cure'])
 
 # %% ../nbs/03_screen.ipynb #6ca68902
@@ -414,11 +795,14 @@ def split(
 )->tuple[np.ndarray,np.ndarray]: # Row numbers to train on, and to validate on
     "Divide a screen; a group is never on both sides"
     t,fit = screen.table,('well','plate','batch','perturbation')
-    if by not in fit: raise ValueError(f'Cannot split by {by!r}: sites of one well would leak. Use one of {fit}.')
+    if by not in fit:
+        raise ValueError(f'Cannot split by {by!r}: sites of one well would leak. Use one of {fit}.')
     key = t.groupby(dict(well=WELL, plate=WELL[:2]).get(by, [by]), sort=False).ngroup()
-    free = ~key.isin(key[t['control']]) if by=='perturbation' else slice(None)
+    no_gene = t['control']|(t['perturbation']=='')
+    free = ~key.isin(key[no_gene]) if by=='perturbation' else slice(None)
     groups = key[free].unique()
-    if len(groups)<2: raise ValueError(f'Cannot split by {by}: the screen has {len(groups)}. Split by something smaller.')
+    if len(groups)<2: raise ValueError(f'Cannot split by {by}: the screen has {len(groups)}. '
+                                       'Split by something smaller.')
     n = min(max(1, round(valid*len(groups))), len(groups)-1)
     held = key.isin(np.random.default_rng(seed).permutation(groups)[:n]).to_numpy()
     return np.flatnonzero(~held),np.flatnonzero(held)
