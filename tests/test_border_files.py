@@ -1,8 +1,13 @@
 "Names, wells, controls, tables and pixels in the spellings that people and instruments have for them"
+import bz2
+import gzip
+import lzma
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from cellmae.files import read_table
 from cellmae.labels import clean, dates_among, is_control, well_name, yes_no
 
 # ---- labels
@@ -69,3 +74,79 @@ genes = ['SEPT2', 'SEPTIN1', 'MARCH10', 'MARCHF1', 'DEC1', 'Oct-4', 'OCT4', 'SEP
          '4-OHT', '1', '1.5', '1-2', '12.5', '1E-06', '2310009E13', 'NOV', 'JUN', 'Jun-D', '5-Aza', '3-MA', '1.2.3', 'A-01', '17-AAG']
 
 def test_names_turned_into_dates(): assert dates_among(genes+turned+turned+['']) == turned
+
+# ---- tables
+
+table = 'well,perturbation,dose\nA01,NA,001\nA02,TP53,0.5\nA03,nan,\n'
+semi,tab,pipe = (table.replace(',', o) for o in ';\t|')
+dialects = dict(
+    comma=table.encode(), semicolon=semi.encode(), tab=tab.encode(), pipe=pipe.encode(), crlf=table.replace('\n', '\r\n').encode(),
+    old_mac=table.replace('\n', '\r').encode(), no_last_line_end=table.rstrip('\n').encode(),
+    utf8_bom=table.encode('utf-8-sig'), utf16=table.encode('utf-16'), utf16_le=semi.encode('utf-16-le'), utf16_be=tab.encode('utf-16-be'),
+    excel_unicode=tab.encode('utf-16'), sep_comma=b'sep=,\n'+table.encode(), sep_semicolon=b'"sep=;"\r\n'+semi.encode(),
+    sep_tab_utf16=('sep=\t\n'+tab).encode('utf-16'), title=b'Plate 7\n'+table.encode(), title_padded=b'Plate 7,,\n,,\n'+table.encode(),
+    title_of_prose=b'"Plate 7; seeded, stained, imaged"\n\n'+table.encode(), titles=b'Plate 7\nread by me\n\n'+semi.encode(),
+    key_value=b'Plate,7,,,\nDate,today,,,\n'+table.replace('\n', ',u,v\n').replace('dose,u,v', 'dose,x,y').encode(),
+    comment=b'# map of plate 7\n'+table.encode(), padded=table.replace(',', ' , ').encode(), empty_rows=table.encode()+b',,\n,,\n\n',
+    empty_columns=table.replace('\n', ',,\n').encode(), ragged_end=table.replace('001', '001,,').encode(),
+    quoted='"well","perturbation","dose"\n"A01","NA","001"\n"A02","TP53","0.5"\n"A03","nan",""\n'.encode(), empty_between=table.replace('A02', ',,\n\nA02').encode())
+
+@pytest.mark.parametrize('packed', [bytes, gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize('kind', dialects)
+def test_dialects(kind, packed, tmp_path):
+    f = tmp_path/'map.any'
+    f.write_bytes(packed(dialects[kind]))
+    t = read_table(f)[['well', 'perturbation', 'dose']]
+    assert t.values.tolist() == [['A01', 'NA', '001'], ['A02', 'TP53', '0.5'], ['A03', 'nan', '']]
+
+@pytest.mark.parametrize('ending', ['parquet', 'pq', 'parquet.gzip', 'feather', 'arrow', 'txt'])
+def test_typed_tables(ending, tmp_path):
+    f = tmp_path/f't.{ending}'
+    df = pd.DataFrame(dict(well=['A01', 'B02'], site=[1, 2], dose=[.5, None], gene=['NA', None], control=[True, False]))
+    (df.to_feather if ending in ('feather', 'arrow') else df.to_parquet)(f)
+    assert read_table(f).values.tolist() == [['A01', '1', '0.5', 'NA', 'True'], ['B02', '2', '', '', 'False']]
+    assert read_table(f, text=False).equals(df)
+    df.set_index('well').to_parquet(f)
+    assert read_table(f).well.tolist() == ['A01', 'B02']
+
+@pytest.mark.parametrize('sep,mark', [(';', ','), (';', '.'), ('\t', ','), (',', '.'), ('|', '.')])
+def test_numbers(sep, mark, tmp_path):
+    "Numbers are numbers, gaps NaN whatever they are called, names stay names"
+    f = tmp_path/'p.csv'
+    pd.DataFrame(dict(plate=['001', '002', '010'], run=[1, 2, 3], gene=['NA', 'null', 'TP53'], a=[1.5, -2.25e-7, 1e9], b=[1, np.nan, .5],
+                      c=['1', 'NaN', ''], n=['', '07', ''])).to_csv(f, sep=sep, decimal=mark, index=False)
+    t = read_table(f, text=False)
+    assert t.plate.tolist() == ['001', '002', '010'] and t.gene.tolist() == ['NA', 'null', 'TP53'] and t.n[1] == '07'
+    np.testing.assert_array_equal(t[['run', 'a', 'b', 'c']].astype(float), [[1, 1.5, 1, 1], [2, -2.25e-7, np.nan, np.nan], [3, 1e9, .5, np.nan]])
+
+def test_index_column_and_quotes(tmp_path):
+    (tmp_path/'i.csv').write_text(',emb_0\n0,.5\n1,.7\n')
+    assert read_table(tmp_path/'i.csv', text=False)['emb_0'].tolist() == [.5, .7]
+    (tmp_path/'q.csv').write_text('well,name\nA01,"1,2-dioxane"\nA02,"two\nlines, of it"\n')
+    assert read_table(tmp_path/'q.csv').name.tolist() == ['1,2-dioxane', 'two\nlines, of it']
+    (tmp_path/'one.csv').write_text('gene\nTP53\nNA\n')
+    assert read_table(tmp_path/'one.csv').gene.tolist() == ['TP53', 'NA']
+    (tmp_path/'members.csv').write_text('set,genes,note\ns1,A|B,\ns2,C|D,x;y\ns3,E|F,\n')
+    assert read_table(tmp_path/'members.csv').genes.tolist() == ['A|B', 'C|D', 'E|F']
+
+@pytest.mark.parametrize('raw,why', [
+    (b'', 'no rows'), (b'well,name\n', 'no rows'), (b'\n\n', 'no rows'), (b'well,name\nA01,DMSO\nA02,1,2-dioxane\n', 'line 3 has 3 fields'),
+    (b'Plate\nwell;name\nA01;a;b\n', 'line 3 has 3 fields'), (b'well,name\n1,A01,a\n2,A02,b\n', 'line 2 has 3 fields'),
+    (b'well,well \nA01,x\n', 'two columns are called well'), (b'<html>', 'a page'), (bytes(500), 'no text'), (b'\x89PNG\r\n\x1a\n'+bytes(50), 'no text'),
+    (b'PAR1'+bytes(40), 'not a table'), (b'PK\x03\x04'+bytes(400), 'Excel|not a table'), (gzip.compress(table.encode())[:-9], 'not a table'),
+    (b'well,name\nA01,"never closed\nA02,b\n'*3, 'not a table')])
+def test_tables_that_are_refused(raw, why, tmp_path):
+    (tmp_path/'bad.csv').write_bytes(raw)
+    for text in (True, False):
+        with pytest.raises(ValueError, match=f'bad.csv: .*({why})'): read_table(tmp_path/'bad.csv', text=text)
+
+def test_excel(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    for row in (['Plate 7', None, None], [None]*3, ['plate', 'well', 'gene'], ['P1', 'A01', 'NA'], [None, 'A02', 12], [None, 'A03', None]): book.active.append(row)
+    book.active.merge_cells('A1:C1'); book.active.merge_cells('A4:A6'); book.create_sheet('empty')
+    book.save(tmp_path/'map.xlsx')
+    assert read_table(tmp_path/'map.xlsx').values.tolist() == [['P1', 'A01', 'NA'], ['P1', 'A02', '12'], ['P1', 'A03', '']]
+    book.create_sheet('second').append(['well'])
+    book.save(tmp_path/'two.xlsx')
+    with pytest.raises(ValueError, match=r"two.xlsx: .*2 filled sheets, \['Sheet', 'second'\]. Save"): read_table(tmp_path/'two.xlsx')
