@@ -18,13 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from fastprogress.fastprogress import progress_bar
-from .files import moved
+from .files import moved, progress as show_progress
 from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .images import tile
 from .device import has_bf16, memory_kept
-from .labels import label
+from .labels import clean
 from .screen import SITE, WELL, open_screen
 from .stats import intensity_stats, spectrum_stats
 from .zoo import create_model, list_models, load_model
@@ -205,7 +204,7 @@ def tile_vectors(
 ): # Vectors of all tiles `(T,D)` and the site number of each `(T,)`
     "Encode every tile of a screen, one experiment after the other if the encoder adapts"
     tiles = partial(tile_batches, screen, order=order, size=size)
-    bar = partial(progress_bar, display=progress)
+    bar = partial(show_progress, what='embedded') if progress else iter
     def vectors(ids):
         for x,owner in tiles(ids, bs=bs or encoder.bs):
             yield _checked(encoder.encode(x), encoder, screen, owner), owner
@@ -260,11 +259,18 @@ def _metadata(screen):
     t = screen.table.rename(columns=str)
     t = t[[c for c in t if not re.match('file(_|$)', c) and c not in ours]]
     texts = t.select_dtypes(exclude=['number','bool'])
-    return t.assign(**{c: v.map(label) for c,v in texts.items()})
+    return t.assign(**{c: clean(v) for c,v in texts.items()})
 
+def _row_names(obs, level):
+    "Names for rows: the batch stands in them where it is not the plate"
+    k = obs[LEVELS[level]].astype(str)
+    k['batch'] = np.where(k.batch==k.plate, '', k.batch+'_')
+    return k.batch+k[LEVELS[level][1:]].agg('_'.join, axis=1)
+
+# %% ../nbs/31_embed.ipynb #dedd5a6e
 _which = 'Correct the plate map, or embed with `level="site"`.'
 
-def _one_label(obs):
+def one_label(obs):
     "Refuse a well that has two perturbations, or is a control and is none"
     for k in ('perturbation','control'):
         values = obs.groupby(WELL, sort=False)[k].unique()
@@ -273,12 +279,6 @@ def _one_label(obs):
         batch,plate,well = bad.index[0]
         raise ValueError(f'{len(bad)} wells have more than one {k}: {well} of plate {plate}, '
                          f'batch {batch} has {" and ".join(map(repr, bad.iloc[0]))}. {_which}')
-
-def _row_names(obs, level):
-    "Names for rows: the batch stands in them where it is not the plate"
-    k = obs[LEVELS[level]].astype(str)
-    k['batch'] = np.where(k.batch==k.plate, '', k.batch+'_')
-    return k.batch+k[LEVELS[level][1:]].agg('_'.join, axis=1)
 
 # %% ../nbs/31_embed.ipynb #a7b06417
 def embed(
@@ -315,7 +315,7 @@ def _sites_to_embed(screen, level, size):
     if size is not None and size<1: raise ValueError(f'size must be 1 pixel or more, not {size}')
     if not len(screen): raise ValueError(_no_sites)
     sites = _metadata(screen)
-    if level=='well': _one_label(sites)
+    if level=='well': one_label(sites)
     return sites
 
 def _averaged(X, obs, level):
