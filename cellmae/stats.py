@@ -20,17 +20,19 @@ def intensity_stats(
     if x.is_floating_point(): x = x.round().clamp(0, 255)
     b,c,n = x.flatten(2).shape
     grey,one = torch.arange(256., device=x.device),torch.ones(1, device=x.device)
-    hist = torch.zeros(b, c, 256, device=x.device).scatter_add_(2, x.flatten(2).long(), one.expand(b,c,n))
+    hist = torch.zeros(b, c, 256, device=x.device)
+    hist.scatter_add_(2, x.flatten(2).long(), one.expand(b,c,n))
     mean = (hist@grey/n)[...,None] # (B,C,1)
     std = ((hist*(grey-mean)**2).sum(-1, keepdim=True)/n).sqrt()
     rank = torch.tensor([math.ceil(q*n-1e-6) for q in qs], device=x.device).float()
-    return torch.cat([mean, std, torch.searchsorted(hist.cumsum(-1), rank.expand(b,c,-1).contiguous())], -1).flatten(1)
+    at = torch.searchsorted(hist.cumsum(-1), rank.expand(b,c,-1).contiguous()) # (B,C,len(qs))
+    return torch.cat([mean, std, at], -1).flatten(1)
 
 # %% ../nbs/05_stats.ipynb #cefa60d3
 def _rings(h, w, bins, device=None):
     "`(h*(w//2+1),bins)`: each column averages the power in one ring"
     fy,fx = torch.fft.fftfreq(h, device=device),torch.fft.rfftfreq(w, device=device)
-    ring = ((fy[:,None]**2 + fx**2).sqrt()*2*bins).long().clamp(max=bins) # beyond Nyquist: `bins`, left out
+    ring = ((fy[:,None]**2 + fx**2).sqrt()*2*bins).long().clamp(max=bins) # `bins`: left out
     twice = torch.where((fx==0)|(fx==.5), 1., 2.)
     m = torch.nn.functional.one_hot(ring, bins+1)[...,:bins]*twice[:,None] # (h,w//2+1,bins)
     return (m/m.sum((0,1))).flatten(0, 1)
@@ -39,11 +41,13 @@ def _rings(h, w, bins, device=None):
 def spectrum_stats(
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
     bins:int=16, # Rings from frequency 0 to half a cycle per pixel
-)->Tensor: # `(B,C*bins+C*(C-1)/2)` float32: rings channel after channel, then pairs `(0,1),(0,2),..,(1,2),..`
+)->Tensor: # `(B,C*bins+C*(C-1)/2)`: rings channel after channel, then pairs `(0,1),(0,2),..`
     "Log power per ring of each standardised channel, and the correlation of each pair of channels"
     x = standardise(x)
     c,h,w = x.shape[1:]
-    if min(h,w)<2*bins: raise ValueError(f'{bins} rings need {2*bins} pixels a side, got {h}x{w}. Take fewer `bins`.')
+    if min(h,w)<2*bins:
+        raise ValueError(f'{bins} rings need {2*bins} pixels a side, got {h}x{w}. '
+                         'Take fewer `bins`.')
     fade = [torch.hann_window(n, periodic=False, device=x.device) for n in (h,w)]
     power = torch.fft.rfft2(x*torch.outer(*fade), norm='ortho').abs()**2
     rings = (power.flatten(2)@_rings(h, w, bins, x.device) + 1e-6).log() # (B,C,bins)

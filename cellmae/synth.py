@@ -19,33 +19,36 @@ from .files import write_whole
 from .screen import Screen, open_screen
 
 # %% ../nbs/06_synth.ipynb #4354f1b5
-PARAMS = pd.DataFrame([
-    ('cell_size',          'shape',       19.,  1.3,  14., 25., 'Radius of the cell, px'),
-    ('cell_elongation',    'shape',       .30,  .10,  .0,  .7,  'Log of its length over its width'),
-    ('cell_roughness',     'shape',       .09,  .03,  .0,  .2,  'Height of the waves in its outline'),
-    ('nucleus_size',       'shape',       .43,  .03,  .3,  .54, 'Radius of the nucleus over that of the cell'),
-    ('nucleus_elongation', 'shape',       .20,  .09,  .0,  .6,  'Log of its length over its width'),
-    ('nucleus_lobes',      'shape',       .06,  .03,  .0,  .18, 'Height of the waves in its outline'),
-    ('chromatin_grain',    'texture',     6.,   .8,   3.5, 9.,  'Wavelength of the chromatin, px'),
-    ('er_mesh',            'texture',     6.,   .8,   3.5, 9.,  'Wavelength of the ER network, px'),
-    ('mito_length',        'texture',     8.,   1.6,  3.,  14., 'Length of a mitochondrion, px'),
-    ('mito_curl',          'texture',     1.2,  .4,   .0,  3.,  'Bend of a mitochondrion, radians'),
-    ('nucleoli',           'texture',     3.,   .6,   1.,  6.,  'Number of nucleoli'),
-    ('actin_fibres',       'texture',     .5,   .13,  .0,  1.,  'Share of actin in stress fibres; the rest is cortex'),
-    ('er_spread',          'spread',      .72,  .07,  .45, 1.,  'Reach of the ER, share of the radius'),
-    ('mito_spread',        'spread',      .50,  .09,  .15, .85, 'Mitochondria from nucleus (0) to edge (1)'),
-    ('rna_spread',         'spread',      .50,  .12,  .05, .95, 'RNA granules from nucleus (0) to edge (1)'),
-    ('golgi_spread',       'spread',      60.,  15.,  15., 140.,'Half the arc of the Golgi around the nucleus, degrees'),
-    ('golgi_angle',        'arrangement', 45.,  14.,  0.,  90., 'Golgi against the long axis of the cell, degrees'),
-    ('fibre_angle',        'arrangement', 45.,  14.,  0.,  90., 'Stress fibres against that axis, degrees'),
-    ('mito_side',          'arrangement', .0,   .3,  -.95, .95, 'Mitochondria at the side of the Golgi (+) or opposite (-)'),
-    ('nucleus_shift',      'arrangement', .0,   .1,  -.28, .28, 'Nucleus moved to the Golgi (+) or away (-)'),
-    ('nucleolus_place',    'arrangement', .45,  .1,   .1,  .8,  'Nucleoli from centre (0) to rim (1) of the nucleus'),
-    ('chromatin_place',    'arrangement', .0,   .3,  -.9,  .9,  'Chromatin at the rim (+) or at the centre (-)'),
-    ('er_sign',            'arrangement', .0,   .3,  -.9,  .9,  'ER with bright knots (+) or with dark holes (-)'),
-    ('rna_brightness',     'brightness',  .0,   .16, -1.,  1.,  'Log of the brightness of RNA'),
-    ('mito_brightness',    'brightness',  .0,   .16, -1.,  1.,  'Log of the brightness of the mitochondria'),
-], columns='name kind base sd low high meaning'.split()).set_index('name')
+_params = """
+cell_size          shape       19.   1.3   14.   25.   Radius of the cell, px
+cell_elongation    shape       .30   .10   .0    .7    Log of its length over its width
+cell_roughness     shape       .09   .03   .0    .2    Height of the waves in its outline
+nucleus_size       shape       .43   .03   .3    .54   Radius of the nucleus over that of the cell
+nucleus_elongation shape       .20   .09   .0    .6    Log of its length over its width
+nucleus_lobes      shape       .06   .03   .0    .18   Height of the waves in its outline
+chromatin_grain    texture     6.    .8    3.5   9.    Wavelength of the chromatin, px
+er_mesh            texture     6.    .8    3.5   9.    Wavelength of the ER network, px
+mito_length        texture     8.    1.6   3.    14.   Length of a mitochondrion, px
+mito_curl          texture     1.2   .4    .0    3.    Bend of a mitochondrion, radians
+nucleoli           texture     3.    .6    1.    6.    Number of nucleoli
+actin_fibres       texture     .5    .13   .0    1.    Share of actin in fibres, not in the cortex
+er_spread          spread      .72   .07   .45   1.    Reach of the ER, share of the radius
+mito_spread        spread      .50   .09   .15   .85   Mitochondria from nucleus (0) to edge (1)
+rna_spread         spread      .50   .12   .05   .95   RNA granules from nucleus (0) to edge (1)
+golgi_spread       spread      60.   15.   15.   140.  Half the arc of the Golgi, degrees
+golgi_angle        arrangement 45.   14.   0.    90.   Golgi against the long axis, degrees
+fibre_angle        arrangement 45.   14.   0.    90.   Stress fibres against that axis, degrees
+mito_side          arrangement .0    .3    -.95  .95   Mitochondria at the Golgi (+) or across (-)
+nucleus_shift      arrangement .0    .1    -.28  .28   Nucleus moved to the Golgi (+) or away (-)
+nucleolus_place    arrangement .45   .1    .1    .8    Nucleoli from centre (0) to rim (1)
+chromatin_place    arrangement .0    .3    -.9   .9    Chromatin at the rim (+) or the centre (-)
+er_sign            arrangement .0    .3    -.9   .9    ER with bright knots (+) or dark holes (-)
+rna_brightness     brightness  .0    .16   -1.   1.    Log of the brightness of RNA
+mito_brightness    brightness  .0    .16   -1.   1.    Log of the brightness of the mitochondria
+"""
+PARAMS = pd.DataFrame([row.split(maxsplit=6) for row in _params.strip().splitlines()],
+                      columns='name kind base sd low high meaning'.split()).set_index('name')
+PARAMS = PARAMS.astype(dict.fromkeys(['base','sd','low','high'], float))
 
 # %% ../nbs/06_synth.ipynb #cd9de518
 def draw_cells(
@@ -78,7 +81,8 @@ class Outline:
     ):
         self.x,self.y,self.size,self.turn,self.k = x,y,size,turn,k
         self.stretch = np.exp(elongation/2)
-        self.amp = rng.standard_normal((len(size),len(k)))*waves[:,None]*3*np.sqrt(2/len(k))/np.array(k)
+        height = waves[:,None]*3*np.sqrt(2/len(k))/np.array(k) # (n,k)
+        self.amp = rng.standard_normal((len(size),len(k)))*height
         self.phase = rng.uniform(0, 2*np.pi, (len(size),len(k)))
 
 # %% ../nbs/06_synth.ipynb #b4248633
@@ -88,7 +92,8 @@ def radius(self:Outline,
 ): # `(n,...)` px
     "Distance of the curve from its centre, before it is stretched"
     d = t.ndim-1
-    waves = sum(_col(a,d)*np.cos(np.float32(k)*t+_col(f,d)) for k,a,f in zip(self.k,self.amp.T,self.phase.T))
+    each = zip(self.k, self.amp.T, self.phase.T)
+    waves = sum(_col(a,d)*np.cos(np.float32(k)*t+_col(f,d)) for k,a,f in each)
     return _col(self.size,d)*(1+waves).clip(.5,1.5)
 
 # %% ../nbs/06_synth.ipynb #6227dc41
@@ -138,16 +143,18 @@ class Cells:
         size:int=128, # Side of the site, px
         xy=None, # `(n,2)` centres, px; None: at random
     ):
-        self.p,self.rng,self.size,self.n = {k:v.values for k,v in params.items()},rng,size,len(params)
-        p,n = self.p,self.n
+        p,n = {k:v.values for k,v in params.items()},len(params)
+        self.p,self.rng,self.size,self.n = p,rng,size,n
         xy = _settle(size, p['cell_size'], rng) if xy is None else np.asarray(xy)
         self.corner = np.round(xy).astype(int)-_P//2
         x,y = (xy-self.corner).T
         self.turn = rng.uniform(0, 2*np.pi, n)
         self.side = np.radians(p['golgi_angle'])*rng.choice([-1,1],n) + np.pi*rng.integers(0,2,n)
-        self.cell = Outline(x, y, p['cell_size'], p['cell_elongation'], p['cell_roughness'], self.turn, rng)
+        self.cell = Outline(x, y, p['cell_size'], p['cell_elongation'], p['cell_roughness'],
+                            self.turn, rng)
         d,a = p['nucleus_shift']*p['cell_size'],self.turn+self.side
-        self.nucleus = Outline(x+d*np.cos(a), y+d*np.sin(a), p['nucleus_size']*p['cell_size'], p['nucleus_elongation'],
+        r = p['nucleus_size']*p['cell_size']
+        self.nucleus = Outline(x+d*np.cos(a), y+d*np.sin(a), r, p['nucleus_elongation'],
                                p['nucleus_lobes'], self.turn, rng)
         self.masks()
 
@@ -258,14 +265,16 @@ def rna(self:Cells,
     r = (_col(p['nucleolus_place'],1)+.07*rng.standard_normal((self.n,m))).clip(0,.85)
     nucleoli = splat(*self.nucleus.at(r,t), (np.arange(m)<number)*45/number, 1.4)
     smooth = 1.1-.6*self.rho-.35*self.innuc
-    return np.exp(_col(p['rna_brightness']))*self.inside*(.7*smooth+granules*(1-self.innuc)+nucleoli*self.innuc)
+    spots = granules*(1-self.innuc)+nucleoli*self.innuc
+    return np.exp(_col(p['rna_brightness']))*self.inside*(.7*smooth+spots)
 
 # %% ../nbs/06_synth.ipynb #a6c022c4
 @patch
 def actin(self:Cells):
     "Cortex and stress fibres `(n,64,64)`"
     a = self.turn+np.radians(self.p['fibre_angle'])*self.rng.choice([-1,1],self.n)
-    fibres = (grain(np.full(self.n,5.), self.rng, .25, across=a+np.pi/2)-.3).clip(0)*_soft(.95-self.rho, .04)
+    fibres = (grain(np.full(self.n,5.), self.rng, .25, across=a+np.pi/2)-.3).clip(0)
+    fibres = fibres*_soft(.95-self.rho, .04)
     cortex = np.exp(-.5*((self.rho-.93)/.06)**2)
     share = _col(self.p['actin_fibres'])
     return self.inside*(.15+1.6*share*fibres*(1-.4*self.innuc)+2*(1-share)*cortex)
@@ -295,7 +304,8 @@ def golgi(self:Cells,
     k=60, # Spots
 ):
     "Ribbon at the nucleus, and membrane `(n,64,64)`"
-    t = _col(self.side,1)+_col(np.radians(self.p['golgi_spread']),1)*self.rng.uniform(-1,1,(self.n,k))
+    spread = _col(np.radians(self.p['golgi_spread']), 1)
+    t = _col(self.side,1)+spread*self.rng.uniform(-1,1,(self.n,k))
     ribbon = splat(*self.nucleus.at(1.28+.09*self.rng.standard_normal(t.shape), t), 150/k, 1.)
     rim = np.exp(-.5*((self.rho-.95)/.05)**2)
     return self.inside*(.1+.25*rim+ribbon*(1-.8*self.innuc))
@@ -312,10 +322,12 @@ def render_site(
     "Draw a site"
     c = Cells(params, rng, size, xy)
     luck = np.exp(.15*rng.standard_normal((len(STAINS6),c.n,1,1), dtype=np.float32))
-    return np.stack([c.compose(l*f()) for l,f in zip(luck, (c.dna,c.er,c.rna,c.actin,c.mito,c.golgi))])
+    draw = (c.dna,c.er,c.rna,c.actin,c.mito,c.golgi)
+    return np.stack([c.compose(l*f()) for l,f in zip(luck, draw)])
 
 # %% ../nbs/06_synth.ipynb #e7a36288
-_deal = ['arrangement','texture','shape','spread','arrangement','texture','brightness','arrangement','shape','texture','arrangement','spread']
+_deal = ('arrangement texture shape spread arrangement texture '
+         'brightness arrangement shape texture arrangement spread').split()
 
 def _candidate(kind, rng):
     "One random signature of a kind"
@@ -346,14 +358,16 @@ def make_genes(
     seed:int=0, # Source of randomness
     effect:float=2., # Typical length of an effect, in units of `sd`
     jitter:float=.35, # A gene's own direction against that of its pathway
-)->pd.DataFrame: # Index `gene`; columns `pathway`, `kind`, and the shift of each parameter in units of `sd`
+)->pd.DataFrame: # Index `gene`; columns `pathway`, `kind`, shift of each parameter in units of `sd`
     "What each gene does"
     rng,m = np.random.default_rng((seed,0)),genes_per_pathway
     sig,kinds = signatures(n_pathways, rng)
     own = rng.standard_normal((n_pathways*m,len(PARAMS)))
     v = sig.repeat(m,0) + jitter*own/np.linalg.norm(own, axis=1, keepdims=True)
-    v *= effect/difficulty*np.exp(.25*rng.standard_normal((len(v),1)))/np.linalg.norm(v, axis=1, keepdims=True)
-    rows = [(f'P{p+1:02d}_{g+1:02d}', f'P{p+1:02d}', kinds[p]) for p in range(n_pathways) for g in range(m)]
+    strength = effect/difficulty*np.exp(.25*rng.standard_normal((len(v),1)))
+    v *= strength/np.linalg.norm(v, axis=1, keepdims=True)
+    rows = [(f'P{p:02d}_{g:02d}', f'P{p:02d}', k)
+            for p,k in enumerate(kinds, 1) for g in range(1, m+1)]
     rows += [(f'N{i+1:02d}', 'none', 'none') for i in range(n_inactive)]
     d = pd.DataFrame(rows, columns=['gene','pathway','kind'])
     d[PARAMS.index] = np.vstack([v, np.zeros((n_inactive,len(PARAMS)))])
@@ -364,7 +378,8 @@ def true_pairs(
 )->pd.DataFrame: # Columns `entity1,entity2`
     "All pairs of genes of one pathway"
     groups = genes[genes.pathway!='none'].groupby('pathway').groups.values()
-    return pd.DataFrame([(a,b) for g in groups for i,a in enumerate(g) for b in g[i+1:]], columns=['entity1','entity2'])
+    pairs = [(a,b) for g in groups for i,a in enumerate(g) for b in g[i+1:]]
+    return pd.DataFrame(pairs, columns=['entity1','entity2'])
 
 # %% ../nbs/06_synth.ipynb #e6ab659d
 def make_layout(
@@ -383,19 +398,22 @@ def make_layout(
         for k in range(n_plates):
             mine = names[k::n_plates]
             for pos,o in zip(rng.permutation(384), mine):
-                rows.append((f'B{b}P{k+1}', f'{chr(65+pos//24)}{pos%24+1:02d}', f'B{b}', o, o=='NTC'))
+                well = f'{chr(65+pos//24)}{pos%24+1:02d}'
+                rows.append((f'B{b}P{k+1}', well, f'B{b}', o, o=='NTC'))
     d = pd.DataFrame(rows, columns='plate well batch perturbation control'.split())
     return d.sort_values(['plate','well'], ignore_index=True)
 
 # %% ../nbs/06_synth.ipynb #e1f173ff
 def make_batch(
     rng:np.random.Generator, # Source of randomness
-)->dict: # `drift,edge (25,)`, `density` in cells, and for each stain `gain,offset,blur (6,)` and `tilt,slope (6,2)`
+)->dict: # `drift,edge (25,)`, `density` in cells, `gain,offset,blur (6,)`, `tilt,slope (6,2)`
     "How one batch differs from the next"
     n = len(STAINS6)
-    return dict(drift=.5*rng.standard_normal(len(PARAMS)), edge=.5*rng.standard_normal(len(PARAMS)), density=rng.uniform(10,14),
-                gain=np.exp(.35*rng.standard_normal(n)), offset=rng.uniform(150,600,n), blur=rng.uniform(.4,1.2,n),
-                tilt=.25*rng.standard_normal((n,2)), slope=.1*rng.standard_normal((n,2)))
+    drift,edge = [.5*rng.standard_normal(len(PARAMS)) for _ in range(2)]
+    return dict(drift=drift, edge=edge, density=rng.uniform(10,14),
+                gain=np.exp(.35*rng.standard_normal(n)), offset=rng.uniform(150,600,n),
+                blur=rng.uniform(.4,1.2,n), tilt=.25*rng.standard_normal((n,2)),
+                slope=.1*rng.standard_normal((n,2)))
 
 def expose(
     stains, # `(6,H,W)` from `render_site`
@@ -405,8 +423,10 @@ def expose(
 )->np.ndarray: # `(6,H,W)` uint16
     "What the microscope of this batch makes of a site"
     g,out = np.linspace(-1, 1, stains.shape[-1], dtype=np.float32),[]
-    for x,gain,offset,blur,tilt,slope in zip(stains, *[batch[k] for k in ('gain','offset','blur','tilt','slope')]):
-        light = np.float32(3000*gain*np.exp(slope@place+.08*rng.standard_normal()))*np.exp(tilt[0]*g+tilt[1]*g[:,None])
+    each = [batch[k] for k in ('gain','offset','blur','tilt','slope')]
+    for x,gain,offset,blur,tilt,slope in zip(stains, *each):
+        lamp = np.float32(3000*gain*np.exp(slope@place+.08*rng.standard_normal()))
+        light = lamp*np.exp(tilt[0]*g+tilt[1]*g[:,None])
         x = np.float32(offset)+light*ndimage.gaussian_filter(x, blur, truncate=3)
         out.append(x+np.sqrt(3*x+600)*rng.standard_normal(x.shape, dtype=np.float32))
     return np.stack(out).clip(0,65535).round().astype(np.uint16)
@@ -414,7 +434,8 @@ def expose(
 # %% ../nbs/06_synth.ipynb #03c86cdc
 def _address(well):
     "Batch, plate, row and column as numbers"
-    return int(well.batch[1:]),int(well.plate.split('P')[1]),ord(well.well[0])-65,int(well.well[1:])-1
+    batch,plate = int(well.batch[1:]),int(well.plate.split('P')[1])
+    return batch,plate,ord(well.well[0])-65,int(well.well[1:])-1
 
 def well_cells(
     well, # Row of `make_layout`
@@ -458,13 +479,15 @@ def _site_table(wells, sites_per_well):
     "One row per site, with its files"
     t = wells.loc[wells.index.repeat(sites_per_well)].reset_index(drop=True)
     t.insert(2, 'site', np.tile(np.arange(sites_per_well)+1, len(wells)))
-    for o in STAINS6: t[f'file_{o}'] = [f'images/{r.plate}/{r.well}_s{r.site}_{o}.tif' for r in t.itertuples()]
+    stem = [f'images/{r.plate}/{r.well}_s{r.site}' for r in t.itertuples()]
+    for o in STAINS6: t[f'file_{o}'] = [f'{s}_{o}.tif' for s in stem]
     return t
 
 def _truth(wells, table, sums):
     "Mean parameters of each well"
     s = pd.DataFrame(sums, columns=['n',*PARAMS.index]).groupby([table.plate,table.well]).sum()
-    return wells.merge(s[PARAMS.index].div(s.n, axis=0).add_prefix('Truth_').reset_index(), on=['plate','well'])
+    mean = s[PARAMS.index].div(s.n, axis=0).add_prefix('Truth_').reset_index()
+    return wells.merge(mean, on=['plate','well'])
 
 # %% ../nbs/06_synth.ipynb #5cea260f
 def _write_screen(root, genes, wells, sites_per_well, size, seed, n_workers):
@@ -472,7 +495,8 @@ def _write_screen(root, genes, wells, sites_per_well, size, seed, n_workers):
     table = _site_table(wells, sites_per_well)
     for p in wells.plate.unique(): (root/'images'/p).mkdir(parents=True)
     f = partial(_write_site, genes=genes, root=root, size=size, seed=seed)
-    sums = parallel(f, [SimpleNamespace(**r) for r in table.to_dict('records')], n_workers=n_workers, progress=True, chunksize=8,
+    sites = [SimpleNamespace(**r) for r in table.to_dict('records')]
+    sums = parallel(f, sites, n_workers=n_workers, progress=True, chunksize=8,
                     method='fork' if hasattr(os,'fork') else None)
     _truth(wells, table, np.stack(sums)).to_csv(root/'truth.csv', index=False, float_format='%.5g')
     genes.to_csv(root/'genes.csv', float_format='%.5g')
@@ -483,10 +507,13 @@ def _write_screen(root, genes, wells, sites_per_well, size, seed, n_workers):
 def _reopen(out, spec):
     "The screen in `out`, if it is the one asked for"
     f = out/'synth.json'
-    if not f.exists(): raise FileExistsError(f'{out} exists and is not a simulated screen. Choose another folder.')
+    if not f.exists():
+        raise FileExistsError(f'{out} exists and is not a simulated screen. '
+                              'Choose another folder.')
     was = json.loads(f.read_text())
     diff = ', '.join(f'{k}={was.get(k)} and not {v}' for k,v in spec.items() if was.get(k)!=v)
-    if diff: raise FileExistsError(f'{out} holds a simulated screen with {diff}. Choose another folder, or delete this one.')
+    if diff: raise FileExistsError(f'{out} holds a simulated screen with {diff}. '
+                                   'Choose another folder, or delete this one.')
     return open_screen(out)
 
 # %% ../nbs/06_synth.ipynb #05fa4050
@@ -506,13 +533,16 @@ def synth_screen(
 )->Screen:
     "Simulate a screen and write it to the folder `out`"
     spec = {k:v for k,v in locals().items() if k not in ('out','n_workers')} | dict(version=1)
-    if size<64: raise ValueError(f'size={size}: a site needs at least 64 px, the size of one large cell.')
-    if difficulty<=0: raise ValueError(f'difficulty={difficulty}: it divides the effects of the genes, so it must be above 0.')
+    if size<64:
+        raise ValueError(f'size={size}: a site needs at least 64 px, the size of one large cell.')
+    if difficulty<=0:
+        raise ValueError(f'difficulty={difficulty}: it divides the effects, so it must be above 0.')
     out = Path(out)
     if out.exists(): return _reopen(out, spec)
     genes = make_genes(n_pathways, genes_per_pathway, n_inactive, difficulty, seed)
     wells = make_layout(genes, n_batches, wells_per_gene, controls_per_batch, seed)
     def write(folder):
-        _write_screen(folder, genes, wells, sites_per_well, size, seed, defaults.cpus if n_workers is None else n_workers)
+        n = defaults.cpus if n_workers is None else n_workers
+        _write_screen(folder, genes, wells, sites_per_well, size, seed, n)
         (folder/'synth.json').write_text(json.dumps(spec, indent=1))
     return open_screen(write_whole(out, write))
