@@ -6,7 +6,8 @@
 __all__ = ['BACKBONES', 'neck', 'arcface', 'ClassifierOutput', 'Classifier', 'batch_norms', 'any_channels', 'crop_size']
 
 # %% ../nbs/18_classifier.ipynb #667adcc9
-import math
+import copy, math
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 import torch
@@ -24,8 +25,10 @@ def neck(
     embed_dim:int=128, # Width of the embedding: 128 in the paper, 1,024 in its public ancestor
 )->nn.Sequential: # `(B,n_features)` to `(B,embed_dim)`
     "From features to an embedding"
-    return nn.Sequential(nn.BatchNorm1d(n_features), nn.Linear(n_features, embed_dim, bias=False), nn.ReLU(),
-                         nn.BatchNorm1d(embed_dim), nn.Linear(embed_dim, embed_dim, bias=False), nn.BatchNorm1d(embed_dim))
+    return nn.Sequential(
+        nn.BatchNorm1d(n_features), nn.Linear(n_features, embed_dim, bias=False), nn.ReLU(),
+        nn.BatchNorm1d(embed_dim), nn.Linear(embed_dim, embed_dim, bias=False),
+        nn.BatchNorm1d(embed_dim))
 
 # %% ../nbs/18_classifier.ipynb #017c8a1f
 def arcface(
@@ -37,7 +40,8 @@ def arcface(
     "Scale cosines, after turning the true class away by `m`"
     true = cosines.gather(1, y[:,None]).clamp(-1+1e-6, 1-1e-6)
     turned = true*math.cos(m) - (1-true**2).sqrt()*math.sin(m)
-    turned = torch.where(true>-math.cos(m), turned, true-m*math.sin(m)) # beyond 180 degrees: go on falling
+    falling = true-m*math.sin(m) # beyond 180 degrees
+    turned = torch.where(true>-math.cos(m), turned, falling)
     return s*cosines.scatter(1, y[:,None], turned.to(cosines.dtype))
 
 # %% ../nbs/18_classifier.ipynb #51f38c4f
@@ -52,7 +56,7 @@ class Classifier(nn.Module):
     "Names the perturbation of an image; its neck is the embedding"
     pool = 'neck' # what `encode` gives unless told otherwise
     def __init__(self,
-        backbone, # An encoder (`ImageNetEncoder`, `MAE`, `CAMAE`), or its description `dict(model=..., args=...)`
+        backbone, # `ImageNetEncoder`, `MAE`, `CAMAE`, or a description `dict(model=..., args=...)`
         n_classes:int, # Perturbations `K`
         embed_dim:int=128, # Width `D` of the neck
         momentum:float=.05, # Of the running statistics of batch norms
@@ -60,8 +64,10 @@ class Classifier(nn.Module):
         super().__init__()
         if isinstance(backbone, dict): backbone = BACKBONES[backbone['model']](**backbone['args'])
         about = dict(model=type(backbone).__name__, args=backbone.config)
-        self.config = dict(backbone=about, n_classes=n_classes, embed_dim=embed_dim, momentum=momentum)
-        self.backbone,self.channels,self.in_chans,self.embed_dim = backbone,backbone.channels,backbone.in_chans,embed_dim
+        self.config = dict(backbone=about, n_classes=n_classes, embed_dim=embed_dim,
+                           momentum=momentum)
+        self.backbone,self.embed_dim = backbone,embed_dim
+        self.channels,self.in_chans = backbone.channels,backbone.in_chans
         if isinstance(backbone, MAE): backbone.decoder = None # not needed any more
         self.neck = neck(backbone.embed_dim, embed_dim)
         self.softmax = nn.Linear(embed_dim, n_classes)
@@ -70,7 +76,8 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         z = self.neck(self.backbone.encode(x))
-        return ClassifierOutput(self.softmax(z), F.normalize(z.float())@F.normalize(self.classes.float()).T, z)
+        a,b = [F.normalize(v.float()) for v in (z,self.classes)]
+        return ClassifierOutput(self.softmax(z), a@b.T, z)
 
 BACKBONES = dict(MAE=MAE, CAMAE=CAMAE, ImageNetEncoder=partial(ImageNetEncoder, pretrained=False))
 
@@ -85,10 +92,11 @@ def batch_norms(
 @patch
 def encode(self:Classifier,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
-    pool:str='neck', # `neck`: the embedding; or the features before it, pooled as the backbone can: `mean`, `meanstd`, `cls`
+    pool:str='neck', # `neck`, or the features before it: `mean`, `meanstd`, `cls`
 )->Tensor: # `(B,D)` float32
     "Embed images"
-    return self.neck(self.backbone.encode(x)).float() if pool=='neck' else self.backbone.encode(x, pool=pool)
+    if pool != 'neck': return self.backbone.encode(x, pool=pool)
+    return self.neck(self.backbone.encode(x)).float()
 
 # %% ../nbs/18_classifier.ipynb #ee474da9
 def any_channels(
@@ -103,16 +111,31 @@ def crop_size(
     "Side of the crops that an encoder was made for"
     return getattr(model, 'backbone', model).config['img_size']
 
+# %% ../nbs/18_classifier.ipynb #f463ba2e
+@contextmanager
+def _measuring(model):
+    "Batch norms measure plain averages inside; an error brings back what they knew"
+    norms,modes = batch_norms(model),[(m, m.training) for m in model.modules()]
+    before = [(m, m.momentum, copy.deepcopy(m.state_dict())) for m in norms]
+    try:
+        model.eval()
+        for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
+        yield
+        if not all(m.num_batches_tracked for m in norms): raise ValueError("No images to adapt to.")
+    except BaseException:
+        for m,_,state in before: m.load_state_dict(state)
+        raise
+    finally:
+        for m,momentum,_ in before: m.momentum = momentum
+        for m,mode in modes: m.training = mode
+
 # %% ../nbs/18_classifier.ipynb #98cc352c
 @patch
 @torch.no_grad()
 def adapt(self:Classifier,
     batches, # Images of one experiment, an iterable of `(B,C,H,W)`
 ):
-    "Measure the statistics of all batch norms on these images"
-    norms,was = batch_norms(self),self.training
-    self.eval()
-    for m in norms: m.reset_running_stats(); m.momentum = None; m.train() # plain averages
-    for x in batches: self.neck(self.backbone.encode(x))
-    for m in norms: m.momentum = self.config['momentum']
-    return self.train(was)
+    "Measure the statistics of all batch norms on these images, or leave all as it was"
+    with _measuring(self):
+        for x in batches: self.neck(self.backbone.encode(x))
+    return self

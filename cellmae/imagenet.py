@@ -22,7 +22,8 @@ def rgb_kernels(
     rgb:str='tile', # `tile`: red, green, blue, red, ..., `mean`: their mean for every channel
 )->Tensor: # Kernels `(D,C,h,w)`
     "Make kernels for any number of channels from those for red, green and blue"
-    if rgb not in ('tile','mean'): raise ValueError(f"Unknown choice rgb={rgb!r}: use 'tile' or 'mean'.")
+    if rgb not in ('tile','mean'):
+        raise ValueError(f"Unknown choice rgb={rgb!r}: use 'tile' or 'mean'.")
     w = weight.mean(1, keepdim=True) if rgb=='mean' else weight
     return w.repeat(1, -(-n_channels//w.shape[1]), 1, 1)[:,:n_channels]*(3/n_channels)
 
@@ -35,17 +36,15 @@ class ImageNetEncoder(nn.Module):
         img_size:int=256, # Nominal side of a crop in pixels
         rgb:str='tile', # What colour kernels become, see `rgb_kernels`
         pretrained:bool=True, # Download ImageNet weights through timm? Otherwise random ones
-        **sizes, # Sizes that differ from those of the named network, as timm calls them: `growth_rate`, `embed_dim`, ...
+        **sizes, # Sizes that differ from the named network's, as timm calls them: `embed_dim`, ..
     ):
         super().__init__()
         self.config = dict(arch=arch, in_chans=in_chans, img_size=img_size, rgb=rgb, **sizes)
-        size = dict(img_size=img_size, dynamic_img_size=True) if arch.startswith('vit') else {}
-        self.net,self.in_chans,self.channels = timm.create_model(arch, pretrained=pretrained, num_classes=0, **size, **sizes),in_chans,None
-        name,conv = next((n,m) for n,m in self.net.named_modules() if isinstance(m, nn.Conv2d))
-        new = (PatchConv if conv.kernel_size==conv.stride else nn.Conv2d)(in_chans, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
-        new.load_state_dict({**conv.state_dict(), 'weight': rgb_kernels(conv.weight.data, in_chans, rgb)})
-        self.net.set_submodule(name, new)
+        self.in_chans,self.channels = in_chans,None
+        if arch.startswith('vit'): sizes = dict(img_size=img_size, dynamic_img_size=True, **sizes)
+        self.net = timm.create_model(arch, pretrained=pretrained, num_classes=0, **sizes)
         self.embed_dim = self.net.num_features
+        _recolour(self.net, in_chans, rgb)
 
 # %% ../nbs/17_imagenet.ipynb #d386cf6b
 class PatchConv(nn.Conv2d):
@@ -55,18 +54,32 @@ class PatchConv(nn.Conv2d):
         t = F.linear(patchify(x, p), from_conv(self.weight), self.bias) # (B,h*w,D)
         return t.transpose(1,2).unflatten(2, (x.shape[2]//p, x.shape[3]//p))
 
+def _recolour(net, in_chans, rgb):
+    "Replace the first convolution by one for `in_chans` channels"
+    name,old = next((n,m) for n,m in net.named_modules() if isinstance(m, nn.Conv2d))
+    layer = PatchConv if old.kernel_size == old.stride else nn.Conv2d
+    new = layer(in_chans, old.out_channels, old.kernel_size, old.stride, old.padding,
+                bias=old.bias is not None)
+    kernels = rgb_kernels(old.weight.data, in_chans, rgb)
+    new.load_state_dict({**old.state_dict(), 'weight': kernels})
+    net.set_submodule(name, new)
+
 # %% ../nbs/17_imagenet.ipynb #9d47d371
 @patch
 def encode(self:ImageNetEncoder,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
-    pool:str='mean', # `mean` of the tokens, `meanstd`: mean and standard deviation, `cls`: class token of a ViT
+    pool:str='mean', # `mean` of the tokens, `meanstd`: and deviation, or a ViT's `cls` token
 )->Tensor: # Embeddings `(B,D)`, twice as wide for `meanstd`
     "Embed images"
-    if x.ndim == 4 and x.shape[1] != self.in_chans: raise ValueError(f"Images have {x.shape[1]} channels, the encoder was made for {self.in_chans}.")
+    if x.ndim == 4 and x.shape[1] != self.in_chans:
+        raise ValueError(f"Images have {x.shape[1]} channels, the encoder was made for "
+                         f"{self.in_chans}.")
     z = self.net.forward_features(standardise(x)) # (B,1+N,D) or (B,D,h,w)
     if z.ndim == 3: return pool_tokens(z, pool)
-    if pool == 'cls': raise ValueError("A convolutional network has no class token. Use pool='mean' or 'meanstd'.")
-    return pool_tokens(F.pad(z.flatten(2).transpose(1,2), (0,0,1,0)), pool) # an empty place for the class token
+    if pool == 'cls': raise ValueError("A convolutional network has no class token. "
+                                       "Use pool='mean' or 'meanstd'.")
+    z = F.pad(z.flatten(2).transpose(1,2), (0,0,1,0)) # an empty place for the class token
+    return pool_tokens(z, pool)
 
 # %% ../nbs/17_imagenet.ipynb #2ae690fd
 def _swap_halves(k, v):
@@ -75,22 +88,40 @@ def _swap_halves(k, v):
     axis = 1 if k.endswith(('qkv.weight','fc1.weight')) else -1 if k=='cls_token' else 0
     return v.roll(v.shape[axis]//2, axis)
 
+def _column_first(pos):
+    "Are these the fixed positions of the first MAE, behind one for the class token?"
+    n,d = round((len(pos)-1)**.5),pos.shape[1]
+    if n*n != len(pos)-1: return False
+    return torch.allclose(pos[1:].roll(d//2, 1), sincos_positions(d, n, n), atol=1e-4)
+
+def _load_all(encoder, state):
+    "Load weights if all of them fit"
+    for k,v in encoder.state_dict().items():
+        if state[k].shape != v.shape:
+            raise ValueError(f"{k} is {tuple(state[k].shape)} among these weights and "
+                             f"{tuple(v.shape)} in the model: create it with their sizes.")
+    encoder.load_state_dict(state)
+
 # %% ../nbs/17_imagenet.ipynb #13704c9f
 def start_from(
-    model:MAE, # Model with standard blocks (`parallel=False`), of the same width and depth; changed in place
+    model:MAE, # Model with standard blocks (`parallel=False`) of the same sizes; changed in place
     state:dict, # Weights of a ViT under timm's names, or a checkpoint that holds them as `model`
     rgb:str='tile', # What colour kernels become, see `rgb_kernels`
 )->list[str]: # Names of the weights that did not carry over
     "Start the encoder of `model` from the weights of another ViT"
+    if model.config.get('parallel', True):
+        raise ValueError("Weights of other ViTs fit standard blocks only. "
+                         "Create the model with parallel=False.")
     state = dict(state.get('model', state))
-    if model.config['parallel']: raise ValueError("Weights of other ViTs fit standard blocks only. Create the model with parallel=False.")
     theirs = {'embed.weight': 'patch_embed.proj.weight', 'embed.bias': 'patch_embed.proj.bias'}
     names = {k: theirs.get(k, k) for k in model.encoder.state_dict()}
-    if missing := [t for t in names.values() if t not in state]: raise ValueError(f"No {missing[0]!r} among these weights, so they are not of a ViT with standard blocks and {model.config['depth']} of them.")
-    chans,pos = 1 if isinstance(model, CAMAE) else model.in_chans,state['pos_embed'][0]
-    state['patch_embed.proj.weight'] = from_conv(rgb_kernels(state['patch_embed.proj.weight'], chans, 'mean' if chans==1 else rgb))
-    state['cls_token'] = state['cls_token']+pos[0]
-    n = round((len(pos)-1)**.5)
-    column_first = torch.allclose(pos[1:].roll(pos.shape[1]//2, 1), sincos_positions(pos.shape[1], n, n), atol=1e-4)
-    model.encoder.load_state_dict({k: _swap_halves(k, state[t]) if column_first else state[t] for k,t in names.items()})
-    return [k for k in state if k not in names.values() and not (column_first and k=='pos_embed')]
+    if missing := [k for k in ('pos_embed',*names.values()) if k not in state]:
+        raise ValueError(f"No {missing[0]!r} among these weights, so they are not of a ViT with "
+                         f"standard blocks and {model.config['depth']} of them.")
+    pos,chans = state['pos_embed'][0],1 if isinstance(model, CAMAE) else model.in_chans
+    kernels = rgb_kernels(state['patch_embed.proj.weight'], chans, 'mean' if chans==1 else rgb)
+    state |= {'patch_embed.proj.weight': from_conv(kernels), 'cls_token': state['cls_token']+pos[0]}
+    fixed = _column_first(pos)
+    own = {k: _swap_halves(k, state[t]) if fixed else state[t] for k,t in names.items()}
+    _load_all(model.encoder, own)
+    return [k for k in state if k not in names.values() and not (fixed and k=='pos_embed')]

@@ -9,8 +9,8 @@ __all__ = ['ConvBlock', 'UNetEncoder', 'UNetDecoder', 'MUNet']
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from fastcore.basics import patch
-from .vit import MAE, pool_tokens
+from fastcore.basics import patch, store_attr
+from .vit import MAE, config_of, pool_tokens
 
 # %% ../nbs/16_munet.ipynb #5139cf7d
 class ConvBlock(nn.Module):
@@ -29,7 +29,9 @@ class ConvBlock(nn.Module):
         return x+z
 
 # %% ../nbs/16_munet.ipynb #225d4821
-def _scale(c_in, width, depth): return nn.Sequential(nn.Conv2d(c_in, width, 3, padding=1), *[ConvBlock(width) for _ in range(depth)])
+def _scale(c_in, width, depth):
+    first = nn.Conv2d(c_in, width, 3, padding=1)
+    return nn.Sequential(first, *[ConvBlock(width) for _ in range(depth)])
 
 class UNetEncoder(nn.Module):
     "Images to feature maps, one per scale"
@@ -39,7 +41,8 @@ class UNetEncoder(nn.Module):
         depth:int, # Blocks per scale
     ):
         super().__init__()
-        self.blocks = nn.ModuleList([_scale(i, o, depth) for i,o in zip([in_chans,*widths], widths)])
+        steps = zip([in_chans,*widths], widths)
+        self.blocks = nn.ModuleList([_scale(i, o, depth) for i,o in steps])
 
     def forward(self, x):
         maps = []
@@ -62,7 +65,8 @@ class UNetDecoder(nn.Module):
 
     def forward(self, maps):
         x = maps[-1]
-        for block,skip in zip(reversed(self.blocks), maps[-2::-1]): x = block(torch.cat([F.interpolate(x, scale_factor=2.), skip], 1))
+        for block,skip in zip(reversed(self.blocks), maps[-2::-1]):
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.), skip], 1))
         return self.head(F.gelu(self.norm(x)))
 
 # %% ../nbs/16_munet.ipynb #06235364
@@ -81,10 +85,11 @@ class MUNet(MAE):
         norm_pix:bool=False, # Compare squares after each was brought to mean 0 and variance 1?
     ):
         nn.Module.__init__(self)
-        self.config = {k: v for k,v in locals().items() if k not in ('self','__class__')}
-        for k in ('patch_size','in_chans','mask_ratio','alpha','masking','fourier','norm_pix'): setattr(self, k, self.config[k])
+        self.config = config_of(locals())
+        store_attr('patch_size,in_chans,mask_ratio,masking,alpha,fourier,norm_pix')
         self.embed_dim,self.channels = widths[-1],None
-        self.encoder,self.decoder = UNetEncoder(in_chans, widths, depth),UNetDecoder(in_chans, widths, depth)
+        self.encoder = UNetEncoder(in_chans, widths, depth)
+        self.decoder = UNetDecoder(in_chans, widths, depth)
 
 # %% ../nbs/16_munet.ipynb #da270f3b
 @patch
@@ -93,8 +98,10 @@ def check(self:MUNet,
 ):
     "Refuse images that do not fit the model"
     MAE.check(self, x)
-    n = 2**(len(self.encoder.blocks)-1)
-    if any(s%n for s in x.shape[-2:]): raise ValueError(f"Height {x.shape[-2]} and width {x.shape[-1]} must be multiples of {n}, since the image is halved {len(self.encoder.blocks)-1} times. Crop it, or tile the image.")
+    (h,w),k = x.shape[-2:],len(self.encoder.blocks)-1
+    if h%2**k or w%2**k:
+        raise ValueError(f"Height {h} and width {w} must be multiples of {2**k}, since the image "
+                         f"is halved {k} times. Crop it, or tile the image.")
 
 @patch
 def _draw(self:MUNet, x, tokens, m):
@@ -104,7 +111,9 @@ def _draw(self:MUNet, x, tokens, m):
 @patch
 def _encode(self:MUNet, x, tokens, ids=None, blocks=None):
     "Feature maps as tokens, behind an empty place for the class token"
-    if ids is not None: tokens = tokens*torch.zeros_like(tokens).scatter(1, ids[...,None].expand(-1,-1,tokens.shape[-1]), 1.)
+    if ids is not None:
+        seen = torch.zeros_like(tokens[...,0]).scatter(1, ids, 1.)
+        tokens = tokens*seen[...,None]
     maps = self.encoder(self.images(tokens, *x.shape[-2:]))
     z = [F.pad(maps[k-1].flatten(2).transpose(1,2), (0,0,1,0)) for k in blocks or [len(maps)]]
     return z if blocks else z[0]
@@ -122,6 +131,7 @@ def encode(self:MUNet,
 ): # Embeddings `(B,D)`, twice as wide for `meanstd`; a list of them for a list of scales
     "Embed images; nothing is hidden"
     self._groups(x, channelwise)
-    if pool == 'cls': raise ValueError("A convolutional network has no class token. Use pool='mean' or 'meanstd'.")
+    if pool == 'cls': raise ValueError("A convolutional network has no class token. "
+                                       "Use pool='mean' or 'meanstd'.")
     z = self.features(x, blocks)
     return [pool_tokens(o, pool) for o in z] if isinstance(z, list) else pool_tokens(z, pool)

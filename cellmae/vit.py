@@ -144,6 +144,7 @@ _ranges = dict(
     num_heads=(_count, 'a whole number from 1'),
     embed_dim=(lambda v,c: _count(v, c) and v%4 == v%c['num_heads'] == 0,
                'a multiple of 4 and of num_heads'),
+    widths=(lambda v,c: all(_count(w, c) and w%8 == 0 for w in v), 'multiples of 8'),
     mask_ratio=(lambda v,c: 0 < v < 1, 'above 0 and below 1'),
     alpha=(_share, 'from 0 to below 1'), drop_path=(_share, 'from 0 to below 1'),
     masking=(lambda v,c: v in MASKINGS, f"one of {', '.join(MASKINGS)}"),
