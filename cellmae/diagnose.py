@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
 from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
-from .profiles import as_mask, check_wells, column_of, unpack
+from .profiles import as_mask, batches_of, controls_of, wells_of
 from .recall import recall
 from .retrieval import average_precision
 
@@ -22,10 +22,9 @@ def batch_leak(
     k=5, # Neighbours of each well
 )->dict: # `own` and `chance`, shares in `[0,1]`
     "Share of nearest neighbours that are of the same batch, and what chance would give"
-    A,obs,rows,cols = unpack(X)
-    controls,batches = column_of(controls, obs, 'control'),column_of(batches, obs, 'batch')
-    c,b = check_wells(A, np.zeros(len(A), bool) if controls is None else controls, batches, rows, cols)
-    A,b = A[~c],b[~c]
+    w = wells_of(X)
+    c = controls_of(w, controls, otherwise=False)
+    A,b = w.X[~c],batches_of(w, batches)[~c]
     if len(A)<k+2: raise ValueError(f'{len(A)} wells are too few for {k} neighbours each')
     near = NearestNeighbors(n_neighbors=k).fit(A).kneighbors(return_distance=False) # without the well itself
     n = np.unique(b, return_counts=True)[1]
@@ -39,9 +38,8 @@ def diagnose(
     k=5, # Neighbours of each well
 )->dict: # `leak`, `leak_chance`, `offset`, `ragged`, `ragged_chance`
     "What is left of the batches, and of directions in which controls vary more than in others"
-    A,obs,rows,cols = unpack(X)
-    controls,batches = column_of(controls, obs, 'control'),column_of(batches, obs, 'batch')
-    c,b = check_wells(A, controls, batches, rows, cols)
+    w = wells_of(X)
+    A,c,b = w.X,controls_of(w, controls),batches_of(w, batches)
     leak = batch_leak(A, c, b, k)
     M = pd.DataFrame(A[c]).groupby(b[c]).transform('mean').to_numpy()
     R,dof = A[c]-M,c.sum()-len(np.unique(b[c]))

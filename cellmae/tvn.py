@@ -13,62 +13,76 @@ from anndata import AnnData
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
 from .files import moved, write_whole
-from .profiles import check_wells, column_of, unpack
+from .profiles import aligned, batches_of, controls_of, opened, table_with, wells_of
 
 # %% ../nbs/32_tvn.ipynb #c8f90804
 def _enough(controls, batches):
     "Number of controls of each batch, or an error where there are less than two"
     n = pd.Series(controls).groupby(batches).sum()
     if (n>1).all(): return n.to_dict()
+    if len(controls)==1: raise ValueError('1 sample is no screen: give wells and their controls')
     few = ', '.join(f'{k} in batch {b}' for b,k in n[n<2].head(3).items())
-    raise ValueError(f'every batch needs at least 2 control wells, there are {few}: mark its controls, drop it, or merge it with another')
+    raise ValueError(f'every batch needs at least 2 control wells, there are {few}: '
+                     'mark its controls, drop it, or merge it with another')
+
+def _need_spread(C):
+    if (C.std(0)>1e-9*np.abs(C.mean(0))).any(): return
+    raise ValueError('the controls are all the same: there is no spread to learn from')
 
 def _rows(batches):
     "Rows of each batch"
     return pd.Series(range(len(batches))).groupby(batches).indices
 
+def _control_means(X, controls, rows): return {k: X[r[controls[r]]].mean(0) for k,r in rows.items()}
+
 # %% ../nbs/32_tvn.ipynb #380916eb
-class Correction(TransformerMixin, BaseEstimator):
-    "Base of the corrections: `_learn` keeps what all batches share, `_batches` gives a centre and a map for each batch"
+class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    "Base of the corrections: `_learn` keeps what batches share, `_batches` gives each a centre and a map"
+    _rotated = False # Are results components, and not the features that came in?
+
     def fit(self,
-        X, # `(n,D)` wells by features, `(X, obs)`, or an AnnData
+        X, # Wells: whatever `wells_of` takes
         y=None, # Ignored
         controls=None, # `(n)` mask of control wells; default `obs['control']`, all rows of an array
         batches=None, # `(n)` batch of each well; default `obs['batch']`, one batch for an array
     ):
         "Learn centres and maps"
-        A,obs,rows,cols = unpack(X)
-        controls,batches = column_of(controls, obs, 'control'),column_of(batches, obs, 'batch')
-        self.batched_ = batches is not None
-        controls,batches = check_wells(A, controls, batches, rows, cols)
-        self.n_controls_,self.feature_names_ = _enough(controls, batches),np.asarray(cols)
-        self.shrinkage_ = {}
-        self.shared_ = self._learn(A, controls, batches)
-        self.centres_,self.maps_ = self._batches(A, controls, _rows(batches))
+        w = wells_of(X)
+        controls,b = controls_of(w, controls),batches_of(w, batches)
+        self._know_features(w)
+        self.batched_,self.n_controls_ = batches is not None or w.obs is not None,_enough(controls, b)
+        self.shrinkage_,rows = {},_rows(b)
+        _need_spread(w.X[controls])
+        A = _varied(w.X, controls, rows, self._names)
+        self.shared_ = self._learn(A, controls, rows)
+        self.centres_,self.maps_ = self._batches(A, controls, rows)
         return self
 
     def transform(self,
-        X, # `(n,D)` wells by features, `(X, obs)`, or an AnnData
+        X, # Wells: whatever `wells_of` takes
         batches=None, # `(n)` batch of each well; default `obs['batch']`
-        controls=None, # `(n)` mask, needed for batches that `fit` has not seen; default `obs['control']`
+        controls=None, # `(n)` mask, for batches that `fit` has not seen; default `obs['control']`
     ): # `(n,K)` corrected, in the form and precision of `X`
         "Correct each row with the centre and map of its batch"
-        A,obs,rows,cols = unpack(X, single=True)
-        if A.shape[1]!=len(self.feature_names_): raise ValueError(f'X has {A.shape[1]} features, but the correction was fitted on {len(self.feature_names_)}')
-        if controls is None and obs is not None and 'control' in obs: controls = obs['control']
-        c,b = check_wells(A, controls, column_of(batches, obs, 'batch') if self.batched_ else None, rows, cols)
-        centres,maps = self._unseen(A, c if controls is not None else None, b)
-        return _repack(X, _apply(A, b, self.centres_|centres, self.maps_|maps), self)
+        check_is_fitted(self)
+        X = opened(X)
+        w = wells_of(X, single=True)
+        A = aligned(w, getattr(self, 'feature_names_in_', None), self.n_features_in_, type(self).__name__)
+        b = batches_of(w, batches) if self.batched_ else np.full(len(A), 'all')
+        centres,maps = self._unseen(w._replace(X=A), controls, b)
+        return self._like(X, _apply(A, b, self.centres_|centres, self.maps_|maps))
 
     def fit_transform(self, X, y=None, controls=None, batches=None):
         "`fit`, then `transform` of the same rows"
+        X = opened(X)
         return self.fit(X, controls=controls, batches=batches).transform(X, batches=batches)
 
 # %% ../nbs/32_tvn.ipynb #6d8f71d0
 def _apply(A, batches, centres, maps):
-    "Corrected rows of `A`, batch by batch: differences in double precision, products in that of `A`"
+    "Corrected rows, batch by batch: differences in double precision, products in that of `A`"
     res = np.empty((len(A), next(iter(maps.values())).shape[-1]), A.dtype)
     for k,rows in _rows(batches).items():
         r,m = (o.astype(A.dtype, copy=False) for o in (A[rows]-centres[k],maps[k]))
@@ -76,41 +90,96 @@ def _apply(A, batches, centres, maps):
     return res
 
 @patch
-def _unseen(self:Correction, A, controls, batches):
+def _unseen(self:Correction, w, controls, batches):
     "Centres and maps of the batches that `fit` has not seen, from their own controls"
     new = ~np.isin(batches, list(self.maps_))
     if not new.any(): return {},{}
-    if controls is None: raise ValueError(f'batch {", ".join(np.unique(batches[new])[:3])} was not there when the correction was fitted (it knows '
-        f'{", ".join(list(self.maps_)[:3])}...): pass `controls=`, so that it is learnt from its own, or the right `batches=`')
-    A,controls,batches = A[new].astype(np.float64),controls[new],batches[new]
-    _enough(controls, batches)
-    return self._batches(A, controls, _rows(batches))
+    if controls is None and (w.obs is None or 'control' not in w.obs): raise ValueError(
+        f'batch {", ".join(np.unique(batches[new])[:3])} was not there when the correction was fitted '
+        f'(it knows {", ".join(list(self.maps_)[:3])}...): pass `controls=`, so that it is learnt '
+        'from its own, or the right `batches=`')
+    A,c,rows = w.X[new].astype(np.float64),controls_of(w, controls)[new],_rows(batches[new])
+    _enough(c, batches[new])
+    return self._batches(A, c, rows)
 
 # %% ../nbs/32_tvn.ipynb #d7d2e6c6
-def _repack(X, res, tfm):
+@patch
+def _know_features(self:Correction, w):
+    "Number of the features, and their names if they have some"
+    self.n_features_in_ = w.X.shape[1]
+    vars(self).pop('feature_names_in_', None)
+    if w.features is not None: self.feature_names_in_ = w.features.to_numpy(dtype=object)
+
+@patch(as_prop=True)
+def _names(self:Correction):
+    "Names of the features, or their numbers"
+    return getattr(self, 'feature_names_in_', np.arange(self.n_features_in_))
+
+@patch
+def get_feature_names_out(self:Correction, input_features=None):
+    "Names of what comes out: the features, or components"
+    names = super(Correction, self).get_feature_names_out(input_features)
+    if not self._rotated: return names
+    return np.array([f'component_{i}' for i in range(next(iter(self.maps_.values())).shape[-1])], dtype=object)
+
+@patch
+def _like(self:Correction, X, res):
     "`res` in the form of `X`; a new AnnData has a note of the correction in `uns`"
     if isinstance(X, tuple): return res,X[1]
+    if isinstance(X, pd.DataFrame): return table_with(X, res, self.get_feature_names_out())
     if not isinstance(X, AnnData): return res
-    same = res.shape[1]==X.n_vars
-    var = X.var.copy() if same else pd.DataFrame(index=[f'component_{i}' for i in range(res.shape[1])])
-    note = f'{type(tfm).__name__}({", ".join(f"{k}={v!r}" for k,v in tfm.get_params().items())})'
-    if tfm.shrinkage_: note += ', shrinkage of '+', '.join(f'{k} {v:.2f}' for k,v in tfm.shrinkage_.items())
+    note = f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k,v in self.get_params().items())})'
+    if self.shrinkage_: note += ', shrinkage of '+', '.join(f'{k} {v:.2f}' for k,v in self.shrinkage_.items())
+    names = self.get_feature_names_out()
+    var = pd.DataFrame(index=names) if self._rotated else X.var.loc[names]
     return AnnData(res.astype(np.float32), obs=X.obs.copy(), var=var, uns={**X.uns, 'correction':note})
 
-def _scale(
-    C, # List of G arrays `(n,D)`: the controls, by batch or all together
-    batches, # Names of the batches
-    names, # Of the features
-): # `(G,D)`
-    "Standard deviations, with 1 (and a warning) for features that do not vary"
+# %% ../nbs/32_tvn.ipynb #e52c3bc8
+_LEAST = .1 # Of the typical share
+
+def _raised(sd, wells, mean, names, batches):
+    "Spreads `(G,D)` of controls, raised where they are next to nothing beside those of `wells`; and where"
+    sd,wells = (np.where(o>1e-9*np.abs(mean), o, 0) for o in (sd,wells))
+    share = np.divide(sd, wells, out=np.zeros_like(sd), where=wells>0)
+    typical = np.maximum(np.quantile(share, .75, axis=1, keepdims=True), _LEAST)
+    low = (share<_LEAST*typical)&(wells>0)
+    _warn(low, names, batches, 'hardly vary', 'they count as if they varied as the typical feature does')
+    flat = wells==0
+    _warn(flat&~flat.all(0), names, batches, 'are constant', 'they are centred but not scaled')
+    return np.where(low, typical*wells, np.where(sd==0, 1, sd)),low
+
+def _warn(which, names, batches, what, done):
+    "Name the features, and a batch, that are marked in `which (G,D)`"
+    if not which.any(): return
+    g,d = np.argwhere(which)[0]
+    more = which.any(1).sum()-1
+    where = f' of batch {batches[g]}'+(f' and {more} others' if more else '') if batches else ''
+    warnings.warn(f'{which.any(0).sum()} of {which.shape[1]} features, such as {names[d]}, {what} '
+                  f'in the controls{where}: {done}', stacklevel=6)
+
+def _rms(R): return np.sqrt((R**2).mean(0))
+
+def _varied(X, controls, rows, names):
+    "Wells whose controls vary in every feature"
+    R = X.copy()
+    for k,m in _control_means(X, controls, rows).items(): R[rows[k]] -= m
+    sd,mean = _rms(R[controls]),X[controls].mean(0)
+    flat = _rms(R)<=1e-9*np.abs(mean)
+    _warn(flat[None], names, None, 'are constant', 'they are centred but not scaled')
+    (to,),(low,) = _raised(sd[None], _rms(R)[None], mean, names, None)
+    if not low.any(): return X
+    E = np.zeros_like(R)
+    E[np.ix_(controls, low)] = np.random.default_rng(0).normal(size=(controls.sum(), low.sum()))
+    for k,m in _control_means(E, controls, rows).items(): E[rows[k][controls[rows[k]]]] -= m
+    E[:,low] *= np.sqrt(to**2-sd**2)[low]/_rms(E[controls])[low]
+    return X+E
+
+def _scale(X, controls, rows, names):
+    "Standard deviations `(G,D)` of the controls of each batch, none next to nothing"
+    C = [X[r[controls[r]]] for r in rows.values()]
     sd,mean = (np.stack([f(c, 0) for c in C]) for f in (np.std,np.mean))
-    flat = sd<=1e-9*np.abs(mean)
-    if flat.any():
-        g,d = np.argwhere(flat)[0]
-        where = f' of batch {batches[g]}' + (f' and {flat.any(1).sum()-1} others' if flat.any(1).sum()>1 else '') if len(C)>1 else ''
-        warnings.warn(f'{flat.any(0).sum()} of {flat.shape[1]} features, such as {names[d]}, are constant in the controls{where}: '
-                      'they are centred but not scaled', stacklevel=5)
-    return np.where(flat, 1, sd)
+    wells = np.stack([_rms(X[r]-m) for r,m in zip(rows.values(), mean)])
+    return _raised(sd, wells, mean, names, list(rows) if len(rows)>1 else None)[0]
 
 # %% ../nbs/32_tvn.ipynb #9de87770
 class CenterScale(Correction):
@@ -119,16 +188,15 @@ class CenterScale(Correction):
         by='batch', # `'batch'`, or None for all controls together
     ): self.by = by
 
-    def _learn(self, X, controls, batches):
+    def _learn(self, X, controls, rows):
+        if self.by not in ('batch',None): raise ValueError(f"by is 'batch' or None, not {self.by!r}")
         if self.by: return ()
-        C = X[controls]
-        return C.mean(0),1/_scale([C], ['all'], self.feature_names_)[0]
+        return X[controls].mean(0),1/_scale(X, controls, {'all':np.arange(len(X))}, self._names)[0]
 
     def _batches(self, X, controls, rows):
         if not self.by: return tuple(dict.fromkeys(rows, o) for o in self.shared_)
-        C = [X[r[controls[r]]] for r in rows.values()]
-        sd = _scale(C, list(rows), self.feature_names_)
-        return {k: c.mean(0) for k,c in zip(rows, C)},{k: 1/s for k,s in zip(rows, sd)}
+        sd = _scale(X, controls, rows, self._names)
+        return _control_means(X, controls, rows),{k: 1/s for k,s in zip(rows, sd)}
 
 # %% ../nbs/32_tvn.ipynb #c71f1b18
 def _second_moment(
@@ -140,12 +208,10 @@ def _second_moment(
     n,D = R.shape
     S = R.T@R/n
     mu,size = np.trace(S)/D,(S**2).sum()
-    error,gap = ((R**2).sum(1)**2).sum()/n**2-size/n, size-D*mu**2 # squared: of the estimate, from the sphere
+    error = ((R**2).sum(1)**2).sum()/n**2-size/n # squared, of the estimate
+    gap = size-D*mu**2 # squared, from the sphere
     if share is None: share = min(1., error/gap) if gap>0 else 1.
     return ((1-share)*S + share*mu*np.eye(D))*(n/dof),float(share)
-
-def _need_spread(C):
-    if not (C.std(0)>1e-9*np.abs(C.mean(0))).any(): raise ValueError('the controls are all the same: there is no spread to learn from')
 
 def _inv_root(S):
     "Symmetric `S^(-1/2)`"
@@ -153,7 +219,7 @@ def _inv_root(S):
     return (V/np.sqrt(np.maximum(w, 1e-10*w[-1])))@V.T
 
 def _tame(R, times=5):
-    "Rows longer than `times` the median length are cut to that: a few failed control wells must not become the noise"
+    "Rows cut to `times` the median length: a few failed control wells must not become the noise"
     n = np.linalg.norm(R, axis=1)
     return R*np.minimum(1, times*np.median(n)/np.maximum(n, 1e-10))[:,None]
 
@@ -163,17 +229,27 @@ def _blend(
     controls, # `(n)` mask
     dof, # Degrees of freedom of the controls
     w, # Weight of all wells
-    k=None, # Principal components to keep
+    k=None, # Principal components to keep, or the share of variance in them
 ): # `(D,K)` map, and the shares of the sphere
     "Whitening by `1-w` parts of the spread of controls and `w` parts of that of wells"
     wells = ~controls if not controls.all() else controls
     sd = np.sqrt((1-w)*(R[controls]**2).sum(0)/dof + w*(R[wells]**2).mean(0))
     sd[sd<1e-10] = 1
-    (C,a),(W,b) = _second_moment(_tame(R[controls]/sd), dof), _second_moment(R[wells]/sd, wells.sum())
+    C,a = _second_moment(_tame(R[controls]/sd), dof)
+    W,b = _second_moment(R[wells]/sd, wells.sum())
     S,shares = (1-w)*C + w*W, dict(controls=a, wells=b)
     if k is None: return _inv_root(S)/sd[:,None],shares
-    V = np.linalg.eigh(W)[1][:,:-k-1:-1]
+    var,V = np.linalg.eigh(W)
+    V = V[:,::-1][:,:_how_many(k, var[::-1], len(sd))]
     return V@_inv_root(V.T@S@V)/sd[:,None],shares
+
+def _how_many(k, var, D):
+    "Components to keep, of variances `var` in `D` features, for a number, a share, or None"
+    if k is None: return len(var)
+    if 0<k<1: return int(np.searchsorted(np.cumsum(var)/var.sum(), k))+1
+    if k==int(k) and 1<=k<=D: return int(k)
+    raise ValueError(f'n_components is a number of components up to {D}, a share of their '
+                     f'variance between 0 and 1, or None for all, not {k!r}')
 
 # %% ../nbs/32_tvn.ipynb #dec56b61
 class Sphere(Correction):
@@ -184,11 +260,13 @@ class Sphere(Correction):
         scaled=True, # Give features unit variance first
     ): self.method,self.shrink,self.scaled = method,shrink,scaled
 
-    def _learn(self, X, controls, batches):
-        if self.method not in ('zca','pca'): raise ValueError(f"method is 'zca' or 'pca', not {self.method!r}")
-        if self.shrink is not None and not 0<=self.shrink<=1: raise ValueError(f'shrink is a share between 0 and 1, or None, not {self.shrink}')
-        _need_spread(X[controls])
-        rows = _rows(batches)
+    _rotated = property(lambda self: self.method=='pca')
+
+    def _learn(self, X, controls, rows):
+        if self.method not in ('zca','pca'):
+            raise ValueError(f"method is 'zca' or 'pca', not {self.method!r}")
+        if self.shrink is not None and not 0<=self.shrink<=1:
+            raise ValueError(f'shrink is a share between 0 and 1, or None, not {self.shrink}')
         C = np.concatenate([X[m]-X[m].mean(0) for m in (r[controls[r]] for r in rows.values())])
         dof = len(C)-len(rows)
         sd = np.sqrt((C**2).sum(0)/dof) if self.scaled else np.ones(X.shape[1])
@@ -196,43 +274,55 @@ class Sphere(Correction):
         M,self.shrinkage_['controls'] = _sphering(C/sd, dof, self.method, self.shrink)
         return M/sd[:,None],
 
-    def _batches(self, X, controls, rows): return _control_means(X, controls, rows),dict.fromkeys(rows, self.shared_[0])
+    def _batches(self, X, controls, rows):
+        return _control_means(X, controls, rows),dict.fromkeys(rows, self.shared_[0])
 
 # %% ../nbs/32_tvn.ipynb #a18265a3
-def _control_means(X, controls, rows): return {k: X[r[controls[r]]].mean(0) for k,r in rows.items()}
-
 def _sphering(C, dof, method, shrink):
     "`(D,D)` map that gives the rows of `C` unit covariance, and the share of the sphere"
     S,share = _second_moment(C, dof, shrink)
     w,V = np.linalg.eigh(S)
     w,V = w[::-1],V[:,::-1]*np.sign(V[np.abs(V).argmax(0),range(len(V))])[::-1]
-    if w[-1]<1e-10*w[0]: raise ValueError(f'{len(C)} controls show {(w>1e-10*w[0]).sum()} of {len(w)} dimensions, and the rest cannot be whitened: leave shrink=None, or give it a value above 0')
+    if w[-1]<1e-10*w[0]: raise ValueError(
+        f'{len(C)} controls show {(w>1e-10*w[0]).sum()} of {len(w)} dimensions, and the rest '
+        'cannot be whitened: leave shrink=None, or give it a value above 0')
     return V/np.sqrt(w) if method=='pca' else (V/np.sqrt(w))@V.T, share
 
 # %% ../nbs/32_tvn.ipynb #de0cb8bb
 def _components(C):
-    "Variances `(K)` and directions `(D,K)` of the centred rows of `C (n,D)`, largest first, those of zero variance left out"
+    "Variances `(K)` and directions `(D,K)` of the centred rows `C (n,D)`, without those of zero variance"
     w,V = np.linalg.eigh(C.T@C/len(C))
     if w[0]>1e-10*w[-1]: return w[::-1],V[:,::-1]
-    _,s,Vt = np.linalg.svd(np.linalg.qr(C, mode='r'), full_matrices=False) # slower, for what squares are too coarse
+    R = np.linalg.qr(C, mode='r') # slower, for what squares are too coarse
+    _,s,Vt = np.linalg.svd(R, full_matrices=False)
     s = s[s>1e-10*s[0]]
     return s**2/len(C),Vt[:len(s)].T
+
+def _first_components(C, k):
+    "The first `k` of them, with a warning if there are not so many"
+    w,V = _components(C)
+    n = _how_many(k, w, C.shape[1])
+    if len(w)<(n if k else C.shape[1]): warnings.warn(
+        f'{len(C)} controls show {len(w)} of {C.shape[1]} dimensions, the others are lost: use the '
+        'default TVN, or n_components well below the number of controls', stacklevel=5)
+    return w[:n],np.ascontiguousarray(V[:,:n])
 
 # %% ../nbs/32_tvn.ipynb #04f5acda
 class PCACenterScale(Correction):
     "Principal components of the controls, centred and scaled by the controls of each batch"
+    _rotated = True
+
     def __init__(self,
-        n_components=None, # To keep; None keeps all
+        n_components=None, # To keep, or the share of variance in them; None keeps all
     ): self.n_components = n_components
 
-    def _learn(self, X, controls, batches):
+    def _learn(self, X, controls, rows):
         C = X[controls]
-        _need_spread(C)
-        return _components(C-C.mean(0))[1][:,:self.n_components], # (D,K)
+        return _first_components(C-C.mean(0), self.n_components)[1], # (D,K)
 
     def _batches(self, X, controls, rows):
         V, = self.shared_
-        sd = _scale([X[r[controls[r]]]@V for r in rows.values()], list(rows), [f'component {i}' for i in range(V.shape[1])])
+        sd = _scale(X@V, controls, rows, [f'component {i}' for i in range(V.shape[1])])
         return _control_means(X, controls, rows),{k: V/o for k,o in zip(rows, sd)}
 
 # %% ../nbs/32_tvn.ipynb #723472e6
@@ -259,35 +349,38 @@ def _root(S):
 # %% ../nbs/32_tvn.ipynb #737bd1bf
 def _efaar(C, sd, k=None):
     "`(D,K)` map to standardised principal components of the controls `C (n,D)`, centred"
-    w,V = _components(C/sd)
-    if len(w)<(k or len(sd)): warnings.warn(f'{len(C)} controls show {len(w)} of {len(sd)} dimensions, the others are lost: use the default variant, '
-                                            'or n_components well below the number of controls', stacklevel=5)
-    return np.ascontiguousarray(V[:,:k])/np.sqrt(w[:k])/sd[:,None]
+    w,V = _first_components(C/sd, k)
+    return V/np.sqrt(w)/sd[:,None]
 
 # %% ../nbs/32_tvn.ipynb #9a5f927f
 _variants = 'blend','efaar','efaar_2023','efaar_2024'
 
 # %% ../nbs/32_tvn.ipynb #49923e97
 class TVN(Correction):
-    "Typical variation normalisation: take the batch out, and count each direction by how much wells vary in it anyway"
+    "Take the batch out, and count each direction by how much wells vary in it anyway"
     def __init__(self,
         wells=0.2, # Weight of the spread of all wells against that of controls: 0 is classical whitening on controls, 1 sphering on wells
-        n_components=None, # Principal components to keep; None keeps all
-        variant='blend', # `'blend'`, or one of the reference implementation (which have no `wells`): `'efaar'`, `'efaar_2023'`, `'efaar_2024'`
+        n_components=None, # Principal components to keep, or the share of variance in them; None keeps all
+        variant='blend', # Or one of the reference code (which has no `wells`): `'efaar'`, `'efaar_2023'`, `'efaar_2024'`
     ): self.wells,self.n_components,self.variant = wells,n_components,variant
 
-    def _learn(self, X, controls, batches):
-        if self.variant not in _variants: raise ValueError(f"variant is one of {', '.join(map(repr, _variants))}, not {self.variant!r}")
-        if not 0<=self.wells<=1: raise ValueError(f'wells is a weight between 0 and 1, not {self.wells}')
-        _need_spread(X[controls])
-        sd = _scale([X[controls]], ['all'], self.feature_names_)[0]
-        return self._learn_blend(X, controls, _rows(batches)) if self.variant=='blend' else self._learn_efaar(X[controls], sd)
+    _rotated = property(lambda self: self.variant!='blend' or self.n_components is not None)
+
+    def _learn(self, X, controls, rows):
+        if self.variant not in _variants:
+            raise ValueError(f"variant is one of {', '.join(map(repr, _variants))}, not {self.variant!r}")
+        if not 0<=self.wells<=1:
+            raise ValueError(f'wells is a weight between 0 and 1, not {self.wells}')
+        if self.variant=='blend': return self._learn_blend(X, controls, rows)
+        return self._learn_efaar(X[controls])
 
     def _batches(self, X, controls, rows):
-        if self.variant=='blend': return _control_means(X, controls, rows),dict.fromkeys(rows, self.shared_[0])
-        mu,M,*colour = self.shared_
-        if self.variant=='efaar_2024' and self.batched_: maps = {k: _coral(M, X[r])@colour[0] for k,r in rows.items()}
-        elif self.variant=='efaar' and self.batched_: maps = {k: _coral(M, X[r[controls[r]]]) for k,r in rows.items()}
+        mu,M,*colour = self.shared_ if self.variant!='blend' else (None,*self.shared_)
+        if self.variant=='blend': return _control_means(X, controls, rows),dict.fromkeys(rows, M)
+        if self.batched_ and self.variant=='efaar':
+            maps = {k: _coral(M, X[r[controls[r]]]) for k,r in rows.items()}
+        elif self.batched_ and self.variant=='efaar_2024':
+            maps = {k: _coral(M, X[r])@colour[0] for k,r in rows.items()}
         else: maps = dict.fromkeys(rows, M)
         return dict.fromkeys(rows, mu),maps
 
@@ -297,54 +390,72 @@ def _learn_blend(self:TVN, X, controls, rows):
     "`(map,)`, from wells around the controls of their batch"
     R,dof = X.copy(),controls.sum()-len(rows)
     for k,m in _control_means(X, controls, rows).items(): R[rows[k]] -= m
-    R[:,np.sqrt((R**2).mean(0))<=1e-9*np.abs(X).mean(0)] = 0
-    if dof<X.shape[1]: warnings.warn(f'{controls.sum()} controls in {len(rows)} batches (the fewest in {min(self.n_controls_, key=self.n_controls_.get)}) '
-        f'for {X.shape[1]} features: their spread is shrunk towards a sphere', stacklevel=5)
+    R[:,_rms(R)<=1e-9*np.abs(X).mean(0)] = 0
+    if dof<X.shape[1]: warnings.warn(f'{controls.sum()} controls in {len(rows)} batches (the fewest '
+        f'in {min(self.n_controls_, key=self.n_controls_.get)}) for {X.shape[1]} features: '
+        'their spread is shrunk towards a sphere', stacklevel=5)
     M,self.shrinkage_ = _blend(R, controls, dof, self.wells, self.n_components)
     return M,
 
 @patch
-def _learn_efaar(self:TVN, C, sd):
+def _learn_efaar(self:TVN, C):
     "`(centre, map)` of all controls `C`, and for `efaar_2024` the root of their covariance"
-    mu = C.mean(0)
+    mu,sd = C.mean(0),C.std(0)
+    sd = np.where(sd>1e-9*np.abs(mu), sd, 1)
     C = C-mu
     M = _efaar(C, np.ones_like(sd) if self.variant=='efaar_2023' else sd, self.n_components)
     if self.variant=='efaar_2023': return mu,_coral(M, C)
-    return (mu,M,_root(np.cov((C@M).T)+.5*np.eye(M.shape[1]))) if self.variant=='efaar_2024' else (mu,M)
+    if self.variant=='efaar': return mu,M
+    return mu,M,_root(np.cov((C@M).T)+.5*np.eye(M.shape[1]))
 
 # %% ../nbs/32_tvn.ipynb #422a6f5a
-def _state(t):
-    "Arrays of a fitted correction, each once, and the rest of it as a dict"
+def _arrays(t):
+    "Arrays of a fitted correction, each once, and the name of the one that is used for each batch"
     parts = dict(shared=dict(enumerate(t.shared_)), centres=t.centres_, maps=t.maps_)
-    arrays = {id(v):v for o in parts.values() for v in o.values()}
-    at = {k:str(i) for i,k in enumerate(arrays)}
-    head = dict(kind=type(t).__name__, params=t.get_params(), batched=t.batched_, n_controls={k:int(v) for k,v in t.n_controls_.items()},
-                shrinkage=t.shrinkage_, features=[str(o) for o in t.feature_names_], **{p: {str(k):at[id(v)] for k,v in o.items()} for p,o in parts.items()})
-    return {at[k]:np.ascontiguousarray(v) for k,v in arrays.items()},head
+    names,arrays = {},{}
+    for p,o in parts.items():
+        for k,v in o.items(): arrays[names.setdefault(id(v), f'{p} {k}')] = np.ascontiguousarray(v)
+    return arrays,{p: {str(k):names[id(v)] for k,v in o.items()} for p,o in parts.items()}
+
+def _plain(t):
+    "All else that a fitted correction knows"
+    names = getattr(t, 'feature_names_in_', None)
+    return dict(kind=type(t).__name__, params=t.get_params(), batched=t.batched_, n_controls=t.n_controls_,
+                shrinkage=t.shrinkage_, features=t.n_features_in_ if names is None else list(names))
 
 @patch
 def save(self:Correction,
     path, # File to write, such as `run/tvn.safetensors`
 )->Path:
     "Write what was learnt; the file appears when it is complete"
-    arrays,head = _state(self)
-    return write_whole(path, lambda f: save_file(arrays, f, metadata=dict(correction=json.dumps(head))))
+    check_is_fitted(self)
+    arrays,used = _arrays(self)
+    head = json.dumps({**_plain(self), **used}, default=lambda o: o.item()) # numpy's numbers
+    return write_whole(path, lambda f: save_file(arrays, f, metadata=dict(correction=head)))
 
 # %% ../nbs/32_tvn.ipynb #c3e947de
 def load_correction(
     path, # File written by `save`
 )->Correction: # Fitted
     "A correction as it was saved"
-    kinds = {o.__name__:o for o in Correction.__subclasses__()}
     with safe_open(path, 'np') as f:
         head = (f.metadata() or {}).get('correction')
-        if head is None: raise ValueError(f'{Path(path).name} holds no correction: give a file written by `save`')
+        if head is None: raise ValueError(f'{Path(path).name} holds no correction: '
+                                          'give a file written by `save`')
         arrays,head = {k:f.get_tensor(k) for k in f.keys()},json.loads(head)
+    kinds = {o.__name__:o for o in Correction.__subclasses__()}
     t = kinds[head['kind']](**head['params'])
-    t.batched_,t.n_controls_,t.shrinkage_,t.feature_names_ = (head[k] for k in ('batched','n_controls','shrinkage','features'))
-    shared,t.centres_,t.maps_ = ({k:arrays[i] for k,i in head[p].items()} for p in ('shared','centres','maps'))
+    t.batched_,t.n_controls_,t.shrinkage_ = (head[k] for k in ('batched','n_controls','shrinkage'))
+    _know(t, head['features'])
+    shared,t.centres_,t.maps_ = ({k:arrays[i] for k,i in head[p].items()}
+                                 for p in ('shared','centres','maps'))
     t.shared_ = tuple(shared.values())
     return t
+
+def _know(t, features):
+    "Features of a correction: their names, or their number"
+    t.n_features_in_ = features if isinstance(features, int) else len(features)
+    if not isinstance(features, int): t.feature_names_in_ = np.array(features, dtype=object)
 
 # %% ../nbs/32_tvn.ipynb #cc2e8d58
 __getattr__ = moved(__name__, aggregate='profiles', batch_leak='diagnose', diagnose='diagnose',
