@@ -21,10 +21,14 @@ def has_bf16(
 
 # %% ../nbs/22_device.ipynb #75dda24e
 class BF16(Callback):
-    "Forward pass and loss under bfloat16 autocast"
-    order = 10
-    def before_batch(self): self.ctx = torch.autocast(self.xb[0].device.type, torch.bfloat16); self.ctx.__enter__()
-    def after_loss(self): self.ctx.__exit__(None, None, None)
+    "Forward pass and loss under bfloat16 autocast, in a learner that knows `around`"
+    def before_fit(self):
+        if not hasattr(self.learn, 'around'): raise TypeError('BF16 works in a `SafeLearner` '
+            'only: pass it to `mae_learner` or `wsl_learner`, or use `learn.to_bf16()`.')
+
+    def around(self):
+        "The context of one step"
+        return torch.autocast(self.xb[0].device.type, torch.bfloat16)
 
 # %% ../nbs/22_device.ipynb #39c6b196
 def _glibc():
@@ -33,19 +37,22 @@ def _glibc():
     return libc if hasattr(libc, 'gnu_get_libc_version') else None
 
 def _keep_freed(libc, keep):
-    "Set glibc's M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (malloc.h), back to what they are by default or would have grown to"
-    for option,value in [(-4, 0 if keep else 65536), (-1, 2**31-1 if keep else 2**26), (-3, 2**25)]: libc.mallopt(option, value)
+    "Set glibc's M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, or set them back to the usual"
+    most,trim = (0, 2**31-1) if keep else (65536, 2**26)
+    for option,value in [(-4, most), (-1, trim), (-3, 2**25)]: libc.mallopt(option, value)
     if not keep: libc.malloc_trim(0)
 
 _keeping = [] # one entry for each `memory_kept` that is open
 
 @contextmanager
 def memory_kept():
-    "Let the process keep the memory that it frees, for the next step (Linux with glibc, in the main thread; elsewhere little changes)"
+    "Let the process keep the memory that it frees, for the next step (Linux with glibc)"
     libc = _glibc()
     if libc is None: yield; return
-    _keep_freed(libc, True); _keeping.append(1)
-    try: yield
+    _keeping.append(1)
+    try:
+        _keep_freed(libc, True)
+        yield
     finally:
         _keeping.pop()
         if not _keeping: _keep_freed(libc, False)

@@ -7,6 +7,7 @@ __all__ = ['join_processes', 'Together']
 
 # %% ../nbs/26_many_gpus.ipynb #c146e814
 import os, torch
+from contextlib import contextmanager
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from fastai.callback.core import Callback
@@ -20,25 +21,39 @@ def join_processes()->torch.device: # Where this process trains
     "Join the processes that `torchrun` or `accelerate launch` started; alone it is just the device"
     cuda,local = torch.cuda.is_available(),int(os.environ.get('LOCAL_RANK', 0))
     if cuda: torch.cuda.set_device(local)
-    if num_distrib()>1 and not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo')
+    if num_distrib()>1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if cuda else 'gloo')
     return torch.device('cuda', local) if cuda else torch.device('cpu')
 
 # %% ../nbs/26_many_gpus.ipynb #88d3bc6b
 class Together(Callback):
     "Train one model in all the processes of `join_processes`; alone it changes nothing"
-    order = 90 # after the checkpoint was read, and around the forward pass
+    order = 90 # after the checkpoint was read
     def after_create(self):
         self.many,rank = num_distrib()>1,rank_distrib()
         if not self.many: return
         self.dls.train.share(rank, num_distrib())
-        self.checkpoint.settings['processes'] = num_distrib()
+        self.settings['processes'] = num_distrib()
         self.seed_steps.seed += 1000*rank # other masks
-        if rank:
-            for cb in (History,Reconstructions,ProgressCallback): self.learn.remove_cb(cb)
-            self.learn.logger = noop
+        if rank: self.be_quiet()
 
-    def before_fit(self): self.whole,self.wrapped = self.model,DistributedDataParallel(self.model) if self.many else self.model
-    def before_batch(self):
-        if self.training: self.learn.model = self.wrapped
-    def after_pred(self): self.learn.model = self.whole
-    def after_fit(self): self.learn.model = self.whole
+    def be_quiet(self):
+        "Leave writing, drawing and reporting to the first process"
+        written = History,Reconstructions
+        self.learn.records = [o for o in self.records if not isinstance(o, written)]
+        self.learn.remove_cb(ProgressCallback)
+        self.learn.logger = noop
+
+    def before_fit(self): self.wrapped = None
+    def before_train(self):
+        if self.many and not self.wrapped: self.wrapped = DistributedDataParallel(self.model)
+
+    @contextmanager
+    def around(self):
+        "The context of one step: the wrapper is the model for the forward pass, and only there"
+        whole = self.model
+        if self.training and self.many: self.learn.model = self.wrapped
+        try: yield
+        finally: self.learn.model = whole
+    def after_pred(self):
+        if self.training and self.many: self.learn.model = self.wrapped.module

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 from cellmae.data import screen_dls
 from cellmae.many_gpus import Together, join_processes
-from cellmae.train import fit_cycle, mae_learner
+from cellmae.train import mae_learner, run_whole
 from cellmae.zoo import create_model
 
 class Seen(Callback):
@@ -32,8 +32,10 @@ device,rank = join_processes(),rank_distrib()
 torch.set_num_threads(1); torch.manual_seed(0)
 dls = screen_dls(screen, 64, 4, device=device)
 seen = Seen()
-learn = mae_learner(dls, create_model('mae_vitt8', depth=1), Path(out)/'run', dict(seed=0), n_pictures=1, cbs=[Together(), seen])
-fit_cycle(learn, 2)
+settings = dict(seed=0, epochs=2)
+learn = mae_learner(dls, create_model('mae_vitt8', depth=1), Path(out)/'run', settings, n_pictures=1, cbs=[Together(), seen])
+learn.model.channels = dls.train.sites.screens[0].channels
+run_whole(learn, settings)
 torch.save(dict(weights=learn.model.state_dict(), ids=seen.ids, losses=[float(o) for o in learn.recorder.losses]), Path(out)/f'{rank}.pth')
 '''
 
