@@ -370,10 +370,19 @@ def _places(df, pattern):
     return df
 
 # %% ../nbs/03_screen.ipynb #0d2321de
+def _drawn(df):
+    "A map drawn like the plate, letters down and numbers across, as a row per well"
+    row,cols = df.columns[0],clean(df.columns[1:])
+    letters = all(re.fullmatch('[A-Za-z]{1,2}', o) for o in clean(df[row]))
+    if not letters or not len(cols) or not all(map(str.isdigit, cols)): return df
+    df = df.set_axis(['row',*cols], axis=1)
+    return df.melt('row', var_name='col', value_name='perturbation')
+
 def _plate_map(meta, names):
     "A plate map with one row per well, under our names"
     with _about('Plate map'):
-        meta = _tidy(meta if isinstance(meta, pd.DataFrame) else read_table(meta), names)
+        meta = _drawn(meta if isinstance(meta, pd.DataFrame) else read_table(meta))
+        meta = _tidy(meta, names)
         nameless = (meta['well']=='').sum()
         if nameless: print(f'{nameless} rows of the plate map name no well, and are left out')
         meta = _filled(meta[meta['well']!='']).drop_duplicates()
