@@ -6,87 +6,142 @@
 __all__ = ['load_released']
 
 # %% ../nbs/21_released.ipynb #9ef15185
+import pickle
+from math import isqrt
 from pathlib import Path
 import torch
-from safetensors.torch import load_file
 from .patching import from_conv
 from .vit import MAE
 from .cavit import CAMAE
+from .zoo import check_weights, read_tensors
 
 # %% ../nbs/21_released.ipynb #3b0052e0
 def load_released(
-    state, # File of weights (safetensors or a torch pickle, whatever its name), a folder with `model.safetensors`, or a state dict
-    config:dict|None=None, # What the weights cannot tell: `num_heads` and `norm_eps` of the decoder (`decoder=dict(...)`), `mask_ratio`
-    bias:str='legacy', # `legacy`: as the published weights were trained, `fixed`: trained with timm 1.0.25 or later
+    state, # File of weights (safetensors or a torch pickle), its folder, or a state dict
+    config:dict=None, # What they cannot tell: `decoder` (`num_heads`, `norm_eps`), `mask_ratio`
+    bias:str='legacy', # `legacy`: as published; `fixed`: trained with timm 1.0.25 or later
 )->MAE: # A `MAE` or `CAMAE` in evaluation mode
     "Make a model from weights in the key layout of the released ones"
-    state = _read_weights(state)
-    if bias not in ('legacy','fixed'): raise ValueError(f"Unknown bias layout {bias!r}: use 'legacy' or 'fixed'.")
-    cls,args = _released_config(state, config or {})
-    model = cls(**args, qkv_bias=bias=='legacy')
+    if bias not in ('legacy','fixed'):
+        raise ValueError(f"Unknown bias layout {bias!r}: use 'legacy' or 'fixed'.")
+    where,state = ('These weights',state) if isinstance(state, dict) else _read_weights(Path(state))
+    state = _check_layout(state, where)
+    try: model,weights = _released_model(state, config or {}, bias),_released_keys(state, bias)
+    except Exception as e:
+        raise ValueError(f'{where}: no model has weights of these shapes ({e}). Get the published '
+                         'ones, or give what shapes do not tell as `config`.') from e
     _check_positions(state, model)
-    model.load_state_dict(_released_keys(state, bias))
+    model.load_state_dict(check_weights(weights, model.state_dict(), where))
     return model.eval()
 
 # %% ../nbs/21_released.ipynb #11a29895
-def _read_weights(state):
-    "A flat state dict from a dict or a file, by what the file is and not by its name"
-    if isinstance(state, (str,Path)):
-        if Path(state).is_dir(): state = Path(state)/'model.safetensors'
-        with open(state, 'rb') as f: # an open file, because `torch.load` trusts names too
-            pickled = f.read(2) == b'PK'
-            f.seek(0)
-            state = torch.load(f, map_location='cpu', weights_only=True) if pickled else load_file(state)
-    return state.get('state_dict', state)
+def _read_weights(path):
+    "A file and what is in it, by what the file is and not by its name"
+    if path.is_dir(): path = path/'model.safetensors'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file. Give the folder that `snapshot_download` '
+                                'returned, or a file of weights.')
+    with open(path, 'rb') as f: pickled = f.read(2) in (b'PK',b'\x80\x02')
+    return path,(_read_pickle if pickled else read_tensors)(path)
+
+def _read_pickle(path):
+    "Tensors from a torch pickle, which may hold nothing else"
+    with open(path, 'rb') as f:
+        try: return torch.load(f, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as e:
+            raise pickle.UnpicklingError(f'{path} holds more than weights, so it was not opened. '
+                                         'Get the published file.') from e
+        except Exception as e: raise ValueError(f'{path} is damaged ({e}). Copy it again.') from e
 
 # %% ../nbs/21_released.ipynb #24b336fb
 _vit = 'encoder.vit_backbone.'
+_axes = {_vit+'patch_embed.proj.weight': 4, _vit+'blocks.0.q_norm.weight': 1,
+         'encoder_decoder_proj.weight': 2, 'decoder_pred.weight': 2}
+_tables = {_vit+'pos_embed': 3, 'decoder.pos_embeddings': 3} # may be missing
 
+def _check_layout(state, where):
+    "A flat state dict, or an error where it is not in the released layout"
+    if isinstance(state, dict): state = state.get('state_dict', state)
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f'{where}: no dict of named tensors.')
+    for k,n in {**_axes, **_tables}.items():
+        if k in _axes and k not in state:
+            raise ValueError(f'{where}: not in the released layout, without {k!r}.')
+        if k in state and state[k].ndim!=n:
+            raise ValueError(f'{where}: {k!r} has the shape {tuple(state[k].shape)}, not {n} axes.')
+    return state
+
+# %% ../nbs/21_released.ipynb #282a2f51
 def _count(state, prefix):
     "Number of entries `prefix.0`, `prefix.1`, ... in a state dict"
     return len({k[len(prefix)+1:].split('.')[0] for k in state if k.startswith(prefix+'.')})
 
-def _released_config(state, config):
-    "Class and arguments that fit the shapes of released weights"
-    missing = [k for k in (_vit+'patch_embed.proj.weight', 'encoder_decoder_proj.weight', 'decoder_pred.weight') if k not in state]
-    if missing: raise ValueError(f"These weights are not in the released layout: no {missing[0]!r} among {len(state)} entries.")
+def _released_model(state, config, bias):
+    "A model for released weights, by their shapes"
     d,c,p,_ = state[_vit+'patch_embed.proj.weight'].shape
-    ca = 'decoder.modality_tokens.0' in state
-    chans = _count(state, 'decoder.modality_tokens') if ca else c
-    pos = state.get('decoder.pos_embeddings')
-    side = config.get('img_size', 256) if pos is None else p*int(((pos.shape[1]-1)//(chans if ca else 1))**.5)
-    dec = dict(embed_dim=state['decoder_pred.weight'].shape[1], depth=_count(state, 'decoder.decoders.0' if ca else 'decoder.blocks'), num_heads=16, norm_eps=1e-5 if ca else 1e-6)
-    dec |= {k: v for k,v in config.get('decoder', {}).items() if k in ('num_heads','norm_eps')}
-    args = dict(img_size=side, patch_size=p, in_chans=chans, embed_dim=d, depth=_count(state, _vit+'blocks'), final_norm=False,
-                num_heads=d//state[_vit+'blocks.0.q_norm.weight'].numel(), mask_ratio=config.get('mask_ratio') or .75, decoder=dec)
-    return (CAMAE, args | dict(max_chans=_max_chans(state, chans, pos))) if ca else (MAE, args)
+    chans = _count(state, 'decoder.modality_tokens') # none in a decoder of all channels
+    args = dict(img_size=p*_grid(state, chans) or config.get('img_size', 256), patch_size=p,
+                in_chans=chans or c, embed_dim=d, depth=_count(state, _vit+'blocks'),
+                num_heads=d//len(state[_vit+'blocks.0.q_norm.weight']), final_norm=False,
+                mask_ratio=config.get('mask_ratio') or .75,
+                qkv_bias=bias=='legacy',
+                decoder=_released_decoder(state, chans, config.get('decoder', {})))
+    return CAMAE(**args, max_chans=_max_chans(state, chans)) if chans else MAE(**args)
 
-def _max_chans(state, chans, pos):
+def _released_decoder(state, chans, config):
+    "Arguments of the decoder; its heads and its epsilon cannot be seen"
+    stack,eps = ('decoder.decoders.0',1e-5) if chans else ('decoder.blocks',1e-6)
+    return dict(embed_dim=state['decoder_pred.weight'].shape[1], depth=_count(state, stack),
+                num_heads=config.get('num_heads', 16), norm_eps=config.get('norm_eps', eps))
+
+def _places(state, key):
+    "Rows of a table of positions, without the class token's; 0 if it is not there"
+    return state[key].shape[1]-1 if key in state else 0
+
+def _grid(state, chans): return isqrt(_places(state, 'decoder.pos_embeddings')//(chans or 1))
+
+def _max_chans(state, chans):
     "Channels for which the encoder was exported with positions, 16 if it does not say"
-    own = state.get(_vit+'pos_embed')
-    return 16 if own is None or pos is None else (own.shape[1]-1)*chans//(pos.shape[1]-1)
+    own,drawn = _places(state, _vit+'pos_embed'),_places(state, 'decoder.pos_embeddings')
+    return own*chans//drawn if own and drawn else 16
+
 
 # %% ../nbs/21_released.ipynb #20b18238
-_renames = [(_vit+'patch_embed.proj.', 'encoder.embed.'), (_vit, 'encoder.'), ('encoder_decoder_proj.', 'decoder.embed.'), ('decoder_pred.', 'decoder.head.'),
-            ('decoder.cross_attention.', 'decoder.cross.'), ('decoder.decoders.', 'decoder.stacks.')]
+_renames = {_vit+'patch_embed.proj.': 'encoder.embed.', _vit: 'encoder.',
+            'encoder_decoder_proj.': 'decoder.embed.', 'decoder_pred.': 'decoder.head.',
+            'decoder.cross_attention.': 'decoder.cross.', 'decoder.decoders.': 'decoder.stacks.'}
 
 def _released_keys(state, bias):
     "Released weights under the names and in the shapes of ours"
-    out = {}
-    for k,v in state.items():
-        if k.endswith(('pos_embed','pos_embeddings')) or 'fc_norm' in k or k.startswith('decoder.modality_tokens') or k=='decoder.placeholder': continue
-        for old,new in _renames:
-            if k.startswith(old): k = new+k[len(old):]; break
-        if k == 'encoder.embed.weight': v = from_conv(v)
-        if k.endswith('mlp_bias') and bias=='legacy': k,v = k.replace('mlp_bias','in_proj.bias'),torch.cat([v.new_zeros(v.numel()//4*3), v])
-        out[k] = v
-    chans = _count(state, 'decoder.modality_tokens')
-    if chans: out['decoder.channel_tokens'] = torch.cat([state[f'decoder.modality_tokens.{i}'][0] for i in range(chans)])
-    return out
+    out = dict(_as_ours(k, v, bias) for k,v in state.items() if not _is_dropped(k))
+    chans = range(_count(state, 'decoder.modality_tokens'))
+    tokens = [state[f'decoder.modality_tokens.{i}'][0] for i in chans]
+    return {**out, 'decoder.channel_tokens': torch.cat(tokens)} if tokens else out
+
+def _is_dropped(k):
+    "Is it a table of positions, a layer that was never used, or taken elsewhere?"
+    return (k.endswith(('pos_embed','pos_embeddings')) or 'fc_norm' in k
+            or k.startswith(('decoder.modality_tokens','decoder.placeholder')))
+
+def _as_ours(k, v, bias):
+    "Name and value of one of our weights"
+    old = next((o for o in _renames if k.startswith(o)), None)
+    if old: k = _renames[old]+k[len(old):]
+    if k=='encoder.embed.weight': return k,from_conv(v)
+    if bias=='fixed' or not k.endswith('mlp_bias'): return k,v
+    return k.replace('mlp_bias','in_proj.bias'),torch.cat([v.new_zeros(len(v)//4*3), v])
 
 # %% ../nbs/21_released.ipynb #6472ea26
 def _check_positions(state, model):
     "Released tables of positions must be what `sincos_positions` computes"
-    for key,pos in [(_vit+'pos_embed',model.enc_pos), ('decoder.pos_embeddings',model.dec_pos)]:
-        if key in state and not torch.allclose(state[key][0,1:1+len(pos)].float(), pos, atol=1e-4):
-            raise ValueError(f"The positions {key!r} of these weights are not the fixed sine and cosine ones (row first), so this model would put every patch in the wrong place.")
+    for key,pos in zip(_tables, (model.enc_pos,model.dec_pos)):
+        if key in state and not _same_places(state[key][0,1:], pos):
+            raise ValueError(f'The positions {key!r} of these weights are not the fixed sine and '
+                'cosine ones (row first), so this model would put every patch in the wrong place.')
+
+def _same_places(table, pos):
+    "Does a table begin with these positions, to its precision?"
+    fits = table.shape[1:]==pos.shape[1:] and len(table)>=len(pos) and table.is_floating_point()
+    if not fits: return False
+    eps = max(1e-4, torch.finfo(table.dtype).eps)
+    return torch.allclose(table[:len(pos)].float(), pos, atol=eps)

@@ -1,5 +1,5 @@
 "What a bundle may say and a model that is saved must be: kinds of bad input, each with other members than the notebook shows"
-import json, os, stat
+import json, os, pickle, stat
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -8,6 +8,7 @@ from torch import nn
 from cellmae.cavit import CAMAE
 from cellmae.classifier import Classifier
 from cellmae.imagenet import ImageNetEncoder
+from cellmae.released import load_released
 from cellmae.vit import MAE
 from cellmae.zoo import check_savable, create_model, list_models, load_model, pull_model, push_model, save_model
 
@@ -356,3 +357,68 @@ def test_the_nearest_name(name, near):
 def test_patterns():
     assert list_models() == list_models('*') and list_models('nothing*') == []
     assert set(list_models('*_shared')) == {n for n in list_models() if n.endswith('_shared')}
+
+# weights in the released layout
+
+vit = 'encoder.vit_backbone.'
+
+def released(model):
+    "Weights of one of our models under released names, without tables of positions"
+    p,out = model.patch_size,{}
+    names = {'encoder.embed.': vit+'patch_embed.proj.', 'decoder.embed.': 'encoder_decoder_proj.',
+             'decoder.head.': 'decoder_pred.', 'decoder.cross.': 'decoder.cross_attention.',
+             'decoder.stacks.': 'decoder.decoders.', 'encoder.': vit}
+    for k,v in model.state_dict().items():
+        new = next((n for n in names if k.startswith(n)), None)
+        if new: k = names[new]+k[len(new):]
+        if k.endswith('proj.weight') and 'patch_embed' in k: v = v.view(len(v), p, p, -1).permute(0,3,1,2)
+        if k != 'decoder.channel_tokens': out[k] = v.contiguous()
+        else: out |= {f'decoder.modality_tokens.{i}': t[None,None] for i,t in enumerate(v)}
+    return out
+
+@pytest.fixture(params=['mae_vitt8','camae_vitt8'])
+def state(request):
+    return released(create_model(request.param, in_chans=2, embed_dim=16, depth=1, num_heads=2, img_size=256,
+                                 final_norm=False, decoder=dict(embed_dim=16, depth=1, num_heads=2)))
+
+heads = dict(decoder=dict(num_heads=2))
+token,bias,head = vit+'cls_token',vit+'blocks.0.mlp_bias','decoder_pred.weight'
+
+@pytest.mark.parametrize('change', [
+    lambda s: {}, lambda s: {'state_dict': {}}, lambda s: {k: v for k,v in s.items() if k!=head},
+    lambda s: {k: v for k,v in s.items() if k!=token}, lambda s: s | {'more.weight': torch.zeros(1)},
+    lambda s: s | {head: s[head][0]}, lambda s: s | {head: s[head].T}, lambda s: s | {bias: s[bias][:-4]},
+    lambda s: s | {token: s[token]*float('inf')}, lambda s: s | {token: s[token].long()},
+    lambda s: s | {token: s[token].flatten()}, lambda s: s | {token: [1]}, lambda s: s | {token: None},
+    lambda s: s | {'decoder.pos_embeddings': torch.zeros(1,1025,16)},
+    lambda s: s | {'decoder.pos_embeddings': torch.zeros(1025,16)},
+    lambda s: s | {'decoder.pos_embeddings': torch.zeros(1,1025,16, dtype=int)},
+    lambda s: s | {vit+'pos_embed': torch.zeros(1,3,16)}, lambda s: s | {vit+'blocks.0.q_norm.weight': torch.ones(0)},
+    lambda s: s | {'decoder.modality_tokens.7': torch.zeros(1,1,16)}, lambda s: s | {'decoder.modality_tokens.0': torch.zeros(())}])
+def test_weights_that_are_not_in_the_released_layout(state, change, tmp_path):
+    load_released(state, heads)
+    state = change(state)
+    torch.save(state, tmp_path/'w.pth')
+    for given in (state, tmp_path/'w.pth'):
+        with pytest.raises(ValueError): load_released(given, heads)
+
+@pytest.mark.parametrize('save', [save_file, torch.save, lambda s, f: torch.save({'state_dict': s}, f),
+                                  lambda s, f: torch.save(s, f, _use_new_zipfile_serialization=False)])
+@pytest.mark.parametrize('name', ['model.safetensors', 'weights.pth', 'w'])
+def test_any_file_under_any_name(state, tmp_path, save, name):
+    save(state, tmp_path/name)
+    x = torch.randint(0, 256, (1,2,64,64), dtype=torch.uint8)
+    want = load_released(state, heads).encode(x)
+    assert torch.equal(load_released(str(tmp_path/name), heads).encode(x), want)
+
+@pytest.mark.parametrize('raw', [b'', b'PK', b'PK\x03\x04'+b'\0'*99, b'\x80\x02junk', b'<html>404</html>', b'version https://git-lfs'])
+def test_files_that_hold_no_weights(tmp_path, raw):
+    (tmp_path/'model.safetensors').write_bytes(raw)
+    for given in (tmp_path, tmp_path/'model.safetensors'):
+        with pytest.raises((ValueError,pickle.UnpicklingError), match='model.safetensors'): load_released(given)
+    for missing in (tmp_path/'none', tmp_path/'none.pth'):
+        with pytest.raises(FileNotFoundError, match='snapshot_download'): load_released(missing)
+
+def test_released_weights_in_half_precision(state):
+    with pytest.warns(UserWarning, match='float32'): model = load_released({k: v.half() for k,v in state.items()}, heads)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
