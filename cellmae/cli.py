@@ -82,6 +82,8 @@ def attempt(
     try: return f(*args, **kwargs),''
     except ValueError as e: return None,' '.join(str(e).split())
 
+def _n(n, one, many=None): return f'{n:,} {one if n==1 else many or one+"s"}'
+
 # %% ../nbs/50_cli.ipynb #0d2ce959
 def fit_tvn(
     profiles, # AnnData with one row per well
@@ -99,7 +101,7 @@ def correct_all(
     return tvns,{k:t.transform(profiles[k]) for k,t in tvns.items()}
 
 # %% ../nbs/50_cli.ipynb #e968cccb
-_no_pairs = 'no known pairs were given, a CSV with columns entity1 and entity2 (--relationships)'
+_no_pairs = 'no known pairs were given, a table with columns entity1 and entity2 (--relationships)'
 
 def compare(
     profiles:dict, # Name -> AnnData with one row per well
@@ -135,12 +137,15 @@ def draw_map(
 ): # What it shows, and the figure
     "The map of a screen, with a sentence about it"
     genes = aggregate(profiles)
+    if len(genes)<3: raise ValueError(f'{_n(len(genes), "perturbation")}, and a map takes 3')
     few = strongest(genes)
     what = f'{len(genes):,} perturbations' if len(few)==len(genes) else \
            f'The {len(few)} of {len(genes):,} perturbations that are farthest from the mean of all'
     return [f'{what}; alike is close.', plot_map(few)]
 
 # %% ../nbs/50_cli.ipynb #139ac21b
+_recall = 'Recall of known relationships'
+
 class Findings(NamedTuple):
     "What a screen gave"
     tvns:dict # Name -> fitted `TVN`; empty where batches could not be corrected
@@ -160,7 +165,7 @@ def findings(
     tvns,corrected = done or ({},{})
     table,no_recall = attempt(compare, profiles, corrected, relationships, **kwargs)
     chart,no_map = attempt(draw_map, (corrected or profiles)[main])
-    why = {'Batch correction':no_tvn, 'The map':no_map, 'Recall of known relationships':no_recall}
+    why = {'Batch correction':no_tvn, 'The map':no_map, _recall:no_recall}
     table = pd.DataFrame() if table is None else table
     return Findings(tvns, corrected, table, chart or [], {k:v for k,v in why.items() if v})
 
@@ -207,9 +212,10 @@ def describe(screen):
     w,channels = screen.wells,', '.join(screen.channels)
     named = w.perturbation[(w.perturbation!='')&~w.control].nunique()
     fewest = w.groupby('batch').control.sum().min()
-    return (f'{len(screen):,} sites in {len(w):,} wells, {w.batch.nunique()} batches, '
-            f'{len(screen.channels)} channels ({channels}); {named:,} perturbations, '
-            f'{w.control.sum():,} control wells, at least {fewest} in each batch.')
+    what = [_n(len(screen), 'site'), _n(len(w), 'well'), _n(w.batch.nunique(), 'batch', 'batches'),
+            f'{_n(len(screen.channels), "channel")} ({channels})', _n(named, 'perturbation'),
+            f'{_n(w.control.sum(), "control well")}, at least {fewest} in each batch']
+    return ', '.join(what)+'.'
 
 def look_at(
     screen, # Screen, or path of one
@@ -222,10 +228,10 @@ def look_at(
     problems = screen.check()
     screen,unfit = usable(screen, problems, crop)
     one_label(screen.table)
-    said = [describe(screen), f'{len(problems) or "No"} problems were found.']
-    if unfit: said.append(f'{len(unfit)} sites are left out, the first: {unfit[0]}')
+    said = [describe(screen), f'Problems found: {len(problems) or "none"}.']
+    if unfit: said.append(f'Left out: {_n(len(unfit), "site")}, the first: {unfit[0]}')
     missing = rehearse(screen.wells, relationships)
-    return screen, problems, said+[f'{k} is left out: {why}' for k,why in missing.items()]
+    return screen, problems, said+[f'Left out: {k}, {why}' for k,why in missing.items()]
 
 def _read_early(path):
     "Find a wrong path or a file that is no table of pairs before hours of training"
@@ -259,9 +265,10 @@ def demo_sections(
     n,history = sum(p.numel() for p in learn.model.parameters()),out/'run/history.csv'
     loss = pd.read_csv(history).filter(like='loss').iloc[-1].dropna()
     losses = ', '.join(f'{k.replace("_", " ")} {v:.3f}' for k,v in loss.items())
+    picture = show_channels(screen[0], screen.channels)
     pictures = sorted((out/'run/reconstructions').glob('*.png'))[-1:]
     return {
-        'The screen': [said[0], *map(Aside, said[1:]), show_channels(screen[0], screen.channels)],
+        'The screen': [said[0], Aside('\n'.join(said[1:])), picture],
         'Problems found': problems if len(problems) else _all_well,
         'Training': [f'Masked autoencoder, {n:,} parameters; {losses}.', plot_history(history)],
         'Reconstructions': ['Input, visible patches, reconstruction at the end.', *pictures]}
@@ -275,7 +282,7 @@ def finding_sections(
     show = {
         'Batch correction': lambda: plot_correction(profiles[main], found.corrected[main]),
         'The map': lambda: found.chart,
-        'Recall of known relationships': lambda: [summary(found.table), plot_recall(found.table)]}
+        _recall: lambda: [summary(found.table), plot_recall(found.table)]}
     why = found.missing
     shown = {k: (None,why[k]) if k in why else attempt(f) for k,f in show.items()}
     return {k: Aside(f'Left out: {reason}') if reason else got for k,(got,reason) in shown.items()}
@@ -324,24 +331,28 @@ def _paired(text):
     return {k.strip():v.strip() for k,v in pairs}
 
 def _channels(text): return _paired(text) if text and '=' in text else _listed(text)
-
-_instead = 'Give --pattern, for a folder of images, or a table of sites'
+def _plane(text): return int(text) if text and text.isdecimal() else text
 
 def own_screen(
-    screen:str, # A folder of images with `pattern`, a table with a row per site, or a saved screen
-    pattern:str=None, # Names of the files, such as '{plate}/{well}_s{site}_{channel}.tif'
-    meta:str=None, # Plate map: a table with the columns well, perturbation, and any others
+    screen:str, # A folder of images, a table with a row per site, or a saved screen
+    pattern:str=None, # Names of the files in the folder: '{plate}/{well}_s{site}_{channel}.tif'
+    meta:str=None, # Plate map of the folder: a table with well, perturbation, and any others
     channels:str=None, # Which stains, in order: 'DNA,ER'; or what each channel shows: '1=DNA,2=ER'
     controls:str=None, # Perturbations that are controls: 'DMSO,NTC'; default: the usual names
     columns:str=None, # Columns under another name: 'perturbation=gene,batch=week'
+    root:str=None, # Folder that file names in a table are relative to; default: that of the table
+    z:str=None, # Of several planes, this one, or max or mean of all
+    t:str=None, # Of several time points, this one
 )->Screen:
     "Open plates as a command is told"
-    kw = dict(channels=_channels(channels), controls=_listed(controls), **_paired(columns))
-    if pattern: return Screen.from_pattern(screen, pattern, meta=meta, **kw)
-    if meta: raise ValueError('--meta goes with --pattern; a table of sites has its own columns')
-    if not any(kw.values()): return open_screen(screen)
-    if Path(screen).is_file(): return Screen.from_csv(screen, **kw)
-    raise ValueError(f'{screen}: a saved screen has its channels, controls and columns. {_instead}')
+    kw = dict(channels=_channels(channels), controls=_listed(controls), z=_plane(z), t=_plane(t))
+    kw |= _paired(columns)
+    try:
+        if pattern or meta: return Screen.from_pattern(screen, pattern, meta=meta, **kw)
+        return Screen(screen, root=root, **kw)
+    except FileNotFoundError as e:
+        if pattern or not Path(screen).is_dir(): raise
+        raise FileNotFoundError(f'{e} In a command that is --pattern, and --meta.') from e
 
 # %% ../nbs/50_cli.ipynb #c13428b5
 _debug = inspect.Parameter('debug', inspect.Parameter.KEYWORD_ONLY, default=False,
@@ -411,6 +422,8 @@ def cellmae_fit(
     print(f'Model: {Path(out)/"model"}')
 
 # %% ../nbs/50_cli.ipynb #55289777
+_endings = ('.parquet', '.csv', '.csv.gz', '.tsv', '.feather', '.h5ad')
+
 @command
 @delegates(own_screen)
 def cellmae_embed(
@@ -424,16 +437,11 @@ def cellmae_embed(
     **kwargs
 ):
     "Turn every well of a screen into a vector"
-    _check_suffix(out)
+    if not out.endswith(_endings): raise ValueError(f'{out} must end in {", ".join(_endings)}')
     how = dict(pool=pool, channelwise=channelwise, level=level, device=device or default_device())
     profiles = embed(model, own_screen(screen, **kwargs), **how)
-    if out.endswith('.h5ad'): write_whole(out, profiles.write_h5ad)
-    else: to_parquet(profiles, out)
+    to_parquet(profiles, out)
     print(f'{profiles.n_obs} rows of {profiles.n_vars} numbers: {out}')
-
-def _check_suffix(out):
-    if not out.endswith(('.parquet','.csv','.h5ad')):
-        raise ValueError(f'{out}: profiles are written as .parquet, .csv or .h5ad')
 
 # %% ../nbs/50_cli.ipynb #5eff5583
 _corrections = Param('Batch correction first; tvn needs batch and control', str,
@@ -444,14 +452,13 @@ def cellmae_recall(
     profiles:str, # Table of profiles, one row per well (.parquet, .csv or .h5ad), from any model
     relationships:str, # CSV of known pairs, columns entity1 and entity2
     out:str=None, # Where to write the table as CSV; default: only print it
-    prefix:str='emb_', # How the names of feature columns begin
+    prefix:str=None, # How the names of feature columns begin; default: where that is obvious
     correct:_corrections='tvn',
     seed:int=0, # Fixes bootstrap and permutations
 ):
     "Correct batches, then measure how many known relationships the map finds"
     _read_early(Path(relationships))
-    h5ad = profiles.endswith('.h5ad')
-    wells = ad.read_h5ad(profiles) if h5ad else read_profiles(profiles, prefix)
+    wells = read_profiles(profiles, prefix)
     if correct=='tvn': wells = TVN().fit_transform(wells)
     table = recall(wells, relationships, seed=seed)
     print(table.drop(columns='version').round(3).to_string(index=False))

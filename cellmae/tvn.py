@@ -131,7 +131,7 @@ def _like(self:Correction, X, res):
     note = f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k,v in self.get_params().items())})'
     if self.shrinkage_: note += ', shrinkage of '+', '.join(f'{k} {v:.2f}' for k,v in self.shrinkage_.items())
     names = self.get_feature_names_out()
-    var = pd.DataFrame(index=names) if self._rotated else X.var.loc[names]
+    var = pd.DataFrame(index=names) if self._rotated else X.var.reindex(names)
     return AnnData(res.astype(np.float32), obs=X.obs.copy(), var=var, uns={**X.uns, 'correction':note})
 
 # %% ../nbs/32_tvn.ipynb #e52c3bc8
