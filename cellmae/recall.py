@@ -7,63 +7,127 @@ __all__ = ['read_relationships', 'read_complexes', 'tail_hits', 'gene_map', 'cos
            'recall_table']
 
 # %% ../nbs/34_recall.ipynb #a654d656
-import hashlib, warnings
+import hashlib, re, warnings
 import numpy as np, pandas as pd
-from io import StringIO
 from itertools import combinations
 from pathlib import Path
-from anndata import AnnData
 from scipy.stats import false_discovery_control, t as student
 from sklearn.base import clone
-from .files import moved, text_of
-from .profiles import aggregate
+from .files import moved, read_table, text_of
+from .labels import clean, dates_among, label
+from .profiles import controls_of, genes_of, wells_of
 
 # %% ../nbs/34_recall.ipynb #cb4a1f96
+_title = re.compile('entity|gene|protein|symbol|name|source|target|interact|partner|node|member|'
+                    'query|bait|prey|perturb|compound|hgnc|ensembl|entrez|^(from|to)$', re.I)
+
+def _stem(name): return re.sub(r'\d', '', name)
+
+def _are_titles(first, below):
+    "Do two words say what the names below them are? `gene1` does above TP53, but not above gene7"
+    return any(map(_title.search, first)) and not set(map(_stem, first))&set(map(_stem, below))
+
+# %% ../nbs/34_recall.ipynb #559cfeea
+_ending = re.compile(r'(\.(txt|csv|tsv|tab|parquet|pq|feather|xlsx|gz|bz2|xz))+$', re.I)
+
+def _set_name(path): return _ending.sub('', Path(path).name)
+
+def _lists_members(path):
+    "Are most lines `name <tab> members`, as in a list of complexes?"
+    text = text_of(path.read_bytes())
+    return len(re.findall(r'^[^\t\n]+\t[^\t\n]+ [^\t\n]+$', text, re.M))*2 > text.count('\n')
+
+def _table_of(path):
+    "Pairs in a file, apart by tabs, commas, semicolons or spaces"
+    if path.is_file() and _lists_members(path):
+        raise ValueError(f'{path.name} lists the members of complexes: take `read_complexes`')
+    df = read_table(path)
+    first,*rows = [o.split() for o in (df.columns[0],*df.iloc[:,0])]
+    if df.shape[1]>1 or {len(o) for o in (first,*rows)}!={2}: return df
+    return pd.DataFrame(rows, columns=first)
+
+# %% ../nbs/34_recall.ipynb #8a9d5134
 def _pairs_of(src):
-    "Table of two columns of strings, and the raw bytes it came from"
-    if isinstance(src, pd.DataFrame): df,name,raw = src,'the table',None
-    else:
-        name,raw = Path(src).name,Path(src).read_bytes()
-        text = text_of(raw)
-        if not text.strip() or '\0' in text: raise ValueError(f'{name} is empty, or no text: give a CSV or tab-separated file')
-        df = pd.read_csv(StringIO(text), sep='\t' if '\t' in text.split('\n', 1)[0] else ',', dtype=str, keep_default_na=False)
-    if {'entity1','entity2'}<=set(df.columns): return df[['entity1','entity2']],raw
-    if df.shape[1]!=2: raise ValueError(f'{name} has no column {" and ".join(sorted({"entity1","entity2"}-set(df.columns)))} (it has '
-                                        f'{", ".join(map(str, df.columns[:5]))}): name its two gene columns entity1 and entity2')
-    first = list(df.columns) # a gene, not a title, if it occurs below as well
-    if raw is not None and any((df==o).to_numpy().any() for o in first): df = pd.DataFrame([first, *df.to_numpy()])
-    return df.set_axis(['entity1','entity2'], axis=1),raw
+    "Two columns of names, which set they are, and the bytes they came from"
+    if isinstance(src, pd.DataFrame): df,name,raw = src,'relationships',None
+    else: df,name,raw = _table_of(Path(src)),_set_name(src),Path(src).read_bytes()
+    at = {str(c).strip().lower():i for i,c in enumerate(df.columns)}
+    if {'entity1','entity2'}<=set(at): return df.iloc[:,[at['entity1'],at['entity2']]],name,raw
+    if df.shape[1]!=2: raise ValueError(_not_pairs(df, name if raw is None else Path(src).name))
+    first,below = [str(c) for c in df.columns],set(clean(df.to_numpy().ravel()))
+    if raw is None: _warn_of_lost(df, below)
+    elif not _are_titles(first, below): df = pd.DataFrame([first, *df.to_numpy()])
+    return df,name,raw
+
+def _not_pairs(df, name):
+    miss = sorted({'entity1','entity2'}-set(df.columns))
+    has = ', '.join(map(str, df.columns[:5]))
+    return (f'{name} has no column {" and ".join(miss)} (it has {has}): '
+            'name its two gene columns entity1 and entity2')
+
+def _warn_of_lost(df, below):
+    "A table whose titles are names in it was read from a file without titles"
+    lost = [c for c in df.columns if isinstance(c, str) and c in below]
+    if lost: warnings.warn(f'the columns of the pairs are called {" and ".join(map(str, df))}, and '
+                           f'{lost[0]} is a name in them: if that is the first pair, read the file '
+                           'with `header=None`')
+
 
 # %% ../nbs/34_recall.ipynb #8490b5c5
 def read_relationships(
-    src, # Path of a CSV or tab-separated file with columns `entity1,entity2` (or only two, of any name), or such a DataFrame
-)->pd.DataFrame: # Unordered pairs, sorted; `attrs` has source, version and the counts of what was dropped
+    src, # File or DataFrame with columns `entity1` and `entity2`, or of two, with titles or not
+)->pd.DataFrame: # Unordered pairs, sorted; `attrs`: source, version, counts of what was dropped
     "Known pairs, each once, without self pairs and empty names"
-    df,raw = _pairs_of(src)
-    code,names = pd.factorize(df.to_numpy().ravel())
-    clean = ['' if pd.isna(o) else str(o).strip() for o in names] + [''] # the last is for missing ones, whose code is -1
-    names = sorted({'', *clean})
-    rank = {o:i for i,o in enumerate(names)}
-    P = np.sort(np.array([rank[o] for o in clean])[code].reshape(-1,2), axis=1)
+    df,source,raw = _pairs_of(src)
+    names,code = np.unique(['', *clean(df.to_numpy().ravel())], return_inverse=True)
+    P = np.sort(code[1:].reshape(-1,2), axis=1)
     empty,own = P[:,0]==0,(P[:,0]==P[:,1])&(P[:,0]>0)
-    key = np.unique(P[~(empty|own)]@[len(names),1])
-    res = pd.DataFrame({k: np.array(names, dtype=object)[v] for k,v in zip(('entity1','entity2'), np.divmod(key, len(names)))})
-    res.attrs = dict(source='relationships' if raw is None else Path(src).stem, n_rows=len(df), n_empty=int(empty.sum()), n_self=int(own.sum()),
-                     version='sha256:'+hashlib.sha256(res.to_csv(index=False).encode() if raw is None else raw).hexdigest()[:12])
-    return _with(res, n_duplicates=int((~(empty|own)).sum())-len(res))
+    good = P[~(empty|own)]
+    res = pd.DataFrame(names.astype(object)[np.unique(good, axis=0)], columns=['entity1','entity2'])
+    raw = res.to_csv(index=False).encode() if raw is None else raw
+    res.attrs = dict(source=source, version='sha256:'+hashlib.sha256(raw).hexdigest()[:12],
+                     n_rows=len(df), n_empty=int(empty.sum()), n_self=int(own.sum()),
+                     n_duplicates=len(good)-len(res))
+    _warn_of_dates(names, source)
+    return res
 
-def _with(df, **kw): df.attrs.update(kw); return df
+def _warn_of_dates(names, where):
+    dates = dates_among(names)
+    if dates: warnings.warn(f'{len(dates)} names in {where}, such as {", ".join(dates[:3])}, look '
+                            'like the dates or numbers that spreadsheets make of genes such as '
+                            'SEPTIN1: correct them at the source')
 
 # %% ../nbs/34_recall.ipynb #4ee99c7b
 def _sources(relationships):
-    "`(name, pairs)` of one table, a dict of them, or a folder of `.txt` and `.csv` files"
-    if isinstance(relationships, (str,Path)) and Path(relationships).is_dir():
-        files = sorted(f for f in Path(relationships).iterdir() if f.suffix in ('.txt','.csv') and 'license' not in f.name.lower())
-        if not files: raise ValueError(f'no .txt or .csv file in {relationships}: give the folder that holds the pairs')
-        relationships = {f.stem:f for f in files}
-    for k,v in (relationships if isinstance(relationships, dict) else {None:relationships}).items():
+    "`(name, pairs)` of one table, a dict of them, or a folder with a file for each"
+    is_path = isinstance(relationships, (str,Path))
+    if is_path and Path(relationships).is_dir(): relationships = _sets_in(Path(relationships))
+    elif is_path or isinstance(relationships, pd.DataFrame): relationships = {None:relationships}
+    for k,v in relationships.items():
         rel = read_relationships(v)
-        yield k or rel.attrs['source'],rel
+        rel.attrs['source'] = k or rel.attrs['source']
+        yield rel.attrs['source'],rel
+
+def _sets_in(folder):
+    "Files of pairs in a folder by the name of their set; what is left out is said"
+    why = {f:_no_set(f) for f in sorted(folder.iterdir())}
+    left = [f'{f.name} ({w})' for f,w in why.items() if w]
+    if left: warnings.warn(f'{folder.name}: no sets of pairs, and left out: {", ".join(left)}')
+    files = [f for f,w in why.items() if not w]
+    if not files: raise ValueError(f'no .txt, .csv, .tsv or .parquet file in {folder}: '
+                                   'give the folder that holds the pairs')
+    sets = {_set_name(f):f for f in files}
+    twice = [f.name for f in files if f not in sets.values()]
+    if twice: raise ValueError(f'{folder} has the set of {twice[0]} in two files: take one away')
+    return sets
+
+def _no_set(f):
+    "Why a file is no set of pairs, or nothing if it may be one"
+    if f.name.startswith('.'): return 'hidden'
+    if f.is_dir(): return 'a folder'
+    if re.search('read.?me|licen[cs]e|copying|citation', f.name, re.I): return 'about the sets'
+    if not _ending.search(f.name): return 'no table'
+    return 'members of complexes, for `read_complexes`' if _lists_members(f) else ''
 
 # %% ../nbs/34_recall.ipynb #4c266a4d
 def read_complexes(
@@ -73,7 +137,10 @@ def read_complexes(
     lines = [o.split('\t') for o in text_of(Path(path).read_bytes()).splitlines() if o.strip()]
     bad = [i for i,o in enumerate(lines) if len(o)!=2]
     if bad: raise ValueError(f'line {bad[0]+1} of {Path(path).name} is not `name <tab> members`')
-    return {k: pd.DataFrame(combinations(sorted(set(v.split())), 2), columns=['entity1','entity2']) for k,v in lines}
+    return {k.strip(): _all_pairs(v.split()) for k,v in lines}
+
+def _all_pairs(names):
+    return pd.DataFrame(combinations(sorted(set(names)), 2), columns=['entity1','entity2'])
 
 # %% ../nbs/34_recall.ipynb #40e8efed
 def _at_most(n, share):
@@ -114,29 +181,27 @@ def tail_hits(
 def gene_map(
     x, # AnnData (wells or genes), DataFrame indexed by gene, or `(X, names)`
 )->tuple: # Unit rows `(n,D)` float32 and names `(n)`
-    "One direction per gene: controls of an AnnData dropped, rows of the same gene averaged"
-    if isinstance(x, AnnData):
-        if 'control' in x.obs: x = x[~x.obs['control'].to_numpy().astype(bool)]
-        _one_kind(x.obs)
-        if 'perturbation' in x.obs: x = aggregate(x)
-        x = x.X.toarray() if hasattr(x.X, 'toarray') else x.X, x.obs_names
-    elif isinstance(x, pd.DataFrame): x = x.to_numpy(), x.index
-    X,names = np.asarray(x[0], dtype=np.float64),np.asarray(x[1]).astype(str)
-    if X.ndim!=2 or X.shape[:1]!=names.shape: raise ValueError(f'profiles of shape {X.shape} do not fit {len(names)} names: give one row per name')
-    if len(set(names))<len(names):
-        M = pd.DataFrame(X).groupby(names).mean()
-        X,names = M.to_numpy(),M.index.to_numpy().astype(str)
+    "One direction per gene, the mean of its rows; controls and rows without a name are left out"
+    w = wells_of(x)
+    _one_kind(w)
+    X,names = genes_of(w)
     norm = np.linalg.norm(X, axis=1)
     bad = ~(np.isfinite(norm)&(norm>0))
-    if bad.any(): raise ValueError(f'{bad.sum()} genes have a profile with NaN, or of zeros only ({", ".join(names[bad][:3])}): drop them')
-    if len(names)<20: raise ValueError(f'the map has {len(names)} genes, recall needs at least 20: with fewer its tails are a handful of pairs')
+    if bad.any(): raise ValueError(f'{bad.sum()} genes have a profile beyond all bounds, or of '
+                                   f'zeros only ({", ".join(names[bad][:3])}): drop them')
+    if len(names)<20: raise ValueError(f'the map has {len(names)} genes, recall needs at least 20: '
+                                       'with fewer its tails are a handful of pairs')
+    _warn_of_dates(names, 'the map')
     return (X/norm[:,None]).astype(np.float32),names
 
 # %% ../nbs/34_recall.ipynb #4727a64a
-def _one_kind(obs):
+def _one_kind(w):
     "Warn of a map of several kinds of perturbation: its tails are not those of one kind"
-    kinds = sorted(obs['type'].astype(str).unique()) if 'type' in obs else []
-    if len(kinds)>1: warnings.warn(f'the map mixes perturbations of type {", ".join(kinds)}, and all of them count for its tails: take one, such as `x[x.obs.type=={kinds[0]!r}]`')
+    if w.obs is None or 'type' not in w.obs: return
+    kinds = sorted(set(clean(w.obs['type'][~controls_of(w, otherwise=False)]))-{''})
+    if len(kinds)<2: return
+    warnings.warn(f'the map mixes perturbations of type {", ".join(kinds)}, and all of them count '
+                  f'for its tails: take one, such as `x[x.obs.type=={kinds[0]!r}]`')
 
 # %% ../nbs/34_recall.ipynb #a3b98cc3
 def _flat(i, j, n):
@@ -279,8 +344,8 @@ def _match(names, rel):
     case = ~named & ids.str.upper().isin(known.str.upper())
     if not named.any(): raise ValueError(_strangers(ids, known, case, src))
     if case.any():
-        warnings.warn(f'{case.sum()} genes of the map, such as {ids[case][0]}, match {src} only if case '
-                      'is ignored: use one case in both')
+        warnings.warn(f'{case.sum()} genes of the map, such as {ids[case][0]}, match {src} only if '
+                      'case is ignored: use one case in both')
     P = _ids_of(rel, ids)
     if not len(P):
         warnings.warn(f'{src} names {named.sum()} genes of the map but relates no two of them: '
@@ -333,8 +398,9 @@ class _Set:
         "One line of the result"
         (low,high),hits = threshold,_outside(self.q, *cut)
         lo,hi = _interval(self.q, hits, self.P, W, tails)
-        return dict(source=self.source, low=low, high=high, recall=hits.mean() if len(hits) else np.nan,
-                    ci_low=lo, ci_high=hi, chance=low+1-high, **self.luck(cut), **self.counts)
+        return dict(source=self.source, low=low, high=high,
+                    recall=hits.mean() if len(hits) else np.nan, ci_low=lo, ci_high=hi,
+                    chance=low+1-high, **self.luck(cut), **self.counts)
 
     def luck(self, cut):
         "Mean of the recall of shuffled maps, and where 95 % of them lie"
@@ -348,15 +414,15 @@ def check_names(
     relationships, # As in `recall`
     aliases=None, # Table `alias, symbol` (two columns), such as from a nomenclature committee
 )->pd.DataFrame: # Columns `gene`, `source`, `problem`, `instead`
-    "Genes that a set does not know under this name, but under another"
-    A = dict(aliases.astype(str).itertuples(index=False)) if aliases is not None else {}
-    ids,rows = pd.Index(names).astype(str).unique(),[]
+    "Genes that a set does not know under this name but under another, and names made into dates"
+    A = dict(aliases.map(label).itertuples(index=False)) if aliases is not None else {}
+    ids,rows = pd.Index(clean(names)).unique(),[]
     for k,rel in _sources(relationships):
-        known = set(rel.entity1)|set(rel.entity2)
-        upper = {o.upper():o for o in sorted(known)}
-        for o in ids[~ids.isin(known)]:
-            if o.upper() in upper: rows.append((o, k, 'case', upper[o.upper()]))
-            elif A.get(o) in known: rows.append((o, k, 'alias', A[o]))
+        known = sorted({*rel.entity1, *rel.entity2})
+        other = {a:('alias', s) for a,s in A.items() if s in known}
+        other |= {o:('case', s) for s in known for o in ids[ids.str.upper()==s.upper()]}
+        rows += [(o, k, *other[o]) for o in ids if o in other and o not in known]
+        rows += [(o, k, 'date', '') for o in dates_among([*ids, *known])]
     return pd.DataFrame(rows, columns=['gene','source','problem','instead'])
 
 # %% ../nbs/34_recall.ipynb #fff456c5
@@ -380,11 +446,13 @@ def compare_recall(
     names = _common(*(n for _,n in maps))
     sets = {k: _ids_of(rel, names) for k,rel in _sources(relationships)}
     sets = {k: P for k,P in sets.items() if len(P)>=min_pairs}
-    if not sets: raise ValueError(f'no set relates {min_pairs} pairs of the {len(names)} genes that '
-                                  'both maps have')
-    hits = [_hits(Z[pd.Index(n).get_indexer(names)], low, high, [*sets.values()]) for Z,n in maps]
-    res = pd.DataFrame([_gain(*o) for o in zip(sets.values(), *hits)], index=pd.Index(sets, name='source'))
-    return res.assign(q=false_discovery_control(res.p)).sort_values('gain', ascending=False, kind='stable')
+    if not sets: raise ValueError(f'no set relates {min_pairs} pairs of the {len(names)} genes '
+                                  'that both maps have')
+    maps = [Z[pd.Index(n).get_indexer(names)] for Z,n in maps]
+    rows = zip(sets.values(), *(_hits(Z, low, high, [*sets.values()]) for Z in maps))
+    res = pd.DataFrame([_gain(*o) for o in rows], index=pd.Index(sets, name='source'))
+    res = res.assign(q=false_discovery_control(res.p))
+    return res.sort_values('gain', ascending=False, kind='stable')
 
 # %% ../nbs/34_recall.ipynb #e22d4458
 def _common(a, b):
@@ -414,7 +482,8 @@ def recall_table(
     "Recall of every encoder under every correction"
     res = {(e,c): _corrected(ad, tfm, relationships, f'encoder {e!r}, correction {c!r}', kwargs)
            for e,ad in embeddings.items() for c,tfm in corrections.items()}
-    return pd.concat(res, names=['encoder','correction',None]).reset_index([0,1]).reset_index(drop=True)
+    table = pd.concat(res, names=['encoder','correction'])
+    return table.reset_index(['encoder','correction']).reset_index(drop=True)
 
 def _corrected(ad, tfm, relationships, what, kwargs):
     "Recall after a correction, or an error that says after which"

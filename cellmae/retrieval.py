@@ -17,24 +17,46 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from .files import moved
-from .profiles import as_mask, codes, listed, table_of
+from .profiles import codes, labelled, listed, table_of
 
 # %% ../nbs/35_retrieval.ipynb #ab0e7df1
 def _unit(x):
     "Unit rows and their table"
     A,obs = table_of(x)
     n = np.linalg.norm(A, axis=1, keepdims=True)
-    if (n==0).any(): raise ValueError(f'{(n==0).sum()} profiles are zero, first row {(n==0).argmax()}: they have no direction, drop them')
+    bad = n==0
+    if bad.any(): raise ValueError(f'{bad.sum()} profiles are zero, first row {bad.argmax()}: '
+                                   'they have no direction, drop them')
     return A/n,obs
 
 # %% ../nbs/35_retrieval.ipynb #adb3cc7d
+def _columns(o):
+    "Columns of a rule, one or several, as a list"
+    cols = listed(o)
+    if isinstance(o, dict) or any(isinstance(k, (list,tuple,set,dict)) for k in cols):
+        raise ValueError(f'a rule is a column, or a list of columns that all count, not {o!r}: '
+                         'for "any of these" ask once for each, or make one column of them')
+    return cols
+
+def _and(o): return ' and '.join(listed(o))
+
+def _codes(obs, cols):
+    "As `codes`; cells that hold several labels are refused"
+    for k in cols:
+        v = obs[k] if k in obs and obs[k].dtype==object else ()
+        many = [o for o in v if isinstance(o, (list,tuple,set,dict,np.ndarray))]
+        if many: raise ValueError(f'column `{k}` has several labels in a cell, such as {many[0]}: '
+                                  'keep one of them, or give each a row of its own (`explode`)')
+    return codes(obs, cols)
+
 class _Rule:
     "Which rows make a pair: the same in all columns `same`, different in each column of `diff`"
     def __init__(self, obs, same, diff):
-        same,diff = listed(same),listed(diff)
+        same,diff = _columns(same),_columns(diff)
         both = set(same)&set(diff)
-        if both or not same+diff: raise ValueError(f'column {", ".join(both)} cannot be the same and different' if both else 'a rule needs at least one column')
-        self.same,self.diff = [codes(obs, same)] if same else [],[codes(obs, [k]) for k in diff]
+        if both: raise ValueError(f'column {", ".join(both)} cannot be the same and different')
+        if not same+diff: raise ValueError('a rule needs at least one column')
+        self.same,self.diff = [_codes(obs, same)] if same else [],[_codes(obs, [k]) for k in diff]
 
     def __call__(self, rows, cols): # Mask `(rows,cols)`
         res = rows[:,None]!=cols
@@ -42,24 +64,57 @@ class _Rule:
         for c in self.diff: res &= (c[rows][:,None]!=c[cols])&(c[cols]>=0)&(c[rows]>=0)[:,None]
         return res
 
+# %% ../nbs/35_retrieval.ipynb #08214407
+def _controls(obs):
+    "Mask of the controls, none where nothing is said of them"
+    return obs['control'].to_numpy().astype(bool) if 'control' in obs else np.zeros(len(obs), bool)
+
+def _in_question(obs, cols, spared=False):
+    "Mask of the wells with a value in all columns, and of those spared; the others are counted"
+    gaps,spared = {k: _codes(obs, [k])<0 for k in cols},np.full(len(obs), spared)
+    lost = np.any([*gaps.values()], axis=0)&~spared
+    what = ' or no '.join(k for k,v in gaps.items() if (v&lost).any())
+    if lost.any(): labelled(np.where(lost[~spared], '', 'x'), what)
+    return ~lost
+
 # %% ../nbs/35_retrieval.ipynb #49022283
-def _ap(cos, pos, neg, last):
-    "Average precision of each row, and numbers of positives and of pairs"
-    if (pos&neg).any(): raise ValueError('some pairs are both positives and negatives: add to neg_diffby what positives have in common')
+_neither = np.uint32(2**32-1)
+
+def _keys(cos, pos, neg, last):
+    "Integers that sort as `1-cos` does, with the label in their last bit"
     key = np.maximum(np.float32(1)-cos.astype(np.float32), 0).view(np.uint32)<<1
     key |= pos if last else neg
-    key[~(pos|neg)] = out = np.uint32(2**32-1)
+    key[~(pos|neg)] = _neither
+    return key
+
+def _ap(cos, pos, neg, last):
+    "Average precision of each row, and numbers of positives and of pairs"
+    if (pos&neg).any(): raise ValueError('some pairs are both positives and negatives: '
+                                         'add to neg_diffby what positives have in common')
+    key = _keys(cos, pos, neg, last)
     key.sort(axis=1)
-    i,j = (((key&1)==last)&(key!=out)).nonzero()
+    is_pos = ((key&1)==last)&(key!=_neither)
+    row,rank = is_pos.nonzero() # in order of rows, and of ranks within them
     n = pos.sum(1)
-    k = np.arange(len(i))-(np.cumsum(n)-n)[i]+1
-    with np.errstate(invalid='ignore'): return np.bincount(i, k/(j+1), len(cos))/n, n, n+neg.sum(1)
+    before = (np.cumsum(n)-n)[row] # positives of the rows above
+    precision = (np.arange(len(row))-before+1)/(rank+1)
+    with np.errstate(invalid='ignore'): ap = np.bincount(row, precision, len(cos))/n
+    return ap, n, n+neg.sum(1)
 
 # %% ../nbs/35_retrieval.ipynb #f872d39e
 def _chance(n_pos, n_total):
     "Expected average precision of a random ranking"
     h = np.cumsum(1/np.arange(1, max(n_total.max(), 1)+1))[np.maximum(n_total, 1)-1]
-    return ((n_pos-1)/np.maximum(n_total-1, 1)*(n_total-h)+h)/np.maximum(n_total, 1)
+    ap = ((n_pos-1)/np.maximum(n_total-1, 1)*(n_total-h)+h)/np.maximum(n_total, 1)
+    return np.where(n_total>0, ap, np.nan)
+
+# %% ../nbs/35_retrieval.ipynb #cddb4cee
+def _apart(obs, pos_same, pos_diff, neg_same, neg_diff):
+    "Sets of wells that no pair leaves, as both rules keep to them"
+    cols = list(dict.fromkeys([*pos_same, *pos_diff, *neg_same, *neg_diff]))
+    rows = np.flatnonzero(_in_question(obs, cols, _controls(obs)))
+    both = sorted(set(pos_same)&set(neg_same))
+    return pd.Series(rows).groupby(_codes(obs, both)[rows]).indices.values() if both else [rows]
 
 # %% ../nbs/35_retrieval.ipynb #6da2b973
 def average_precision(
@@ -70,48 +125,61 @@ def average_precision(
     neg_diffby='control', # Columns in which negatives differ
     ties='last', # Where positives stand among equal cosines: `'last'`, or `'first'` as in copairs
     step=256, # Wells per block
-)->pd.DataFrame: # `obs` with `average_precision` (NaN without positives), `chance`, `n_pos`, `n_total`
+)->pd.DataFrame: # `obs` with `average_precision` (NaN if none), `chance`, `n_pos`, `n_total`
     "How well each well finds its positives among its negatives, by cosine"
     if ties not in ('first','last'): raise ValueError(f"ties is 'last' or 'first', not {ties!r}")
     Z,obs = _unit(x)
     pos,neg = _Rule(obs, pos_sameby, pos_diffby),_Rule(obs, neg_sameby, neg_diffby)
-    both = sorted(set(listed(pos_sameby))&set(listed(neg_sameby))) # no pair leaves such a group
     res = np.zeros((3,len(Z)))
-    for cols in (obs.groupby(both, observed=True).indices.values() if both else [np.arange(len(Z))]):
-        for r in np.array_split(cols, -(-len(cols)//step)): res[:,r] = _ap(Z[r]@Z[cols].T, pos(r, cols), neg(r, cols), ties=='last')
+    for cols in _apart(obs, *map(_columns, (pos_sameby, pos_diffby, neg_sameby, neg_diffby))):
+        for r in np.array_split(cols, -(-len(cols)//step)):
+            res[:,r] = _ap(Z[r]@Z[cols].T, pos(r, cols), neg(r, cols), ties=='last')
     ap,n_pos,n_total = res[0],*res[1:].astype(int)
     for k,v in dict(positives=n_pos, negatives=n_total-n_pos).items():
-        if not v.any(): raise ValueError(f'no well has {k} by the rules given: look at the values of the columns they name')
-    return obs.assign(average_precision=np.where(n_pos>0, ap, np.nan), chance=_chance(n_pos, n_total), n_pos=n_pos, n_total=n_total)
+        if not v.any(): raise ValueError(f'no well has {k} by the rules given: '
+                                         'look at the values of the columns they name')
+    ap[n_pos==0] = np.nan
+    return obs.assign(average_precision=ap, chance=_chance(n_pos, n_total),
+                      n_pos=n_pos, n_total=n_total)
 
 # %% ../nbs/35_retrieval.ipynb #172c745a
 def _null_ap(n_pos, n_total, n, seed, room=2**24):
     "`n` average precisions of random rankings"
     g,step,res = np.random.default_rng(seed),max(1, room//n_total),[]
+    ids = np.arange(n_total, dtype=np.uint16 if n_total<2**16 else np.uint32)
+    nth = np.arange(1, n_pos+1, dtype=np.float32)
     for a in range(0, n, step):
-        ids = np.tile(np.arange(n_total, dtype=np.uint16 if n_total<2**16 else np.uint32), (min(step, n-a),1))
-        r = np.sort(g.permuted(ids, axis=1)[:,:n_pos], axis=1)
-        res.append(((np.arange(1, n_pos+1, dtype=np.float32)/(r+1)).sum(1)/n_pos).astype(np.float32))
+        lists = np.tile(ids, (min(step, n-a),1))
+        rank = np.sort(g.permuted(lists, axis=1)[:,:n_pos], axis=1)
+        res.append(((nth/(rank+1)).sum(1)/n_pos).astype(np.float32))
     return np.concatenate(res)
 
 # %% ../nbs/35_retrieval.ipynb #36c70dd5
+def _nulls(ap, n_null, seed):
+    "Random average precisions for each pair of numbers, and which pair each row has"
+    pairs,which = np.unique(ap[['n_pos','n_total']].to_numpy(), axis=0, return_inverse=True)
+    seeds = np.random.default_rng(seed).integers(8096, size=len(pairs))
+    return np.stack([_null_ap(*p, n_null, s) for p,s in zip(pairs, seeds)]),which.ravel()
+
+# %% ../nbs/35_retrieval.ipynb #c020c75e
 def mean_average_precision(
     ap, # From `average_precision`, without rows that do not matter, such as controls
     by='perturbation', # Columns that make a group
     n_null=10_000, # Random rankings
     seed=0,
-)->pd.DataFrame: # One row per group: `by`, `mean_average_precision`, `chance`, `n` wells, `p` and `q`
+)->pd.DataFrame: # Row per group: `by`, `mean_average_precision`, `chance`, `n` wells, `p` and `q`
     "Mean over the wells of each group, with p-value and false discovery rate"
-    ap,by = ap[ap.n_pos>0].reset_index(drop=True),listed(by)
+    ap,by = ap[ap.n_pos>0],_columns(by)
     if not len(ap): raise ValueError('no well has a positive: there is nothing to average')
-    confs,which = np.unique(ap[['n_pos','n_total']].to_numpy(), axis=0, return_inverse=True)
-    seeds = np.random.default_rng(seed).integers(8096, size=len(confs))
-    null = np.stack([_null_ap(*c, n_null, s) for c,s in zip(confs, seeds)])
+    ap = ap[_in_question(ap, by)].reset_index(drop=True)
+    null,which = _nulls(ap, n_null, seed)
     groups = ap.groupby(by, observed=True)
-    res = groups.agg(mean_average_precision=('average_precision','mean'), chance=('chance','mean'), n=('n_pos','size')).reset_index()
-    g = groups.ngroup().to_numpy()
-    rows = np.split(np.argsort(g, kind='stable')[(g<0).sum():], np.cumsum(np.bincount(g[g>=0]))[:-1])
-    at_least = [(null[which.ravel()[r]].mean(0)>=m-2e-7).sum() for r,m in zip(rows, res.mean_average_precision)]
+    res = groups.agg(mean_average_precision=('average_precision','mean'), chance=('chance','mean'),
+                     n=('n_pos','size')).reset_index()
+    order = np.argsort(groups.ngroup().to_numpy(), kind='stable')
+    rows = np.split(order, res.n.cumsum().to_numpy()[:-1])
+    at_least = [(null[which[r]].mean(0)>=m-2e-7).sum()
+                for r,m in zip(rows, res.mean_average_precision)]
     p = (np.array(at_least)+1)/(n_null+1)
     return res.assign(p=p, q=false_discovery_control(p))
 
@@ -127,85 +195,110 @@ def _draw(pools, batches, n, rng):
     res = []
     for b,m in zip(*np.unique(batches, return_counts=True)):
         pool = pools.get(b, np.array([], int))
-        if len(pool)<m: raise ValueError(f'batch {b} has {len(pool)} wells to draw a null from, {m} are needed: drop the batch, or choose another null')
+        if len(pool)<m: raise ValueError(f'batch {b} has {len(pool)} wells to draw a null from, '
+                                         f'{m} are needed: drop the batch, or choose another null')
         res.append(pool[rng.random((n,len(pool))).argpartition(m-1, axis=1)[:,:m]])
     return np.concatenate(res, 1)
 
+def _batches(obs, batch):
+    "Batch of each row, the same for all if `batch` is None"
+    if batch is None: return np.full(len(obs), 'all')
+    gap = _codes(obs, [batch])<0
+    if not gap.any(): return obs[batch].astype(str).to_numpy()
+    raise ValueError(f'{gap.sum()} wells have no `{batch}`, first row {gap.argmax()}: '
+                     'fill the column, drop them, or pass `batch=None`')
+
 def _groups(obs, by, batch):
-    "Control mask, batch of each row, and rows of each treated group of at least two"
-    c = as_mask(obs['control']) if 'control' in obs else np.zeros(len(obs), bool)
-    b = obs[batch].astype(str).to_numpy() if batch in obs else np.full(len(obs), 'all')
-    if by not in obs: raise ValueError(f'no column `{by}` (there are {", ".join(map(str, obs.columns))})')
-    g = {k: np.flatnonzero(~c)[v] for k,v in obs[~c].groupby(by, observed=True).indices.items()}
-    few = [k for k,v in g.items() if len(v)<2]
-    if len(few)==len(g): raise ValueError(f'no {by} has two wells: there are no replicates to compare')
-    return c,b,{k:v for k,v in g.items() if len(v)>1}
+    "Masks of controls and of treated wells with a name, batches, rows of each group of two or more"
+    c,b = _controls(obs),_batches(obs, batch)
+    treated = _in_question(obs, [by], c)&~c
+    rows = np.flatnonzero(treated)
+    groups = {k: rows[v] for k,v in obs[treated].groupby(by, observed=True).indices.items()}
+    groups = {k: v for k,v in groups.items() if len(v)>1}
+    if not groups: raise ValueError(f'no {by} has two wells: there are no replicates to compare')
+    return c,treated,b,groups
 
 # %% ../nbs/35_retrieval.ipynb #acb43c32
 def _tested(groups, b, values, null, seed):
-    "Table of `values` with p and q; `null(batches, rng)` gives null values for a set of wells of those batches"
+    "Table of `values` with p and q; `null(batches, rng)` is what wells of those batches give"
     rng,seen,p,mean = np.random.default_rng(seed),{},[],[]
     for k,v in groups.items():
         key = tuple(sorted(b[v]))
         if key not in seen: seen[key] = null(np.array(key), rng)
         p.append((1+(seen[key]>=values[k]-1e-12).sum())/(1+len(seen[key])))
         mean.append(seen[key].mean())
-    res = pd.DataFrame(dict(n=[len(v) for v in groups.values()], value=list(values.values()), null=mean, p=p), index=pd.Index(groups))
-    return res.assign(q=false_discovery_control(res.p))
+    n = [len(v) for v in groups.values()]
+    cols = dict(n=n, value=[*values.values()], null=mean, p=p, q=false_discovery_control(p))
+    return pd.DataFrame(cols, index=pd.Index(groups))
 
 # %% ../nbs/35_retrieval.ipynb #75c1f7ae
 def consistency(
     x, # AnnData, or `(X, obs)`
     by='perturbation', # Column that makes replicates
     null='wells', # Sets to compare with: of treated `'wells'` or of `'controls'`
-    batch='batch', # Column; null sets have the same number of wells in every batch
+    batch='batch', # Column, None for one batch; null sets have as many wells of every batch
     n_null=1000, # Random sets
     seed=0,
-)->pd.DataFrame: # One row per perturbation with two wells or more: `n`, `value`, mean of the `null`, `p`, `q`
+)->pd.DataFrame: # Per perturbation of two wells or more: `n`, `value`, mean of the `null`, `p`, `q`
     "Mean cosine between replicates, against random sets of wells"
+    if null not in ('wells','controls'):
+        raise ValueError(f"null is 'wells' or 'controls', not {null!r}")
     Z,obs = _unit(x)
-    c,b,groups = _groups(obs, by, batch)
-    pool = np.flatnonzero(c if null=='controls' else ~c)
+    c,treated,b,groups = _groups(obs, by, batch)
+    pool = np.flatnonzero(c if null=='controls' else treated)
     pools = {k: pool[v] for k,v in pd.Series(pool).groupby(b[pool]).indices.items()}
-    return _tested(groups, b, {k:_mean_cosine(Z[v]) for k,v in groups.items()},
-                   lambda bs,rng: _mean_cosine(Z[_draw(pools, bs, n_null, rng)]), seed).rename_axis(by)
+    values = {k: _mean_cosine(Z[v]) for k,v in groups.items()}
+    chance = lambda batches,rng: _mean_cosine(Z[_draw(pools, batches, n_null, rng)])
+    return _tested(groups, b, values, chance, seed).rename_axis(by)
 
 # %% ../nbs/35_retrieval.ipynb #16b70aa0
 def _set_ap(Z, ids, rule, sets):
-    "Mean average precision of each of the sets of wells `sets (n,k)` against those of the controls `ids (m)` that are not in it"
+    "Mean average precision of sets of wells `(n,k)` against the other controls of `ids (m)`"
     (n,k),r = sets.shape,sets.ravel()
-    cos = np.concatenate([(Z[sets]@Z[sets].swapaxes(1, 2)).reshape(n*k,k),Z[r]@Z[ids].T], 1)
+    within = (Z[sets]@Z[sets].swapaxes(1, 2)).reshape(n*k,k)
+    cos = np.concatenate([within,Z[r]@Z[ids].T], 1)
     pos = np.concatenate([rule(s, s) for s in sets]) # (n*k,k)
     neg = rule(r, ids)&~(sets[:,:,None]==ids).any(1).repeat(k, 0) # (n*k,m)
-    ap = _ap(cos, np.pad(pos, ((0,0),(0,len(ids)))), np.pad(neg, ((0,0),(k,0))), True)[0].reshape(n,k)
+    pos,neg = np.pad(pos, ((0,0),(0,len(ids)))),np.pad(neg, ((0,0),(k,0)))
+    ap = _ap(cos, pos, neg, True)[0].reshape(n,k)
     return np.nansum(ap, 1)/np.isfinite(ap).sum(1)
 
-def _sampled(mask, most, seed):
-    "At most so many rows of `mask`, in order"
-    return np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(mask))[:most])
+def _sampled(c, most, seed):
+    "At most so many of the controls, in order"
+    ids = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(c))[:most])
+    if len(ids)>=3: return ids
+    raise ValueError(f'{len(ids)} controls: mark them in column `control`, at least 3 are needed')
 
 # %% ../nbs/35_retrieval.ipynb #7a01a876
 def activity(
     x, # AnnData, or `(X, obs)`, with controls
     by='perturbation', # Column that makes replicates
-    not_same=(), # Columns that must differ between a well and its replicates, and between it and the controls
-    batch='batch', # Column; null sets have the same number of controls in every batch
+    not_same=(), # Columns in which a well differs from its replicates, and from the controls
+    batch='batch', # Column, None for one batch; null sets have as many controls of every batch
     n_null=1000, # Random sets of controls
     max_controls=2000, # More are sampled
     seed=0,
-)->pd.DataFrame: # As from `consistency`; perturbations without a replicate that differs in `not_same` are left out
+)->pd.DataFrame: # As from `consistency`, of perturbations with replicates that differ in `not_same`
     "Mean average precision of replicates against controls, compared with sets of controls"
     Z,obs = _unit(x)
-    c,b,groups = _groups(obs, by, batch)
-    ids,rule = _sampled(c, max_controls, seed),_Rule(obs, (), not_same) if len(not_same) else np.not_equal.outer
+    c,_,b,groups = _groups(obs, by, batch)
+    rule,ids = _replicates(obs, _columns(not_same)),_sampled(c, max_controls, seed)
     groups = {k:v for k,v in groups.items() if rule(v, v).any()}
-    if not groups: raise ValueError(f'no {by} has two wells that differ in {", ".join(listed(not_same))}: there are no replicates to look for')
-    if len(ids)<3: raise ValueError(f'{len(ids)} controls: mark them in column `control`, at least 3 are needed')
+    if not groups: raise ValueError(f'no {by} has two wells that differ in {_and(not_same)}: '
+                                    'there are no replicates to look for')
     pools = {k: ids[v] for k,v in pd.Series(ids).groupby(b[ids]).indices.items()}
-    def null(bs, rng):
-        sets = _draw(pools, bs, n_null, rng)
-        return np.concatenate([_set_ap(Z, ids, rule, o) for o in np.array_split(sets, -(-sets.size*len(ids)//2**22))])
-    return _tested(groups, b, {k: _set_ap(Z, ids, rule, v[None])[0] for k,v in groups.items()}, null, seed).rename_axis(by)
+    def null(batches, rng):
+        sets = _draw(pools, batches, n_null, rng)
+        parts = np.array_split(sets, -(-sets.size*len(ids)//2**22)) # for memory
+        return np.concatenate([_set_ap(Z, ids, rule, o) for o in parts])
+    values = {k: _set_ap(Z, ids, rule, v[None])[0] for k,v in groups.items()}
+    return _tested(groups, b, values, null, seed).rename_axis(by)
+
+def _replicates(obs, not_same):
+    "Which wells may be compared: any two, or those that differ in columns `not_same`"
+    if not not_same: return np.not_equal.outer
+    _in_question(obs, not_same)
+    return _Rule(obs, (), not_same)
 
 # %% ../nbs/35_retrieval.ipynb #26556a66
 def energy_distance(
@@ -217,7 +310,7 @@ def energy_distance(
 
 # %% ../nbs/35_retrieval.ipynb #869a2c45
 def _energy_null(D, ids):
-    "Energy distance of each set of controls `ids (n,k)` from the other controls, from their distances `D (m,m)`"
+    "Energy distance of sets of controls `ids (n,k)` from the others, given all distances `D (m,m)`"
     m,k = len(D),ids.shape[1]
     rows,own = D.sum(1)[ids].sum(1),D[ids[:,:,None],ids[:,None]].sum((1,2))
     return 2*(rows-own)/(k*(m-k)) - own/k**2 - (D.sum()-2*rows+own)/(m-k)**2
@@ -226,21 +319,22 @@ def _energy_null(D, ids):
 def magnitude(
     x, # AnnData, or `(X, obs)`, with controls
     by='perturbation', # Column that makes replicates
-    batch='batch', # Column; null sets have the same number of controls in every batch
+    batch='batch', # Column, None for one batch; null sets have as many controls of every batch
     n_null=1000, # Random sets of controls
     max_controls=2000, # More are sampled
     seed=0,
 )->pd.DataFrame: # As from `consistency`
     "Energy distance of each perturbation from the controls, against sets of controls"
     A,obs = table_of(x)
-    c,b,groups = _groups(obs, by, batch)
-    if c.sum()<3: raise ValueError(f'{c.sum()} controls: mark them in column `control`, at least 3 are needed')
+    c,_,b,groups = _groups(obs, by, batch)
     ids = _sampled(c, max_controls, seed)
     C = A[ids]
     D = cdist(C, C)
     pools = pd.Series(range(len(ids))).groupby(b[ids]).indices
-    values = {k: 2*cdist(A[v], C).mean()-cdist(A[v], A[v]).mean()-D.mean() for k,v in groups.items()}
-    return _tested(groups, b, values, lambda bs,rng: _energy_null(D, _draw(pools, bs, n_null, rng)), seed).rename_axis(by)
+    distance = lambda W: 2*cdist(W, C).mean()-cdist(W, W).mean()-D.mean()
+    values = {k: distance(A[v]) for k,v in groups.items()}
+    null = lambda batches,rng: _energy_null(D, _draw(pools, batches, n_null, rng))
+    return _tested(groups, b, values, null, seed).rename_axis(by)
 
 # %% ../nbs/35_retrieval.ipynb #adeb41b0
 def match(
@@ -249,24 +343,28 @@ def match(
     not_same='compound', # Columns that must differ
     k=1, # Neighbours that vote
     step=256, # Rows per block
-)->pd.DataFrame: # `obs` of the treatments that have a partner, with `found`, `right`, and `chance` of a random partner
+)->pd.DataFrame: # `obs` of those with a partner, `found`, `right`, and `chance` of a random partner
     "The label of the nearest profiles, among those that may be looked at"
+    if k<1: raise ValueError(f'k is at least 1, not {k}')
     Z,obs = _unit(x)
-    y = codes(obs, listed(label))
-    rule,rows = _Rule(obs, (), listed(not_same)),np.array_split(np.arange(len(Z)), max(1, -(-len(Z)//step)))
-    res = [_nearest(Z[r]@Z.T, rule(r, np.arange(len(Z)))&(y>=0), y, y[r], k) for r in rows]
+    not_same = _columns(not_same)
+    _in_question(obs, [label,*not_same])
+    y,rule,every = _codes(obs, [label]),_Rule(obs, (), not_same),np.arange(len(Z))
+    blocks = np.array_split(every, -(-len(Z)//step))
+    res = [_nearest(Z[r]@Z.T, rule(r, every)&(y>=0), y, y[r], k) for r in blocks]
     found,chance = (np.concatenate(o) for o in zip(*res))
     use = (chance>0)&(y>=0)
-    if not use.any(): raise ValueError(f'no row has a partner of its own {label} that differs in {", ".join(listed(not_same))}: there is nothing to match')
-    names = pd.Series(obs[label].to_numpy()).groupby(y).first()
-    return obs[use].assign(found=names.reindex(found[use]).to_numpy(), right=(found==y)[use], chance=chance[use])
+    if not use.any(): raise ValueError(f'no row has a partner of its own {label} that differs in '
+                                       f'{_and(not_same)}: there is nothing to match')
+    names = pd.Series(obs[label].to_numpy()).groupby(y).first()[found[use]]
+    return obs[use].assign(found=names.to_numpy(), right=(found==y)[use], chance=chance[use])
 
 # %% ../nbs/35_retrieval.ipynb #fb9b0557
 def _nearest(cos, ok, y, own, k):
-    "Label that most of the `k` nearest allowed columns have (of equals, the one nearest), and the share of `own` among the allowed"
+    "Label most frequent among the `k` nearest allowed, and the share of `own` among all allowed"
     near = np.argsort(np.where(ok, -cos, np.inf), axis=1, kind='stable')[:,:k]
     votes = np.where(np.take_along_axis(ok, near, 1), y[near], -1)
-    count = (votes[:,:,None]==votes[:,None]).sum(2)*(votes>=0)
+    count = (votes[:,:,None]==votes[:,None]).sum(2)*(votes>=0) # of equals, argmax takes the nearest
     with np.errstate(invalid='ignore'): chance = (ok&(y==own[:,None])).sum(1)/ok.sum(1)
     return votes[np.arange(len(votes)),count.argmax(1)],np.nan_to_num(chance)
 
@@ -282,14 +380,23 @@ def probe(
 )->dict: # `accuracy` (balanced), `ci_low`, `ci_high`, `chance`, `n_classes`, `n_groups`
     "Balanced accuracy of logistic regression on groups it has not seen"
     A,obs = table_of(x)
-    y,g = codes(obs, [label]),codes(obs, [groups])
+    has = _in_question(obs, [label,groups])
+    A,y,g = A[has],_codes(obs, [label])[has],_codes(obs, [groups])[has]
     n_groups,n_classes = len(np.unique(g)),len(np.unique(y))
-    if n_groups<n_folds: raise ValueError(f'{n_folds} folds need as many {groups}, there are {n_groups}: lower n_folds')
+    if n_groups<n_folds: raise ValueError(f'{n_folds} folds need as many {groups}, there are '
+                                          f'{n_groups}: lower n_folds')
     if n_classes<2: raise ValueError(f'all rows have the same {label}: there is nothing to predict')
-    model,pred = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=500, class_weight='balanced')),np.full(len(y), -1)
-    for train,test in StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(A, y, g): pred[test] = model.fit(A[train], y[train]).predict(A[test])
-    acc,lo,hi = balanced_accuracy(y, pred, g, n_boot, seed)
-    return dict(accuracy=acc, ci_low=lo, ci_high=hi, chance=1/n_classes, n_classes=n_classes, n_groups=n_groups)
+    acc,lo,hi = balanced_accuracy(y, _unseen(A, y, g, n_folds, C, seed), g, n_boot, seed)
+    return dict(accuracy=acc, ci_low=lo, ci_high=hi, chance=1/n_classes,
+                n_classes=n_classes, n_groups=n_groups)
+
+def _unseen(A, y, g, n_folds, C, seed):
+    "Class of each row, predicted from rows of other groups `g`"
+    line = LogisticRegression(C=C, max_iter=500, class_weight='balanced')
+    model,pred = make_pipeline(StandardScaler(), line),np.full(len(y), -1)
+    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    for a,b in folds.split(A, y, g): pred[b] = model.fit(A[a], y[a]).predict(A[b])
+    return pred
 
 # %% ../nbs/35_retrieval.ipynb #1e3b367b
 def balanced_accuracy(
@@ -300,9 +407,12 @@ def balanced_accuracy(
     seed=0,
 )->tuple: # Value, and the ends of its 95 % interval
     "Balanced accuracy and its interval over groups"
-    rng,members = np.random.default_rng(seed),list(pd.Series(range(len(y))).groupby(groups).indices.values())
-    draws = [np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]) for _ in range(n_boot)]
-    lo,hi = np.percentile([_balanced(y[d], pred[d]) for d in draws], [2.5,97.5]).tolist() if n_boot else (np.nan,np.nan)
+    rng,members = np.random.default_rng(seed),pd.Series(range(len(y))).groupby(groups).indices
+    members,res = [*members.values()],[]
+    for _ in range(n_boot):
+        rows = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        res.append(_balanced(y[rows], pred[rows]))
+    lo,hi = np.percentile(res, [2.5,97.5]).tolist() if n_boot else (np.nan,np.nan)
     return _balanced(y, pred),lo,hi
 
 def _balanced(y, pred):

@@ -61,13 +61,13 @@ def test_relationships_with_blanks_repeats_and_self_pairs():
 
 def test_relationships_of_other_shapes(tmp_path):
     with pytest.raises(ValueError, match='no column entity1 and entity2 .it has a, b, c.*name its two'): read_relationships(pd.DataFrame([[1, 2, 3]], columns=[*'abc']))
-    with pytest.raises(ValueError, match=r'no \.txt or \.csv'): recall((np.eye(20), range(20)), tmp_path)
+    with pytest.raises(ValueError, match=r'no \.txt, \.csv'): recall((np.eye(20), range(20)), tmp_path)
     (tmp_path/'c.tsv').write_text('one\tA B\nno tab here\n')
     with pytest.raises(ValueError, match='line 2 of c.tsv'): read_complexes(tmp_path/'c.tsv')
     with gzip.open(tmp_path/'p.txt', 'wt') as f: f.write('entity1,entity2\nA,B\n')
     assert read_relationships(tmp_path/'p.txt').values.tolist() == [['A', 'B']] # zipped, under a plain name
     (tmp_path/'q.txt').write_bytes(b'PK\0\0')
-    with pytest.raises(ValueError, match='q.txt is empty, or no text'): read_relationships(tmp_path/'q.txt')
+    with pytest.raises(ValueError, match='q.txt: no text'): read_relationships(tmp_path/'q.txt')
 
 def test_checksum_too_short():
     with pytest.raises(ValueError, match='12 characters'): download('http://127.0.0.1:9', 'x', 'abc')
