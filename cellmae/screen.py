@@ -25,6 +25,7 @@ SITE = ['batch','plate','well','site'] # What a site is known by, everywhere
 WELL = SITE[:3]
 KEYS = [*SITE,'perturbation','control'] # The columns that every screen has
 
+# %% ../nbs/03_screen.ipynb #3a57a73d
 @contextmanager
 def _about(what):
     "Errors say what they are about: the path of a table"
@@ -38,6 +39,7 @@ def _words(o):
     twin = 'batch' in o and 'plate' in o and o['batch']==o['plate']
     return ', '.join(f'{k} {o[k]}' for k in SITE[twin:] if k in o)
 
+# %% ../nbs/03_screen.ipynb #ba766cbb
 def _renamed(df, names):
     "Columns under the names we want, beside the ones they had; what they displace is kept too"
     gone = [v for v in names.values() if v not in df]
@@ -206,6 +208,7 @@ def _columns(df, files, controls, plate):
     own = [c for c in df if c not in KEYS and not re.match(f'file(_|$)|{_elsewhere}', str(c))]
     return pd.concat([df[KEYS+own], pd.DataFrame(files, index=df.index)], axis=1)
 
+# %% ../nbs/03_screen.ipynb #80c49531
 def _controls(df, controls):
     "Which rows are controls: those called so, else a column `control`, else names in `CONTROLS`"
     names = df['perturbation']
@@ -233,6 +236,7 @@ def __repr__(self:Screen):
             f'plates={plates}, batches={batches}, perturbations={perturbations}, '
             f'channels={self.channels})')
 
+# %% ../nbs/03_screen.ipynb #d05ca289
 @patch(as_prop=True)
 def wells(self:Screen):
     "One row per well, with its number of sites; a well whose sites disagree has no label"
@@ -307,6 +311,7 @@ def _no_match(root, pattern, found):
     return (f'{root}: none of {len(found)} images matches {pattern}; the first is {min(found)}. '
             f'{why}Correct the pattern.')
 
+# %% ../nbs/03_screen.ipynb #52c01ea2
 def _match_files(root, pattern):
     "A row per image that matches; a word about those that do not"
     strict,loose = _regex(pattern, _well),_regex(pattern)
@@ -335,6 +340,7 @@ def _choose(df, field, want, name):
     raise ValueError(f'{{{field}}} is one of {sorted(there)[:8]}. Choose it, '
                      f'`{name}={there[0].lstrip("0") or 0}`{project}.')
 
+# %% ../nbs/03_screen.ipynb #96c212e0
 def _once(df, every, pattern):
     "Refuse two files for one place"
     twice = df[df.duplicated(every, keep=False)].sort_values([*every,'file'])
@@ -388,6 +394,7 @@ def _plate_map(meta, names):
         meta = _filled(meta[meta['well']!='']).drop_duplicates()
         return meta.assign(control=_said(meta)) if 'control' in meta else meta
 
+# %% ../nbs/03_screen.ipynb #610bcd25
 def _unambiguous(meta, on):
     "Refuse a plate map that says two things of one place"
     twice = meta[meta.duplicated(on, keep=False)]
@@ -397,6 +404,7 @@ def _unambiguous(meta, on):
     raise ValueError(f'The plate map has two rows for {_words({k: a[k] for k in on})}: {diff}. '
                      'Keep one, or add a column `plate`.')
 
+# %% ../nbs/03_screen.ipynb #7681c274
 def _say_unmet(sites, places, n):
     "Say how many of `n` sites the plate map does not name; refuse it if it names none of them"
     such = lambda o: _words(o.iloc[0].to_dict())
@@ -442,6 +450,7 @@ def _lead(found):
         else: return
     return out
 
+# %% ../nbs/03_screen.ipynb #e11188f3
 def _guess(found):
     "The pattern of an instrument that all images follow, or None"
     lead,end = _lead(found),Path(found[0]).suffix
@@ -738,6 +747,7 @@ def _contradictions(t):
             f'Its sites have the perturbation {what} so the well has none. Correct the plate map.'))
     return rows
 
+# %% ../nbs/03_screen.ipynb #062f1dda
 def _controls_short(t):
     "Batches with too few controls to learn a correction from"
     rows,cure = [],'Name them with `controls=[...]`, or in a column `control`.'
@@ -750,6 +760,7 @@ _few = [('no controls', 'has none, so it cannot be corrected: centring takes two
         ('one control', 'has one well of them, so it cannot be corrected: centring takes two'),
         ('two controls', 'has two wells of them: enough to centre it, too few to know its spread')]
 
+# %% ../nbs/03_screen.ipynb #24f8edde
 def _nameless(t):
     "Wells without a perturbation, and perturbations that look like dates"
     wells,rows = t[WELL+KEYS[4:]].drop_duplicates(WELL),[]
@@ -763,6 +774,7 @@ def _nameless(t):
         'Take the names from the source of the table.'))
     return rows
 
+# %% ../nbs/03_screen.ipynb #cc51ff48
 @patch
 def _table_problems(self:Screen):
     "Problems `(problem,batch,plate,well,site,cure)` that need no pixels"
@@ -781,6 +793,7 @@ def _ahead(f, n, workers):
         while todo: yield todo.popleft().result()
     finally: pool.shutdown(wait=False, cancel_futures=True) # also when it is interrupted
 
+# %% ../nbs/03_screen.ipynb #2fe03e9d
 @patch
 def check(self:Screen,
     workers:int=4, # Threads that read
