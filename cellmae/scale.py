@@ -19,6 +19,7 @@ from timm.optim.lion import Lion
 from .files import moved
 from .screen import open_screen, split
 from .device import has_bf16, memory_kept
+from .plots import plain
 from .train import given
 from .zoo import Recipe, cost, create_model, list_models, recipe
 
@@ -26,7 +27,7 @@ from .zoo import Recipe, cost, create_model, list_models, recipe
 def training_flops(
     model, # Name of a model (see `list_models`), or a module that takes images as uint8
     n_images:float, # Images seen in the whole run: epochs times crops
-    crop:int=None, # Side of a crop in pixels; default: the recipe's, or `img_size` of the module's `config`
+    crop:int=None, # Side of a crop in pixels; default: the recipe's, or the module's `img_size`
     **kwargs, # Arguments of `cost`: `in_chans`, or for a name anything that `create_model` takes
 )->float: # Floating-point operations (a multiplication and an addition are two)
     "Operations of a whole training run"
@@ -37,47 +38,56 @@ def _memory(c, bs, bf16):
     "GB for a step with `bs` images on a device, from the numbers of `cost`"
     return c['state']*(14/12 if bf16 else 1) + bs*c['image']*(.6 if bf16 else 1)/1024
 
-def _largest_bs(c, gb, bf16): return max(0, math.floor((gb-_memory(c, 0, bf16))/(_memory(c, 1, bf16)-_memory(c, 0, bf16))))
+def _largest_bs(c, gb, bf16):
+    none,one = (_memory(c, bs, bf16) for bs in (0,1))
+    return max(0, math.floor((gb-none)/(one-none)))
 
-def _n_images(data): return int(data) if isinstance(data, (int,float)) else len(split(open_screen(data))[0])
+def _n_images(data):
+    return int(data) if isinstance(data, (int,float)) else len(split(open_screen(data))[0])
 
 # %% ../nbs/27_scale.ipynb #b3aa45a2
-def _plan_one(model, n_images, memory_gb, flops_per_s, devices, bf16, spare, given, kwargs):
+def _plan_one(model, n_images, memory_gb, flops_per_s, devices, bf16, spare, changes, kwargs):
     "A row of `plan`"
     name = model if isinstance(model, str) else getattr(model, 'name', type(model).__name__)
-    r = replace(recipe(name) if name in list_models() else Recipe(), **given)
+    r = replace(recipe(name) if name in list_models() else Recipe(), **changes)
     c = cost(model, r.crop, **kwargs)
     largest = _largest_bs(c, memory_gb*(1-spare), bf16) if memory_gb else r.bs
     accumulate = math.ceil(r.bs/largest) if largest else 0
     bs = math.ceil(r.bs/accumulate) if largest else 0
-    hours = n_images*c['train']*1e9/(flops_per_s*devices)/3600 if flops_per_s else float('nan')
-    return dict(model=name, tokens=c['tokens'], gflop=c['train'], image_mb=c['image']*(.6 if bf16 else 1), largest_bs=largest if memory_gb else float('nan'), bs=bs, accumulate=accumulate,
-                memory_gb=_memory(c, bs, bf16), steps=math.ceil(n_images/(r.bs*devices)), epochs=r.epochs, flops=n_images*r.epochs*c['train']*1e9, epoch_h=hours, run_h=hours*r.epochs)
+    hours = n_images*c['train']*1e9/(flops_per_s*devices)/3600 if flops_per_s else math.nan
+    return dict(
+        model=name, tokens=c['tokens'], gflop=c['train'], image_mb=c['image']*(.6 if bf16 else 1),
+        largest_bs=largest if memory_gb else math.nan, bs=bs, accumulate=accumulate,
+        memory_gb=_memory(c, bs, bf16), steps=math.ceil(n_images/(r.bs*devices)), epochs=r.epochs,
+        flops=n_images*r.epochs*c['train']*1e9, epoch_h=hours, run_h=hours*r.epochs)
 
 # %% ../nbs/27_scale.ipynb #9a6fc9de
 def plan(
     models, # Name of a model, or a module, or a list of them
-    data, # Training images of an epoch: their number, or a `Screen` (or its path) of which a tenth is held out
+    data, # Training images of an epoch: a number, or a `Screen` or its path, less a tenth
     memory_gb:float=None, # Memory of a device; default: no limit
     flops_per_s:float=None, # Speed of a device, from `measure_speed`; default: no times
     devices:int=1, # Devices that share the work
     bf16:bool=True, # In bfloat16?
     spare:float=.2, # Part of the memory for workspace and libraries
-    epochs:int=None, # Epochs; default for this and the next two: the model's recipe, or `Recipe()`
+    epochs:int=None, # Default for this and the next two: the model's recipe, or `Recipe()`
     bs:int=None, # Images per step and device
     crop:int=None, # Side of a crop in pixels
     **kwargs # Arguments of `cost`, such as `in_chans`
-)->pd.DataFrame: # A row per model: `tokens`, `gflop` and `image_mb` per image; `largest_bs` that fits; `bs`, times `accumulate`, makes a step; `memory_gb` for it; `steps` of an epoch; `flops` of the run; hours
+)->pd.DataFrame: # A row per model: per image, per step (`bs` times `accumulate`), epoch and run
     "What training will take on a device"
-    changes = given(epochs=epochs, bs=bs, crop=crop)
-    rows = [_plan_one(m, _n_images(data), memory_gb, flops_per_s, devices, bf16, spare, changes, kwargs) for m in (models if isinstance(models, (list,tuple)) else [models])]
+    models = models if isinstance(models, (list,tuple)) else [models]
+    n,changes = _n_images(data),given(epochs=epochs, bs=bs, crop=crop)
+    rows = [_plan_one(m, n, memory_gb, flops_per_s, devices, bf16, spare, changes, kwargs)
+            for m in models]
     return pd.DataFrame(rows).set_index('model')
 
 # %% ../nbs/27_scale.ipynb #d974ba14
 def _step(model, opt, x, bf16):
     "One training step; a module without a loss is given one"
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): out = model(x)
-    (out[0] if isinstance(out, tuple) else out).float().mean().backward() # what a model returns begins with its loss, or has none
+    loss = out[0] if isinstance(out, tuple) else out # what a model returns begins with its loss
+    loss.float().mean().backward()
     opt.step(); opt.zero_grad()
     if x.is_cuda: torch.cuda.synchronize()
 
@@ -94,9 +104,12 @@ def measure_speed(
     "Time real training steps on random images"
     device = torch.device(device or default_device())
     bf16 = has_bf16(device) if bf16 is None else bf16
-    flops,crop = training_flops(model, bs, crop, **kwargs),crop or (recipe(model).crop if isinstance(model, str) else model.config['img_size'])
-    model = (create_model(model, **kwargs) if isinstance(model, str) else copy.deepcopy(model)).to(device).train()
-    x = torch.randint(0, 256, (bs, kwargs.get('in_chans') or model.in_chans, crop, crop), dtype=torch.uint8, device=device)
+    flops = training_flops(model, bs, crop, **kwargs)
+    if isinstance(model, str): crop,model = crop or recipe(model).crop,create_model(model, **kwargs)
+    else: crop,model = crop or model.config['img_size'],copy.deepcopy(model)
+    model = model.to(device).train()
+    shape = bs,kwargs.get('in_chans') or model.in_chans,crop,crop
+    x = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     opt,secs = Lion(model.parameters(), lr=1e-6),[]
     with memory_kept():
         for _ in range(steps+1):
@@ -106,7 +119,9 @@ def measure_speed(
     return flops/float(np.median(secs[1:]))
 
 # %% ../nbs/27_scale.ipynb #04ce7127
-def _short(fit): return f"{type(fit).__name__}({', '.join(f'{k}={v:.4g}' for k,v in vars(fit).items() if k!='parts')})"
+def _short(fit):
+    numbers = ', '.join(f'{k}={v:.4g}' for k,v in vars(fit).items() if k!='parts')
+    return f'{type(fit).__name__}({numbers})'
 
 @dataclass(repr=False)
 class ScalingFit:
@@ -129,8 +144,9 @@ def _least_squares(d, y):
 def _interval(p, c0, c1):
     "Value and interval of `c0*mean + c1*slope`"
     (mean,slope,s),(m,b,s_drawn) = p['fit'],p['drawn']
-    k = np.sqrt(c0**2/p['n'] + c1**2/p['spread'])
-    value,t = c0*mean+c1*slope,np.quantile(np.abs(c0*m+c1*b)/(k*np.maximum(s_drawn, 1e-9*s+1e-300)), p['level'])
+    k,value = np.sqrt(c0**2/p['n'] + c1**2/p['spread']),c0*mean+c1*slope
+    drawn = np.abs(c0*m+c1*b)/(k*np.maximum(s_drawn, 1e-9*s+1e-300))
+    t = np.quantile(drawn, p['level'])
     return value,value-t*k*s,value+t*k*s
 
 # %% ../nbs/27_scale.ipynb #9a2a21cf
@@ -138,21 +154,27 @@ def _points(flops, values, groups):
     "Log10 FLOPs and values of the points, repeats averaged"
     t = pd.DataFrame(dict(flops=np.asarray(flops, float), y=np.asarray(values, float)))
     bad = ~((t['flops']>0) & np.isfinite(t).all(axis=1))
-    if bad.any(): raise ValueError(f'row {bad.argmax()} has {t.flops[bad.argmax()]} FLOPs and the value {t.y[bad.argmax()]}: leave out rows that are not finite, and FLOPs that are not positive')
+    if bad.any():
+        i = bad.argmax()
+        raise ValueError(f'row {i} has {t.flops[i]} FLOPs and the value {t.y[i]}: leave out rows '
+                         'that are not finite, and FLOPs that are not positive')
     t['x'] = np.log10(t['flops'])
     p = t.groupby(t['flops'] if groups is None else np.asarray(groups))[['x','y']].mean()
-    if len(p)<4 or np.ptp(p['x'])<1e-9: raise ValueError(f'{len(p)} models at {p.x.round(9).nunique()} different FLOPs: an interval needs at least 4 models that differ in FLOPs (seeds of one model are one point)')
+    if len(p)<4 or np.ptp(p['x'])<1e-9:
+        raise ValueError(f'{len(p)} models at {p.x.round(9).nunique()} different FLOPs: an '
+                         'interval needs at least 4 models that differ in FLOPs (seeds of one '
+                         'model are one point)')
     return p['x'].to_numpy(),p['y'].to_numpy()
 
 # %% ../nbs/27_scale.ipynb #cad4ac8c
 def fit_scaling(
     flops, # FLOPs of the training runs, such as from `training_flops`
     values, # What they reached: recall, loss, ...
-    groups=None, # For each run, the model it is a repeat of; default: runs of the same FLOPs are repeats
+    groups=None, # Model that each run is a repeat of; default: runs of the same FLOPs are repeats
     level:float=.95, # Of the interval
     n_boot:int=2000, # Sets of residuals to draw
     seed:int=0, # Of the draws
-)->ScalingFit: # `slope`, `low`, `high`, `intercept`, `r2`, `n_points`, and `line` for the line at any FLOPs
+)->ScalingFit: # `slope` with `low` and `high`, `intercept`, `r2`, and `line` for any FLOPs
     "The line through values against log10 FLOPs, with a bootstrap interval"
     x,y = _points(flops, values, groups)
     n,d = len(x),x-x.mean()
@@ -160,7 +182,8 @@ def fit_scaling(
     res = (y-mean-slope*d)/np.sqrt(1-1/n-d**2/(d@d)).clip(1e-6) # all of the same variance
     g = np.random.default_rng(seed)
     drawn = g.choice(res, (n_boot,n))*g.choice([-1,1], (n_boot,n))
-    parts = dict(fit=fit, drawn=_least_squares(d, drawn), n=n, spread=d@d, centre=x.mean(), level=level)
+    parts = dict(fit=fit, drawn=_least_squares(d, drawn), n=n, spread=d@d, centre=x.mean(),
+                 level=level)
     r2 = 1-s**2*(n-2)/max(((y-mean)**2).sum(), 1e-300)
     return ScalingFit(*map(float, (*_interval(parts, 0, 1), mean-slope*x.mean(), r2)), n, parts)
 
@@ -168,10 +191,11 @@ def fit_scaling(
 @patch
 def line(self:ScalingFit,
     flops, # Where
-)->pd.DataFrame: # `flops`, `value`, `low` and `high`: the line and the interval in which it lies at each place
+)->pd.DataFrame: # `flops`, `value`, and `low` and `high` between which the line lies there
     "The line at any FLOPs, with its interval"
-    rows = [_interval(self.parts, 1, np.log10(c)-self.parts['centre']) for c in np.atleast_1d(flops)]
-    return pd.DataFrame([(c,*r) for c,r in zip(np.atleast_1d(flops), rows)], columns=['flops','value','low','high'])
+    at = np.atleast_1d(flops)
+    rows = [(c,*_interval(self.parts, 1, np.log10(c)-self.parts['centre'])) for c in at]
+    return pd.DataFrame(rows, columns=['flops','value','low','high'])
 
 # %% ../nbs/27_scale.ipynb #6c08fca9
 def _fits(t, x, y, group):
@@ -182,10 +206,13 @@ def _fits(t, x, y, group):
 
 def _draw_family(ax, t, k, fit, color, x, y, low, high):
     "Points, whiskers, line and band of one family"
-    if {low,high}<=set(t): ax.errorbar(t[x], t[y], np.clip([t[y]-t[low],t[high]-t[y]], 0, None), fmt='none', ecolor=color, elinewidth=1, capsize=2, alpha=.5)
-    slope = '' if fit is None else f'\n{fit.slope:+.2g} per decade\n[{fit.low:+.2g}, {fit.high:+.2g}]'
-    ax.plot(t[x], t[y], 'o', color=color, ms=4, label=f'{k}{slope}')
+    if {low,high}<=set(t):
+        err = np.clip([t[y]-t[low],t[high]-t[y]], 0, None)
+        ax.errorbar(t[x], t[y], err, fmt='none', ecolor=color, elinewidth=1, capsize=2, alpha=.5)
+    points, = ax.plot(t[x], t[y], 'o', color=color, ms=4, label=plain(k))
     if fit is None: return
+    interval = f'[{fit.low:+.2g}, {fit.high:+.2g}]'
+    points.set_label(f'{plain(k)}\n{fit.slope:+.2g} per decade\n{interval}')
     at = fit.line(np.geomspace(t[x].min(), t[x].max(), 50))
     ax.plot(at['flops'], at['value'], color=color, lw=1.2)
     ax.fill_between(at['flops'], at['low'], at['high'], color=color, alpha=.15, lw=0)
@@ -198,19 +225,24 @@ def plot_scaling(
     family='family', # Column whose values get a colour and a line each
     low='ci_low', # Column of the lower ends of the whiskers, if there is one
     high='ci_high', # Column of the upper ends
-    group=None, # Column that names the model a row is a repeat of; default: rows of the same FLOPs are repeats
+    group=None, # Column of the model that a row repeats; default: rows of the same FLOPs repeat
     label=None, # Column of names to write beside the points
     ax=None, # Axes to draw into; default: a new figure
 )->Figure:
     "Values against training FLOPs, with a line and its band for each family"
     missing = [c for c in (x,y,family,group,label) if c and c not in table]
-    if missing: raise ValueError(f'no column {missing[0]!r} (there are {", ".join(map(str, table.columns))})')
+    if missing:
+        columns = ', '.join(map(str, table.columns))
+        raise ValueError(f'no column {missing[0]!r} (there are {columns})')
     if ax is None: ax = plt.subplots(figsize=(7,3.2), layout='constrained')[1]
-    ax.set(xscale='log', xlabel='training FLOPs', ylabel=y)
-    for i,(k,t) in enumerate(table.groupby(family, sort=False)): _draw_family(ax, t, k, _fits(t, x, y, group), f'C{i%10}', x, y, low, high)
+    ax.set(xscale='log', xlabel='training FLOPs', ylabel=plain(y))
+    for i,(k,t) in enumerate(table.groupby(family, sort=False)):
+        _draw_family(ax, t, k, _fits(t, x, y, group), f'C{i%10}', x, y, low, high)
     ax.legend(loc='center left', bbox_to_anchor=(1.01,.5), fontsize=8, frameon=False)
     _thin_ticks(ax, table[x])
-    if label: _name_points(ax, table.groupby([family,label], sort=False)[[x,y]].mean().reset_index(), table, x, y, label)
+    if label:
+        means = table.groupby([family,label], sort=False)[[x,y]].mean().reset_index()
+        _name_points(ax, means, table, x, y, label)
     return ax.figure
 
 # %% ../nbs/27_scale.ipynb #8a2474c4
@@ -219,22 +251,39 @@ def _thin_ticks(ax, x):
     lo,hi = np.log10(np.min(x)),np.log10(np.max(x))
     ax.set_xlim(10**(lo-.08*(hi-lo)-.02), 10**(hi+.08*(hi-lo)+.02))
     if np.floor(hi)-np.ceil(lo)<1:
-        ax.xaxis.set(major_locator=plt.LogLocator(subs=(1,2,5)) if hi-lo>.7 else plt.MaxNLocator(3), major_formatter=plt.FuncFormatter(lambda v, _: f'{v:.3g}'.replace('e+', 'e')))
+        places = plt.LogLocator(subs=(1,2,5)) if hi-lo>.7 else plt.MaxNLocator(3)
+        short = plt.FuncFormatter(lambda v, _: f'{v:.3g}'.replace('e+', 'e'))
+        ax.xaxis.set(major_locator=places, major_formatter=short)
     ax.xaxis.set_minor_formatter(plt.NullFormatter())
 
-def _name_points(ax, t, points, x, y, label):
-    "Write names beside points, each at the first place that is free; a name that fits nowhere is left out"
-    ax.figure.draw_without_rendering()
-    room,taken = ax.get_window_extent().padded(-3),[Bbox.from_bounds(*(p-5), 10, 10) for p in ax.transData.transform(points[[x,y]])]
-    places = [(r*np.cos(a), r*np.sin(a), r) for r in (8,16,28,42) for a in np.pi*np.array([0,1,1.5,.5,1.75,.25,1.25,.75])]
-    for name,p in zip(t[label], t[[x,y]].to_numpy()):
-        for dx,dy,r in places:
-            text = ax.text(*p, str(name), size=7, ha='left' if dx>1 else 'right' if dx<-1 else 'center', va='center', transform=offset_copy(ax.transData, ax.figure, dx, dy, units='points'))
+_angles = np.pi*np.array([0,1,1.5,.5,1.75,.25,1.25,.75])
+
+def _write(ax, p, name, dx, dy):
+    "A name, `dx` and `dy` points away from `p`"
+    beside = offset_copy(ax.transData, ax.figure, dx, dy, units='points')
+    side = 'left' if dx>1 else 'right' if dx<-1 else 'center'
+    return ax.text(*p, plain(name), size=7, ha=side, va='center', transform=beside)
+
+def _name_point(ax, p, name, room, taken):
+    "Write a name at the first free place beside `p`; leave it out if there is none"
+    for r in (8,16,28,42):
+        for dx,dy in zip(r*np.cos(_angles), r*np.sin(_angles)):
+            text = _write(ax, p, name, dx, dy)
             box = text.get_window_extent()
-            if all(room.contains(*c) for c in (box.min,box.max)) and not any(box.overlaps(o) for o in taken):
-                if r>8: ax.annotate('', p, (dx,dy), textcoords='offset points', arrowprops=dict(arrowstyle='-', lw=.4, color='.5', shrinkB=3))
-                taken.append(box); break
+            inside = all(room.contains(*c) for c in (box.min,box.max))
+            if inside and not any(box.overlaps(o) for o in taken):
+                if r>8: ax.annotate('', p, (dx,dy), textcoords='offset points', arrowprops=_line)
+                return taken.append(box)
             text.remove()
+
+_line = dict(arrowstyle='-', lw=.4, color='.5', shrinkB=3)
+
+def _name_points(ax, t, points, x, y, label):
+    "Write names beside points, away from each other and from all points"
+    ax.figure.draw_without_rendering()
+    room,at = ax.get_window_extent().padded(-3),ax.transData.transform(points[[x,y]])
+    taken = [Bbox.from_bounds(*(p-5), 10, 10) for p in at]
+    for name,p in zip(t[label], t[[x,y]].to_numpy()): _name_point(ax, p, name, room, taken)
 
 # %% ../nbs/27_scale.ipynb #406c1499
 @dataclass(repr=False)
@@ -276,10 +325,13 @@ def fit_power(
     b = d@y/(d**2).sum(1)
     a = y.mean()-b*e.mean(1)
     sse = np.where((a>=0)&(b>0), ((y-a[:,None]-b[:,None]*e)**2).sum(1), np.inf)
-    if np.isinf(sse).all(): raise ValueError('no curve with a floor above zero falls along these losses: are they losses, and do they fall?')
+    if np.isinf(sse).all():
+        raise ValueError('no curve with a floor above zero falls along these losses: are they '
+                         'losses, and do they fall?')
     ok = sse <= sse.min()*(1+stats.f.ppf(level, 1, n-3)/(n-3))
-    parts,i = dict(a=a[ok], b=b[ok], c=c[ok], centre=x.mean()*np.log(10), best=sse[ok].argmin()),sse.argmin()
-    return PowerFit(*map(float, (c[i], c[ok].min(), c[ok].max(), a[i], a[ok].min(), a[ok].max())), n, parts)
+    parts = dict(a=a[ok], b=b[ok], c=c[ok], centre=x.mean()*np.log(10), best=sse[ok].argmin())
+    ranges = [(o[sse.argmin()], o[ok].min(), o[ok].max()) for o in (c,a)] # of power and floor
+    return PowerFit(*np.concatenate(ranges).tolist(), n, parts)
 
 # %% ../nbs/27_scale.ipynb #27a20317
 __getattr__ = moved(__name__, Together='many_gpus', join_processes='many_gpus')
