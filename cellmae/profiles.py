@@ -310,6 +310,10 @@ def genes_of(
 # %% ../nbs/30_profiles.ipynb #af2cd5b2
 def _bare(names): return pd.Index(names).astype(str).str.replace('^emb_', '', regex=True)
 
+def positions(features, names):
+    "Where `names` are among `features`, which are the same or in another order; -1 where not"
+    return _bare(features).get_indexer(_bare(names))
+
 def aligned(
     w:Wells, # What is there
     names, # Features in the order wanted, or None
@@ -321,16 +325,16 @@ def aligned(
     if names is None or w.features is None:
         if D==n: return w.X
         raise ValueError(f'X has {D} features, but {who} is expecting {n} features as input')
-    have,want = _bare(w.features),_bare(names)
-    miss,more = want[~want.isin(have)],have[~have.isin(want)]
-    if len(miss)+len(more): raise ValueError('The feature names should match those that '
-        f'{who} learnt: {_some(miss, "missing")}{_some(more, "unknown")}give the same features')
-    at = have.get_indexer(want)
+    at,back = positions(w.features, names),positions(names, w.features)
+    if (at<0).any() or (back<0).any(): raise ValueError('The feature names should match those that '
+        f'{who} learnt, there are {_some(names, at<0, "missing")}, '
+        f'{_some(w.features, back<0, "unknown")}: give the same features')
     return w.X if (at==np.arange(n)).all() else w.X[:,at]
 
-def _some(names, what):
-    if not len(names): return ''
-    return f'{len(names)} {what} ({", ".join(names[:3])}{", .." if len(names)>3 else ""}), '
+def _some(names, which, what):
+    if not which.any(): return f'none {what}'
+    k = np.asarray(names)[which]
+    return f'{len(k)} {what} ({", ".join(map(str, k[:3]))}{", .." if len(k)>3 else ""})'
 
 # %% ../nbs/30_profiles.ipynb #e48413c3
 def table_of(x):

@@ -13,10 +13,11 @@ from anndata import AnnData
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from sklearn import get_config
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from .files import moved, write_whole
-from .profiles import aligned, batches_of, controls_of, opened, table_with, wells_of
+from .profiles import aligned, batches_of, controls_of, opened, positions, table_with, wells_of
 
 # %% ../nbs/32_tvn.ipynb #c8f90804
 def _enough(controls, batches):
@@ -40,11 +41,11 @@ def _control_means(X, controls, rows): return {k: X[r[controls[r]]].mean(0) for 
 
 # %% ../nbs/32_tvn.ipynb #380916eb
 class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    "Base of the corrections: `_learn` keeps what batches share, `_batches` gives each a centre and a map"
+    "Base: `_learn` keeps what batches share, `_batches` gives each batch a centre and a map"
     _rotated = False # Are results components, and not the features that came in?
 
     def fit(self,
-        X, # Wells: whatever `wells_of` takes
+        X, # Wells: AnnData, `(X, obs)`, DataFrame, file, or array `(n,D)`
         y=None, # Ignored
         controls=None, # `(n)` mask of control wells; default `obs['control']`, all rows of an array
         batches=None, # `(n)` batch of each well; default `obs['batch']`, one batch for an array
@@ -52,17 +53,18 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         "Learn centres and maps"
         w = wells_of(X)
         controls,b = controls_of(w, controls),batches_of(w, batches)
-        self._know_features(w)
-        self.batched_,self.n_controls_ = batches is not None or w.obs is not None,_enough(controls, b)
-        self.shrinkage_,rows = {},_rows(b)
+        self._know(w.X.shape[1], w.features)
+        self.batched_ = batches is not None or w.obs is not None
+        self.n_controls_,self.shrinkage_ = _enough(controls, b),{}
         _need_spread(w.X[controls])
+        rows = _rows(b)
         A = _varied(w.X, controls, rows, self._names)
         self.shared_ = self._learn(A, controls, rows)
         self.centres_,self.maps_ = self._batches(A, controls, rows)
         return self
 
     def transform(self,
-        X, # Wells: whatever `wells_of` takes
+        X, # Wells: AnnData, `(X, obs)`, DataFrame, file, or array `(n,D)`
         batches=None, # `(n)` batch of each well; default `obs['batch']`
         controls=None, # `(n)` mask, for batches that `fit` has not seen; default `obs['control']`
     ): # `(n,K)` corrected, in the form and precision of `X`
@@ -70,7 +72,8 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         X = opened(X)
         w = wells_of(X, single=True)
-        A = aligned(w, getattr(self, 'feature_names_in_', None), self.n_features_in_, type(self).__name__)
+        names = getattr(self, 'feature_names_in_', None)
+        A = aligned(w, names, self.n_features_in_, type(self).__name__)
         b = batches_of(w, batches) if self.batched_ else np.full(len(A), 'all')
         centres,maps = self._unseen(w._replace(X=A), controls, b)
         return self._like(X, _apply(A, b, self.centres_|centres, self.maps_|maps))
@@ -95,20 +98,20 @@ def _unseen(self:Correction, w, controls, batches):
     new = ~np.isin(batches, list(self.maps_))
     if not new.any(): return {},{}
     if controls is None and (w.obs is None or 'control' not in w.obs): raise ValueError(
-        f'batch {", ".join(np.unique(batches[new])[:3])} was not there when the correction was fitted '
-        f'(it knows {", ".join(list(self.maps_)[:3])}...): pass `controls=`, so that it is learnt '
-        'from its own, or the right `batches=`')
+        f'batch {", ".join(np.unique(batches[new])[:3])} was not there when the correction was '
+        f'fitted (it knows {", ".join(list(self.maps_)[:3])}...): pass `controls=`, so that it is '
+        'learnt from its own, or the right `batches=`')
     A,c,rows = w.X[new].astype(np.float64),controls_of(w, controls)[new],_rows(batches[new])
     _enough(c, batches[new])
     return self._batches(A, c, rows)
 
 # %% ../nbs/32_tvn.ipynb #d7d2e6c6
 @patch
-def _know_features(self:Correction, w):
+def _know(self:Correction, n, names):
     "Number of the features, and their names if they have some"
-    self.n_features_in_ = w.X.shape[1]
+    self.n_features_in_ = n
     vars(self).pop('feature_names_in_', None)
-    if w.features is not None: self.feature_names_in_ = w.features.to_numpy(dtype=object)
+    if names is not None: self.feature_names_in_ = np.array(names, dtype=object)
 
 @patch(as_prop=True)
 def _names(self:Correction):
@@ -120,32 +123,60 @@ def get_feature_names_out(self:Correction, input_features=None):
     "Names of what comes out: the features, or components"
     names = super(Correction, self).get_feature_names_out(input_features)
     if not self._rotated: return names
-    return np.array([f'component_{i}' for i in range(next(iter(self.maps_.values())).shape[-1])], dtype=object)
+    n = next(iter(self.maps_.values())).shape[-1]
+    return np.array([f'component_{i}' for i in range(n)], dtype=object)
 
 @patch
+def __sklearn_tags__(self:Correction):
+    "What scikit-learn wants to know of its transformers"
+    tags = super(Correction, self).__sklearn_tags__()
+    tags.input_tags.sparse = True
+    return tags
+
+# %% ../nbs/32_tvn.ipynb #ae60affd
+@patch
 def _like(self:Correction, X, res):
-    "`res` in the form of `X`; a new AnnData has a note of the correction in `uns`"
-    if isinstance(X, tuple): return res,X[1]
-    if isinstance(X, pd.DataFrame): return table_with(X, res, self.get_feature_names_out())
-    if not isinstance(X, AnnData): return res
-    note = f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k,v in self.get_params().items())})'
-    if self.shrinkage_: note += ', shrinkage of '+', '.join(f'{k} {v:.2f}' for k,v in self.shrinkage_.items())
+    "`res` in the form of `X`"
     names = self.get_feature_names_out()
-    var = pd.DataFrame(index=names) if self._rotated else X.var.reindex(names)
-    return AnnData(res.astype(np.float32), obs=X.obs.copy(), var=var, uns={**X.uns, 'correction':note})
+    if isinstance(X, tuple): return res,X[1]
+    if isinstance(X, pd.DataFrame): return table_with(X, res, names)
+    if not isinstance(X, AnnData): return res
+    if self._wants_frames(): return pd.DataFrame(res, X.obs_names, names)
+    var = pd.DataFrame(index=names) if self._rotated else self._var(X.var)
+    uns = {**X.uns, 'correction':self._note()}
+    return AnnData(res.astype(np.float32), obs=X.obs.copy(), var=var, uns=uns)
+
+@patch
+def _var(self:Correction, var):
+    "Table of the features, in the order in which they come out"
+    if not hasattr(self, 'feature_names_in_'): return var.copy()
+    return var.iloc[positions(var.index, self.feature_names_in_)].set_axis(self.feature_names_in_)
+
+@patch
+def _wants_frames(self:Correction):
+    "Was `set_output` called?"
+    own = getattr(self, '_sklearn_output_config', {})
+    return own.get('transform', get_config()['transform_output'])!='default'
+
+@patch
+def _note(self:Correction):
+    "What was done, in words"
+    params = ', '.join(f'{k}={v!r}' for k,v in self.get_params().items())
+    shares = ', '.join(f'{k} {v:.2f}' for k,v in self.shrinkage_.items())
+    return f'{type(self).__name__}({params})' + (f', shrinkage of {shares}' if shares else '')
 
 # %% ../nbs/32_tvn.ipynb #e52c3bc8
 _LEAST = .1 # Of the typical share
 
-def _raised(sd, wells, mean, names, batches):
-    "Spreads `(G,D)` of controls, raised where they are next to nothing beside those of `wells`; and where"
+def _raised(sd, wells, mean, names, batches, least=_LEAST):
+    "Spreads `(G,D)` of controls, raised where they are next to nothing beside `wells`; and where"
     sd,wells = (np.where(o>1e-9*np.abs(mean), o, 0) for o in (sd,wells))
     share = np.divide(sd, wells, out=np.zeros_like(sd), where=wells>0)
-    typical = np.maximum(np.quantile(share, .75, axis=1, keepdims=True), _LEAST)
-    low = (share<_LEAST*typical)&(wells>0)
-    _warn(low, names, batches, 'hardly vary', 'they count as if they varied as the typical feature does')
-    flat = wells==0
-    _warn(flat&~flat.all(0), names, batches, 'are constant', 'they are centred but not scaled')
+    typical = np.maximum(np.quantile(share, .75, axis=1, keepdims=True), least)
+    low = (share<least*typical)&(wells>0)
+    flat = (wells==0)&~(wells==0).all(0)
+    _warn(low, names, batches, 'hardly vary', 'they count as if they varied as others do')
+    _warn(flat, names, batches, 'are constant', 'they are centred but not scaled')
     return np.where(low, typical*wells, np.where(sd==0, 1, sd)),low
 
 def _warn(which, names, batches, what, done):
@@ -153,7 +184,8 @@ def _warn(which, names, batches, what, done):
     if not which.any(): return
     g,d = np.argwhere(which)[0]
     more = which.any(1).sum()-1
-    where = f' of batch {batches[g]}'+(f' and {more} others' if more else '') if batches else ''
+    where = f' of batch {batches[g]}' if batches else ''
+    if more: where += f' and {more} others'
     warnings.warn(f'{which.any(0).sum()} of {which.shape[1]} features, such as {names[d]}, {what} '
                   f'in the controls{where}: {done}', stacklevel=6)
 
@@ -174,12 +206,12 @@ def _varied(X, controls, rows, names):
     E[:,low] *= np.sqrt(to**2-sd**2)[low]/_rms(E[controls])[low]
     return X+E
 
-def _scale(X, controls, rows, names):
+def _scale(X, controls, rows, names, least=_LEAST):
     "Standard deviations `(G,D)` of the controls of each batch, none next to nothing"
     C = [X[r[controls[r]]] for r in rows.values()]
     sd,mean = (np.stack([f(c, 0) for c in C]) for f in (np.std,np.mean))
     wells = np.stack([_rms(X[r]-m) for r,m in zip(rows.values(), mean)])
-    return _raised(sd, wells, mean, names, list(rows) if len(rows)>1 else None)[0]
+    return _raised(sd, wells, mean, names, list(rows) if len(rows)>1 else None, least)[0]
 
 # %% ../nbs/32_tvn.ipynb #9de87770
 class CenterScale(Correction):
@@ -189,9 +221,11 @@ class CenterScale(Correction):
     ): self.by = by
 
     def _learn(self, X, controls, rows):
-        if self.by not in ('batch',None): raise ValueError(f"by is 'batch' or None, not {self.by!r}")
+        if self.by not in ('batch',None):
+            raise ValueError(f"by is 'batch' or None, not {self.by!r}")
         if self.by: return ()
-        return X[controls].mean(0),1/_scale(X, controls, {'all':np.arange(len(X))}, self._names)[0]
+        all_rows = {'all':np.arange(len(X))}
+        return X[controls].mean(0),1/_scale(X, controls, all_rows, self._names)[0]
 
     def _batches(self, X, controls, rows):
         if not self.by: return tuple(dict.fromkeys(rows, o) for o in self.shared_)
@@ -290,7 +324,7 @@ def _sphering(C, dof, method, shrink):
 
 # %% ../nbs/32_tvn.ipynb #de0cb8bb
 def _components(C):
-    "Variances `(K)` and directions `(D,K)` of the centred rows `C (n,D)`, without those of zero variance"
+    "Variances `(K)`, all above zero, and directions `(D,K)` of the centred rows `C (n,D)`"
     w,V = np.linalg.eigh(C.T@C/len(C))
     if w[0]>1e-10*w[-1]: return w[::-1],V[:,::-1]
     R = np.linalg.qr(C, mode='r') # slower, for what squares are too coarse
@@ -322,7 +356,7 @@ class PCACenterScale(Correction):
 
     def _batches(self, X, controls, rows):
         V, = self.shared_
-        sd = _scale(X@V, controls, rows, [f'component {i}' for i in range(V.shape[1])])
+        sd = _scale(X@V, controls, rows, [f'component {i}' for i in range(V.shape[1])], .01)
         return _control_means(X, controls, rows),{k: V/o for k,o in zip(rows, sd)}
 
 # %% ../nbs/32_tvn.ipynb #723472e6
@@ -359,16 +393,16 @@ _variants = 'blend','efaar','efaar_2023','efaar_2024'
 class TVN(Correction):
     "Take the batch out, and count each direction by how much wells vary in it anyway"
     def __init__(self,
-        wells=0.2, # Weight of the spread of all wells against that of controls: 0 is classical whitening on controls, 1 sphering on wells
-        n_components=None, # Principal components to keep, or the share of variance in them; None keeps all
-        variant='blend', # Or one of the reference code (which has no `wells`): `'efaar'`, `'efaar_2023'`, `'efaar_2024'`
+        wells=0.2, # Weight of all wells: 0 is classical whitening on controls, 1 sphering on wells
+        n_components=None, # Components to keep, or the share of variance in them; None keeps all
+        variant='blend', # Or the reference: `'efaar'`, `'efaar_2023'`, `'efaar_2024'` (no `wells`)
     ): self.wells,self.n_components,self.variant = wells,n_components,variant
 
     _rotated = property(lambda self: self.variant!='blend' or self.n_components is not None)
 
     def _learn(self, X, controls, rows):
         if self.variant not in _variants:
-            raise ValueError(f"variant is one of {', '.join(map(repr, _variants))}, not {self.variant!r}")
+            raise ValueError(f'variant is one of {", ".join(_variants)}, not {self.variant!r}')
         if not 0<=self.wells<=1:
             raise ValueError(f'wells is a weight between 0 and 1, not {self.wells}')
         if self.variant=='blend': return self._learn_blend(X, controls, rows)
@@ -391,9 +425,10 @@ def _learn_blend(self:TVN, X, controls, rows):
     R,dof = X.copy(),controls.sum()-len(rows)
     for k,m in _control_means(X, controls, rows).items(): R[rows[k]] -= m
     R[:,_rms(R)<=1e-9*np.abs(X).mean(0)] = 0
-    if dof<X.shape[1]: warnings.warn(f'{controls.sum()} controls in {len(rows)} batches (the fewest '
-        f'in {min(self.n_controls_, key=self.n_controls_.get)}) for {X.shape[1]} features: '
-        'their spread is shrunk towards a sphere', stacklevel=5)
+    few = min(self.n_controls_, key=self.n_controls_.get)
+    if dof<X.shape[1]: warnings.warn(
+        f'{controls.sum()} controls in {len(rows)} batches (the fewest in {few}) for {X.shape[1]} '
+        'features: their spread is shrunk towards a sphere', stacklevel=5)
     M,self.shrinkage_ = _blend(R, controls, dof, self.wells, self.n_components)
     return M,
 
@@ -420,8 +455,9 @@ def _arrays(t):
 def _plain(t):
     "All else that a fitted correction knows"
     names = getattr(t, 'feature_names_in_', None)
-    return dict(kind=type(t).__name__, params=t.get_params(), batched=t.batched_, n_controls=t.n_controls_,
-                shrinkage=t.shrinkage_, features=t.n_features_in_ if names is None else list(names))
+    return dict(kind=type(t).__name__, params=t.get_params(), batched=t.batched_,
+                n_controls=t.n_controls_, shrinkage=t.shrinkage_,
+                features=t.n_features_in_ if names is None else list(names))
 
 @patch
 def save(self:Correction,
@@ -444,18 +480,16 @@ def load_correction(
                                           'give a file written by `save`')
         arrays,head = {k:f.get_tensor(k) for k in f.keys()},json.loads(head)
     kinds = {o.__name__:o for o in Correction.__subclasses__()}
+    if head['kind'] not in kinds:
+        raise ValueError(f'{Path(path).name} holds a {head["kind"]}: import that class first')
     t = kinds[head['kind']](**head['params'])
     t.batched_,t.n_controls_,t.shrinkage_ = (head[k] for k in ('batched','n_controls','shrinkage'))
-    _know(t, head['features'])
+    f = head['features']
+    t._know(*((f,None) if isinstance(f, int) else (len(f),f)))
     shared,t.centres_,t.maps_ = ({k:arrays[i] for k,i in head[p].items()}
                                  for p in ('shared','centres','maps'))
     t.shared_ = tuple(shared.values())
     return t
-
-def _know(t, features):
-    "Features of a correction: their names, or their number"
-    t.n_features_in_ = features if isinstance(features, int) else len(features)
-    if not isinstance(features, int): t.feature_names_in_ = np.array(features, dtype=object)
 
 # %% ../nbs/32_tvn.ipynb #cc2e8d58
 __getattr__ = moved(__name__, aggregate='profiles', batch_leak='diagnose', diagnose='diagnose',
