@@ -17,7 +17,8 @@ from sklearn import get_config
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from .files import moved, write_whole
-from .profiles import aligned, batches_of, controls_of, opened, positions, table_with, wells_of
+from .profiles import aligned, batches_of, controls_of, opened, positions
+from .profiles import table_with, wells_of
 
 # %% ../nbs/32_tvn.ipynb #c8f90804
 def _enough(controls, batches):
