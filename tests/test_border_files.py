@@ -3,11 +3,15 @@ import bz2
 import gzip
 import lzma
 
+import imagecodecs
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
+from PIL import Image
 
 from cellmae.files import read_table
+from cellmae.images import ImageError, fit_range, read_image, to_uint8
 from cellmae.labels import clean, dates_among, is_control, well_name, yes_no
 
 # ---- labels
@@ -150,3 +154,190 @@ def test_excel(tmp_path):
     book.create_sheet('second').append(['well'])
     book.save(tmp_path/'two.xlsx')
     with pytest.raises(ValueError, match=r"two.xlsx: .*2 filled sheets, \['Sheet', 'second'\]. Save"): read_table(tmp_path/'two.xlsx')
+
+# ---- pixels
+
+g = np.random.default_rng(0)
+D = g.integers(100, 4000, (4, 3, 24, 32)).astype(np.uint16)
+
+def tiff(f, x, **kw): tifffile.imwrite(f, x, **{**dict(photometric='minisblack'), **kw}); return f
+
+@pytest.mark.parametrize('axes,meta', [(a, m) for a in ('ZCYX', 'TCYX', 'TZCYX', 'CZYX', 'ZYX', 'TYX', 'CTYX') for m in ('imagej', 'ome', 'shaped')
+                                       if m!='imagej' or a not in ('CZYX', 'CTYX')])
+def test_stacks(axes, meta, tmp_path):
+    "Refused with what there is and the cure; read as asked"
+    shape = [dict(T=2, Z=4, C=3, Y=24, X=32)[k] for k in axes]
+    x,f = g.integers(100, 4000, shape).astype(np.uint16),tmp_path/'a.tif'
+    tiff(f, x, metadata=dict(axes=axes), **{meta:True} if meta!='shaped' else {})
+    full = np.moveaxis(x, [axes.index(k) for k in axes if k in 'TZ'], range(sum(k in 'TZ' for k in axes))) # (T,Z,C,Y,X)
+    if 'Z' not in axes: full = full[:,None] if 'T' in axes else full
+    if 'T' not in axes: full = full[None]
+    if 'C' not in axes: full = full[:,:,None]
+    choose = {k.lower():1 for k in axes if k in 'TZ'}
+    with pytest.raises(ImageError, match='a stack. It holds .*' + '.*'.join(f'`{k}=0` to' for k in sorted(choose))): read_image(f)
+    assert (read_image(f, **choose) == full[choose.get('t', 0), choose.get('z', 0)]).all()
+    if 'Z' in axes:
+        t = {k:v for k,v in choose.items() if k=='t'}
+        assert (read_image(f, z='max', **t) == full[t.get('t', 0)].max(0)).all()
+        mean = read_image(f, z='mean', **t)
+        assert mean.dtype==np.uint16 and (mean == np.rint(full[t.get('t', 0)].mean(0))).all()
+        with pytest.raises(ImageError, match='no z=4, but 4'): read_image(f, z=4, **t)
+        with pytest.raises(ValueError, match="'max' or 'mean', not 'middle'"): read_image(f, z='middle', **t)
+    if 'C' not in axes and axes[0]=='Z': assert (read_image([f, f], z=2) == full[0,2,0]).all()
+
+def test_one_plane_is_no_stack(tmp_path):
+    f = tiff(tmp_path/'a.ome.tif', D[:1,:,None], metadata=dict(axes='TCZYX'))
+    for kw in ({}, dict(z=0), dict(z='max'), dict(z='mean', t=0)): assert (read_image(f, **kw) == D[0]).all()
+    with pytest.raises(ImageError, match='no z=3, but 1'): read_image(f, z=3)
+
+def test_pages_without_names(tmp_path):
+    "They are channels, unless each file is one channel and `z` is asked for"
+    with tifffile.TiffWriter(tmp_path/'a.tif') as o:
+        for p in D[0]: o.write(p, metadata=None, photometric='minisblack')
+    assert (read_image(tmp_path/'a.tif') == D[0]).all()
+    with pytest.raises(ImageError, match='3 planes in one of several files. If they are z planes'): read_image([tmp_path/'a.tif']*2)
+    assert (read_image([tmp_path/'a.tif']*2, z='max') == D[0].max(0)).all()
+    many = tiff(tmp_path/'many.tif', g.integers(0, 99, (100, 32, 40)).astype(np.uint16))
+    assert read_image(many).shape == (100, 32, 40)
+    tiff(tmp_path/'one.tif', D[:,0], imagej=True, truncate=True) # all planes behind one directory
+    assert (read_image(tmp_path/'one.tif') == D[:,0]).all()
+
+def test_series(tmp_path):
+    with tifffile.TiffWriter(tmp_path/'fields.ome.tif', ome=True) as o:
+        for d in D: o.write(d, metadata=dict(axes='CYX'), photometric='minisblack')
+    with pytest.raises(ImageError, match=r'several series. It holds 0: CYX 3x24x32, 1: CYX 3x24x32.*series='): read_image(tmp_path/'fields.ome.tif')
+    assert (read_image(tmp_path/'fields.ome.tif', series=2) == D[2]).all()
+    with pytest.raises(ImageError, match='no series 4'): read_image(tmp_path/'fields.ome.tif', series=4)
+    for p in D[:,0]: tiff(tmp_path/'appended.tif', p, append=(tmp_path/'appended.tif').exists())
+    assert (read_image(tmp_path/'appended.tif') == D[:,0]).all()
+    one = tiff(tmp_path/'one.tif', D[0,0])
+    assert (read_image(one, series=0) == D[0,0]).all()
+    with pytest.raises(ImageError, match='no series 1. It holds 0: YX 24x32'): read_image(one, series=1)
+
+@pytest.mark.parametrize('meta', [{}, dict(metadata=None)])
+def test_thumbnails_and_levels(meta, tmp_path):
+    with tifffile.TiffWriter(tmp_path/'thumb.tif') as o:
+        o.write(D[0,0,::4,::4], subfiletype=1, photometric='minisblack', **meta)
+        o.write(D[0,0], photometric='minisblack', **meta)
+    assert (read_image(tmp_path/'thumb.tif') == D[0,0]).all()
+    with tifffile.TiffWriter(tmp_path/'unsaid.tif') as o:
+        for s in (4, 1): o.write(D[0,0,::s,::s], photometric='minisblack', **meta)
+    with pytest.raises(ImageError, match='0: YX 6x8, 1: YX 24x32'): read_image(tmp_path/'unsaid.tif')
+    assert (read_image(tmp_path/'unsaid.tif', series=1) == D[0,0]).all()
+    with tifffile.TiffWriter(tmp_path/'pyramid.ome.tif') as o:
+        o.write(D[0], subifds=1, metadata=dict(axes='CYX'), photometric='minisblack')
+        o.write(D[0,:,::2,::2], subfiletype=1, photometric='minisblack')
+    assert (read_image(tmp_path/'pyramid.ome.tif') == D[0]).all()
+
+def parts(folder, D):
+    "OME-TIFFs, one per channel with all its planes, each of which describes all"
+    c,n,h,w = D.shape
+    uuid = 'urn:uuid:{:08d}-0000-0000-0000-000000000000'
+    data = ''.join(f'<TiffData FirstC="{i}" FirstZ="{k}" FirstT="0" IFD="{k}" PlaneCount="1"><UUID FileName="{i}.ome.tif">{uuid.format(i)}</UUID></TiffData>'
+                   for i in range(c) for k in range(n))
+    for i in range(c):
+        xml = (f'<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{uuid.format(i)}"><Image ID="Image:0">'
+               f'<Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="{w}" SizeY="{h}" SizeZ="{n}" SizeC="{c}" SizeT="1">'
+               + ''.join(f'<Channel ID="Channel:0:{j}" SamplesPerPixel="1"/>' for j in range(c)) + data + '</Pixels></Image></OME>')
+        tiff(folder/f'{i}.ome.tif', D[i], description=xml, metadata=None)
+    return [folder/f'{i}.ome.tif' for i in range(c)]
+
+@pytest.mark.parametrize('n', [1, 3])
+def test_parts_of_an_ome_tiff(n, tmp_path):
+    fs = parts(tmp_path, D[:2,:n])
+    if n>1:
+        with pytest.raises(ImageError, match='3 z planes'): read_image(fs)
+    assert (read_image(fs, z='max' if n>1 else None) == D[:2,:n].max(1)).all()
+    fs[0].rename(tmp_path/'renamed.tif'); fs[1].unlink()
+    assert (read_image(tmp_path/'renamed.tif', z=0) == D[0,0]).all()
+
+x8 = (D[0,0]>>4).astype(np.uint8)
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'P', 'L'])
+@pytest.mark.parametrize('ending', ['png', 'tif', 'bmp'])
+def test_grey_pictures_in_colour_mode(mode, ending, tmp_path):
+    if ending=='bmp' and mode in ('LA', 'RGBA'): return
+    Image.fromarray(x8).convert(mode).save(tmp_path/f'a.{ending}')
+    for files in (tmp_path/f'a.{ending}', [tmp_path/f'a.{ending}']*2): assert (read_image(files) == x8).all()
+
+@pytest.mark.parametrize('ending', ['png', 'tif'])
+def test_colour_pictures(ending, tmp_path):
+    f = tmp_path/f'a.{ending}'
+    rgb = (np.moveaxis(D[0], 0, -1)>>4).astype(np.uint8)
+    Image.fromarray(rgb).save(f)
+    assert (read_image(f) == np.moveaxis(rgb, -1, 0)).all() # three channels, if three are named
+    with pytest.raises(ImageError, match='colour picture.*grey levels') as e: read_image([f, f])
+    assert 'page=' not in str(e.value)
+    Image.fromarray(rgb).quantize(200).save(f)
+    with pytest.raises(ImageError, match='palette of colours.*grey levels'): read_image(f)
+    Image.fromarray(x8>90).save(f)
+    with pytest.raises(ImageError, match='no grey levels'): read_image(f)
+
+def test_shown_in_a_colour(tmp_path):
+    "A ramp of one colour leaves the intensities alone"
+    green = np.zeros((3, 256), np.uint16); green[1] = np.arange(256)*257
+    assert (read_image(tiff(tmp_path/'a.tif', x8, photometric='palette', colormap=green)) == x8).all()
+    p = Image.fromarray(x8, 'P'); p.putpalette((green.T>>8).astype(np.uint8).tobytes()); p.save(tmp_path/'a.png')
+    assert (read_image(tmp_path/'a.png') == x8).all()
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4])
+def test_png_of_16_bits(n, tmp_path):
+    x = np.moveaxis(D[:n,0], 0, -1)
+    (tmp_path/'a.png').write_bytes(imagecodecs.png_encode(np.ascontiguousarray(x.squeeze())))
+    assert (read_image(tmp_path/'a.png') == D[:n,0]).all()
+
+@pytest.mark.parametrize('bits', [8, 12, 16])
+@pytest.mark.parametrize('ending', ['jp2', 'j2k'])
+def test_jpeg2000(bits, ending, tmp_path):
+    x = D[0,0]&(2**min(bits, 12)-1)
+    x = x.astype(np.uint8) if bits==8 else x
+    (tmp_path/f'a.{ending}').write_bytes(imagecodecs.jpeg2k_encode(x, level=0, bitspersample=bits, codecformat=ending))
+    assert (read_image(tmp_path/f'a.{ending}') == x).all()
+
+@pytest.mark.parametrize('dtype', ['u1', '<u2', '>u2', 'i2', 'u4', 'f4'])
+@pytest.mark.parametrize('kw', [{}, dict(compression='zlib', predictor=True), dict(compression='lzw'), dict(rowsperstrip=7), dict(tile=(16, 16)),
+                                dict(bigtiff=True), dict(planarconfig='contig')])
+def test_tiffs(dtype, kw, tmp_path):
+    x = (D[0,0]>>4).astype(dtype)
+    f = tmp_path/'a.tif'
+    tiff(f, x, byteorder='>' if dtype[0]=='>' else '<', **kw)
+    y = read_image([f, f])
+    assert (y == x).all() and y.dtype == np.dtype(dtype).newbyteorder('=') and read_image(f).shape == (1, 24, 32)
+
+@pytest.mark.parametrize('ending', ['tif', 'png', 'jp2'])
+@pytest.mark.parametrize('part', [0, .4, .8, .99])
+def test_cut_short(ending, part, tmp_path):
+    f = tmp_path/f'a.{ending}'
+    tiff(f, D[0,0]) if ending=='tif' else Image.fromarray(D[0,0]).save(f)
+    f.write_bytes(f.read_bytes()[:int(part*(f.stat().st_size-20))])
+    with pytest.raises(ImageError, match='unreadable. Cut short'): read_image(f)
+
+def test_renamed(tmp_path):
+    "What a file is stands in it, not in its name"
+    Image.fromarray(x8).save(tmp_path/'a.png'); (tmp_path/'a.png').rename(tmp_path/'a.tif')
+    tiff(tmp_path/'b.tif', x8).rename(tmp_path/'b.png')
+    assert (read_image([tmp_path/'a.tif', tmp_path/'b.png']) == x8).all()
+
+@pytest.mark.parametrize('name', ['a.nd2', 'a.czi', 'a.lif', 'a.ims', 'a.stk', 'a.C01', 'a.FLEX', 'a.zarr', 'a.npy', 'a.h5'])
+def test_formats_that_are_not_read(name, tmp_path):
+    (tmp_path/name).mkdir() if name.endswith('zarr') else (tmp_path/name).write_bytes(bytes(99))
+    with pytest.raises(ImageError, match=r'not read\. .*Export .* TIFF') as e: read_image(tmp_path/name)
+    assert 'Copy it again' not in str(e.value)
+
+def test_other_pictures(tmp_path):
+    Image.fromarray(x8).save(tmp_path/'a.DIB')
+    assert (read_image(tmp_path/'a.DIB') == x8).all()
+    Image.fromarray(x8).save(tmp_path/'a.gif', save_all=True, append_images=[Image.fromarray(x8.T), Image.fromarray(255-x8)])
+    with pytest.raises(ImageError, match='holds 3 pictures'): read_image(tmp_path/'a.gif')
+    with pytest.raises(ImageError, match='no page 7'): read_image(tiff(tmp_path/'a.tif', D[0]), page=7)
+    with pytest.raises(ImageError, match='Stored as QQYX'): read_image(tiff(tmp_path/'4d.tif', D))
+
+@pytest.mark.parametrize('most,few', [('u2', 'u1'), ('u1', 'u2'), ('u2', 'f4'), ('u2', 'i2')])
+def test_a_few_images_of_another_type(most, few):
+    "They neither set the ranges nor are stretched by those of others"
+    of = lambda d,x: (x>>4 if d=='u1' else x).astype(d)
+    imgs = [of(few if i in (2, 5) else most, x) for i,x in enumerate(np.concatenate([D]*3))]
+    with pytest.warns(UserWarning, match=f'2 images are {np.dtype(few)}, 10 {np.dtype(most)}'): r = fit_range(imgs)
+    assert (r == fit_range([x for x in imgs if x.dtype==most])).all()
+    if 'u1' in (most, few):
+        with pytest.raises(ValueError, match='wrong type: .*one bit depth'): to_uint8(imgs[2], r)
