@@ -134,7 +134,7 @@ def _moved(files, root):
     folders = {}
     for f in files:
         if _away.match(f): folders.setdefault(f.rpartition('/')[0], []).append(f.rpartition('/')[2])
-    gone = {d:fs for d,fs in folders.items() if not any(Path(d, f).exists() for f in fs[:5])}
+    gone = {d:fs for d,fs in folders.items() if not any(Path(f'{d}/{f}').exists() for f in fs[:5])}
     tails = {d: _tail(d, fs[:5], root) for d,fs in gone.items()}
     lost = next((f'{d}/{gone[d][0]}' for d,t in tails.items() if t is None), None)
     if lost: print(f'Not on this machine: {lost}. Say where the images are now: `root=`.')
@@ -157,7 +157,8 @@ def _at_home(files, root):
 def _saved(f):
     "What was saved beside the table `f`"
     js = f.with_suffix('.json')
-    saved = json.loads(js.read_text(encoding='utf-8')) if js.exists() else {}
+    try: saved = json.loads(js.read_text(encoding='utf-8')) if js.exists() else {}
+    except ValueError as e: raise ValueError(f'{js}: damaged. Delete it, or save again.') from e
     return saved if 'channels' in saved else {} # else another's file
 
 def _opened(x, **given):
@@ -193,7 +194,7 @@ class Screen:
             if 'file' not in files: files = {f'file_{n}': files[r] for r,n in new.items()}
             files = _at_home(files, self.root)
             self.table = _columns(df, files, controls, self.root.resolve().name)
-        self._whole,self._type,self._ranges = self,how.get('type'),how['ranges']
+        self._whole,self._ranges = self,how['ranges']
         if self._ranges is not None: self._ranges = np.float32(self._ranges)
 
     def __len__(self): return len(self.table)
@@ -269,11 +270,13 @@ def _regex(pattern, well=_any):
 # %% ../nbs/03_screen.ipynb #778317b6
 _suffixes = ('.tif','.tiff','.png','.jp2','.jpg','.jpeg')
 
+def _closed(e): print(f'{e.filename} is left out: {e.strerror}')
+
 def _folders(root):
     "`(folder,files)` below a root: real folders first, then those behind links, each once"
     seen,tops = set(),[Path(root)]
     for top in tops: # grows by the links that are met
-        for d,ds,fs in os.walk(top):
+        for d,ds,fs in os.walk(top, onerror=_closed):
             if (real := os.path.realpath(d)) in seen: ds.clear(); continue
             seen.add(real)
             stores = [o for o in ds if o.endswith('.zarr')]
@@ -296,7 +299,6 @@ def _images(root):
 # %% ../nbs/03_screen.ipynb #f14b8bc8
 def _no_images(root, other):
     "Why a folder has no images, and what to do"
-    if not Path(root).is_dir(): return f'{root}: no such folder. Check the path.'
     other.pop('', None)
     kinds = ', '.join(f'{n} {k}' for k,n in other.most_common(4))
     cure = f'Export or convert what is there: {kinds}' if kinds else 'Check the path.'
@@ -315,6 +317,7 @@ def _no_match(root, pattern, found):
 def _match_files(root, pattern):
     "A row per image that matches; a word about those that do not"
     strict,loose = _regex(pattern, _well),_regex(pattern)
+    if not Path(root).is_dir(): raise ValueError(f'{root}: no such folder. Check the path.')
     found,passed,other = _images(root)
     if not found: raise ValueError(_no_images(root, other))
     met = {f: strict.fullmatch(f) or loose.fullmatch(f) for f in found}
@@ -518,18 +521,18 @@ def _paths(root, name):
 def _project(xs, z):
     "The planes of an image, each `(C,H,W)`, as one"
     if len({x.shape for x in xs})>1: raise ImageError('wrong size', '', 'Planes of several sizes.')
-    return np.max(xs, 0) if z=='max' else np.mean(xs, 0).round().astype(xs[0].dtype)
+    x,kind = np.max(xs, 0) if z=='max' else np.mean(xs, 0),xs[0].dtype
+    return (np.rint(x) if kind.kind in 'iu' else x).astype(kind)
 
 def _pixels(fs, z, t):
     "`(C,H,W)` of one file, or of a file per channel, any of which may be a tuple of planes"
     each = fs if isinstance(fs, list) else [fs]
-    kw = {k:v for k,v in dict(z=z,t=t).items() if v is not None}
     deep = {len(f) if isinstance(f, tuple) else 0 for f in each}
-    if deep=={0}: return read_image(fs, **kw)
+    if deep=={0}: return read_image(fs, z=z, t=t)
     if len(deep)>1: raise ImageError('wrong channel count', '', 'Channels of unequal depth in z.')
     if z is None: raise ImageError('wrong channel count', '', "Several planes. Choose: `z='max'`.")
-    slabs = zip(*each)
-    return _project([read_image(list(s) if isinstance(fs, list) else s[0]) for s in slabs], z)
+    slabs = [list(s) if isinstance(fs, list) else s[0] for s in zip(*each)]
+    return _project([read_image(s, t=t) for s in slabs], z)
 
 # %% ../nbs/03_screen.ipynb #0f357e88
 @patch
@@ -542,12 +545,22 @@ def files(self:Screen,
     fs = {c:t['file_'+c].iat[i] for c in self.channels}
     gone = [c for c,f in fs.items() if not f]
     if not gone: return [_paths(self.root, f) for f in fs.values()]
-    raise ImageError('missing', '', f'No file of {gone}. '
-                     f'Add it to the table, or leave the site out. {self._where(i)}')
+    why = f'No file of {gone}. Add it to the table, or leave the site out.'
+    raise ImageError('missing', '', f'{why} {self._where(i)}')
 
 @patch
 def _where(self:Screen, i): return f'({_words(self.table.iloc[i])})'
 
+@patch
+def _file_cols(self:Screen): return [c for c in self.table if re.match('file(_|$)', str(c))]
+
+@patch
+def _bad(self:Screen, i, problem, why):
+    "An error of the pixels of site `i`"
+    names = [self.table[c].iat[i] for c in self._file_cols()]
+    return ImageError(problem, ', '.join(names), f'{why} {self._where(i)}')
+
+# %% ../nbs/03_screen.ipynb #4f9c78fd
 @patch
 def read(self:Screen,
     i:int, # Row of the table
@@ -557,8 +570,8 @@ def read(self:Screen,
     try: x = _pixels(fs, self.z, self.t)
     except ImageError as e: raise ImageError(e.problem, e.file, f'{e.cure} {self._where(i)}') from e
     if len(x)==n: return x
-    raise ImageError('wrong channel count', fs, f'{len(x)} planes for {self.channels}. '
-                     f'Name each of them. {self._where(i)}')
+    why = f'{len(x)} planes for {self.channels}. Name each of them.'
+    raise self._bad(i, 'wrong channel count', why)
 
 # %% ../nbs/03_screen.ipynb #443d98da
 _no_sites = 'The screen has no sites. Check the table or the pattern it was made from.'
@@ -574,8 +587,7 @@ def _sample(self:Screen, n, seed):
         if good==n: return
         try: x = self.read(i); check_pixels(x)
         except ImageError as e: bad = e
-        except ValueError as e:
-            bad = ImageError('bad pixels', self.files(i), f'{e} {self._where(i)}')
+        except ValueError as e: bad = self._bad(i, 'bad pixels', e)
         else: good += 1; yield x
     if not good: raise bad
 
@@ -587,10 +599,7 @@ def fit_ranges(self:Screen,
 )->np.ndarray: # `(C,2)` float32, also in `screen.ranges`
     "Fit the screen's one rule from 16 to 8 bits, unless it has one"
     s = self._whole
-    if s._ranges is not None: return s._ranges
-    types = Counter(x.dtype.name for x in s._sample(9, seed))
-    s._type = types.most_common(1)[0][0] # a site of another type has no say
-    s._ranges = fit_range(x for x in s._sample(n, seed) if x.dtype.name==s._type)
+    if s._ranges is None: s._ranges = fit_range(s._sample(n, seed))
     return s._ranges
 
 @patch(as_prop=True)
@@ -602,12 +611,9 @@ def ranges(self:Screen):
 @patch
 def __getitem__(self:Screen, i:int):
     "The pixels of site `i`, `(C,H,W)` uint8"
-    r,kind,x = self.fit_ranges(),self._whole._type,self.read(i)
-    bad = lambda problem,why: ImageError(problem, self.files(i), f'{why} {self._where(i)}')
-    try: y = to_uint8(x, r)
-    except ValueError as e: raise bad('bad pixels', e) from e
-    if kind in (None,x.dtype.name): return y
-    raise bad('wrong type', f'{x.dtype}, but most sites are {kind}. Export all with one bit depth.')
+    r,x = self.fit_ranges(),self.read(i)
+    try: return to_uint8(x, r)
+    except ValueError as e: raise self._bad(i, 'bad pixels', e) from e
 
 # %% ../nbs/03_screen.ipynb #fecfb6b8
 @patch
@@ -626,22 +632,19 @@ def subset(self:Screen,
 
 # %% ../nbs/03_screen.ipynb #499e29d0
 @patch
-def _file_cols(self:Screen): return [c for c in self.table if re.match('file(_|$)', str(c))]
-
-@patch
 def save(self:Screen,
     folder, # Made where it does not exist
 )->Path: # `folder`
     "Write `screen.csv` and `screen.json`"
     folder,t = Path(folder),self.table.copy()
-    how = dict(channels=self.channels, ranges=self.fit_ranges().tolist(), type=self._whole._type,
-               z=self.z, t=self.t)
+    how = dict(channels=self.channels, ranges=self.fit_ranges().tolist(), z=self.z, t=self.t)
+    how = json.dumps(how, indent=1, default=int)
     way = os.path.relpath(self.root.resolve(), folder.resolve())
     lead = lambda names: '|'.join(Path(way, f).as_posix() if f else f for f in names.split('|'))
     for c in self._file_cols(): t[c] = t[c].map(lead)
     (folder/'screen.json').unlink(missing_ok=True) # it must not be seen beside another table
     write_whole(folder/'screen.csv', lambda f: t.to_csv(f, index=False))
-    write_whole(folder/'screen.json', lambda f: f.write_text(json.dumps(how, indent=1)))
+    write_whole(folder/'screen.json', lambda f: f.write_text(how))
     return folder
 
 # %% ../nbs/03_screen.ipynb #c0674650
@@ -649,7 +652,8 @@ def save(self:Screen,
 def fingerprint(self:Screen)->str: # 12 hex digits
     "Short hash of sites, labels, files, channels in order, ranges and planes"
     what = [self.channels, self.z, self.t, self.fit_ranges().tolist()]
-    h = hashlib.sha256(json.dumps([what, self.table[KEYS].to_numpy().tolist()]).encode())
+    sites = self.table[KEYS].to_numpy().tolist()
+    h = hashlib.sha256(json.dumps([what, sites], default=int).encode())
     for c in self._file_cols():
         for names in self.table[c]:
             for f in names.split('|'): h.update(_seal(self.root/f).encode())
