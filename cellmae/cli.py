@@ -88,9 +88,10 @@ def _n(n, one, many=None): return f'{n:,} {one if n==1 else many or one+"s"}'
 def fit_tvn(
     profiles, # AnnData with one row per well
 )->TVN: # To `transform` them, new plates, or to `save`
-    "TVN, without the warning that controls are few, which here they always are"
+    "TVN, without its notes on few controls and constant features, which here there always are"
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*shrunk towards a sphere')
+        for note in ('shrunk towards a sphere', 'constant in the controls'):
+            warnings.filterwarnings('ignore', message=f'.*{note}')
         return TVN().fit(profiles)
 
 def correct_all(
