@@ -255,7 +255,8 @@ _tail_end = rf'(?:{_guid}|(?!(?<=\d)\d|(?<=[A-Za-z])[A-Za-z])[^/]*?)'
 
 def _regex(pattern, well=_any):
     "Compile `{plate}/{well}_{channel}.tif`; a field that comes twice must say the same twice"
-    parts,out,seen = re.split(r'\{(\w+)\}', pattern),'',set()
+    parts = re.split(r'\{(\w+)\}', pattern.replace('\\', '/').removeprefix('./'))
+    out,seen = '',set()
     for i,p in enumerate(parts):
         if i%2==0: out += re.escape(p)
         elif p not in _fields:
@@ -458,9 +459,8 @@ def _guess(found):
     "The pattern of an instrument that all images follow, or None"
     lead,end = _lead(found),Path(found[0]).suffix
     for p in _instruments if lead is not None else ():
-        if '{plate}' in p: lead = lead.replace('{plate}', '{_}')
-        rx = _regex(lead+p+end, _well)
-        if all(map(rx.fullmatch, found)): return lead+p+end
+        p = (lead.replace('{plate}', '{_}') if '{plate}' in p else lead)+p+end
+        if all(map(_regex(p, _well).fullmatch, found)): return p
 
 def _instrument(f):
     "The pattern for a folder of images in which there is no table `f`, or how to open it"
@@ -828,7 +828,8 @@ def split(
     free = ~key.isin(key[no_gene]) if by=='perturbation' else slice(None)
     groups = key[free].unique()
     if len(groups)<2: raise ValueError(f'Cannot split by {by}: the screen has {len(groups)}. '
-                                       'Split by something smaller.')
+                                       'Split by something smaller, or train on all.')
+    if not 0<valid<1: raise ValueError(f'valid={valid}: the share held out lies between 0 and 1.')
     n = min(max(1, round(valid*len(groups))), len(groups)-1)
     held = key.isin(np.random.default_rng(seed).permutation(groups)[:n]).to_numpy()
     return np.flatnonzero(~held),np.flatnonzero(held)

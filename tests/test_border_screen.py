@@ -289,6 +289,12 @@ def test_folders_of_known_instruments_open(tmp_path, name, capsys):
         assert len(s) == len(s.wells) == 2 and len(s.channels) == 1 and s.table.well.str.fullmatch('[AB]0[123]').all()
     assert 'Opened by the names ' in capsys.readouterr().out
 
+@pytest.mark.parametrize('folders,plates', [(('P1', 'P2'), ['P1', 'P2']), (('b1/P1', 'b1/P2', 'b2/P1'), ['P1', 'P2', 'P1']),
+                                            (('b1/P1/Images', 'b2/P1/Images'), ['P1', 'P1'])])
+def test_the_folder_of_images_is_the_plate_and_the_next_the_batch(tmp_path, folders, plates):
+    t = Screen(images(tmp_path, *[f'{d}/B02_s1_DAPI.tif' for d in folders])).table
+    assert t.plate.tolist() == plates and len(t[WELL].drop_duplicates()) == len(folders)
+
 @pytest.mark.parametrize('open_', [Screen, open_screen])
 def test_other_folders_say_how_to_open_them(tmp_path, open_):
     images(tmp_path, 'a/x1.tif', 'a/x2.tif')
