@@ -10,67 +10,91 @@ import warnings
 import numpy as np, pandas as pd
 from anndata import AnnData
 from scipy.stats import false_discovery_control
-from .profiles import to_sphere
+from .labels import clean, yes_no
+from .profiles import names_of, opened, table_with, to_sphere, wells_of
 
 # %% ../nbs/33_arms.ipynb #c22ec7c7
-_centromeres = dict(zip([*map(str, range(1, 23)),'X','Y'], # of hg38, in 100 kb: the end of the p arm
-    (1234,939,909,500,488,598,601,452,430,398,534,355,177,172,190,368,251,185,262,281,120,150,610,104)))
+_ends = (1234,939,909,500,488,598,601,452,430,398,534,355,177,172,190,368,251,185,262,281,120,150,
+         610,104) # of the p arms of hg38, in 100 kb
+_centromeres = dict(zip([*map(str, range(1, 23)),'X','Y'], _ends))
 
 def _arm_of(t):
-    "Arm of each row from columns `chromosome` and `position`, missing where the chromosome has none"
-    chrom = t.chromosome.astype(str).str.removeprefix('chr').str.replace(r'\.0$', '', regex=True)
-    cen = chrom.map(_centromeres)*1e5
-    return (chrom+np.where(t.position.astype(float)<cen, 'p', 'q')).where(cen.notna()&t.position.notna())
+    "Arm of each row from columns `chromosome` and `position`, empty where the chromosome has none"
+    chrom = pd.Series(clean(t.chromosome), t.index).str.upper().str.removeprefix('CHR')
+    cen,pos = chrom.map(_centromeres)*1e5,t.position.astype(float)
+    return (chrom+np.where(pos<cen, 'p', 'q')).where(cen.notna()&pos.notna(), '')
+
+def _table(arms):
+    "One row per gene: `arm`, empty where it is not known, and `silent`, may it stand for its arm?"
+    placed = {'chromosome','position'}<=set(arms)
+    if placed and 'arm' not in arms: arms = arms.assign(arm=_arm_of(arms))
+    miss = {'gene','arm'}-set(arms)
+    if miss: raise ValueError(f'arms has no column {" and ".join(sorted(miss))} (it has '
+        f'{", ".join(map(str, arms))}): give one row per gene, with gene and arm (such as 17q), '
+        'or chromosome and position')
+    on = ~yes_no(arms.expressed.fillna(True), 'expressed') if 'expressed' in arms else True
+    t = pd.DataFrame(dict(gene=clean(arms.gene), arm=clean(arms.arm), silent=on)).drop_duplicates()
+    twice = t.gene.duplicated(keep=False)
+    both = t.gene[twice].unique()
+    if len(both): warnings.warn(f'{len(both)} genes, such as {both[0]}, are listed with different '
+                                'arms or expression: they count as of no arm')
+    return t[~twice].set_index('gene')
 
 def _arms(x, arms):
-    "Profiles `(n,D)`, their genes, arm of each gene (empty if unknown), and which genes may stand for their arm"
-    A,names = (np.asarray(x.X, dtype=float),x.obs_names) if isinstance(x, AnnData) else (x.to_numpy(dtype=float),x.index)
-    if 'arm' not in arms and {'chromosome','position'}<=set(arms): arms = arms.assign(arm=_arm_of(arms))
-    miss = {'gene','arm'}-set(arms.columns)
-    if miss: raise ValueError(f'arms has no column {" and ".join(sorted(miss))} (it has {", ".join(map(str, arms.columns))}): give one row per gene, with gene and arm (such as 17q), or chromosome and position')
-    t = arms.drop_duplicates('gene').set_index('gene').reindex(names)
-    if t.arm.isna().all(): raise ValueError(f'no gene of the map (such as {names[0]}) is in arms (such as {arms.gene.iloc[0]}): use the same kind of names')
-    silent = ~t.expressed.fillna(True).astype(bool).to_numpy() if 'expressed' in t else np.ones(len(t), bool)
-    return A,names,t.arm.fillna('').astype(str).to_numpy(),silent
+    "Profiles `(n,D)`, arm of each gene (empty if unknown), and which genes may stand for their arm"
+    w,t = wells_of(x),_table(arms)
+    names = pd.Index(names_of(w))
+    if not names.isin(t.index).any(): raise ValueError(
+        f'no gene of the map (such as {names[0]}) is in arms (such as {arms.gene.iloc[0]}): '
+        'use the same kind of names')
+    t = t.reindex(names)
+    return w.X,t.arm.fillna('').to_numpy(),t.silent.eq(True).to_numpy()
 
 def _within(Z, arm, keys):
     "Mean cosine of the genes of each arm"
-    return np.array([((Z[m].sum(0)**2).sum()-m.sum())/(m.sum()*(m.sum()-1)) for m in (arm==k for k in keys)])
+    n = np.array([(arm==k).sum() for k in keys])
+    size = np.array([(Z[arm==k].sum(0)**2).sum() for k in keys])
+    return (size-n)/(n*(n-1))
 
 # %% ../nbs/33_arms.ipynb #f4247496
 def arm_bias(
-    x, # Profiles of genes: AnnData or DataFrame, one row per gene
+    x, # Profiles of genes, one row per gene: AnnData, DataFrame, file ..
     arms, # Table with columns `gene` and `arm` (or `chromosome` and `position`)
     min_genes=5, # Smaller arms are left out
     n_perm=1000, # Times that genes are shuffled over arms
     seed=0,
-)->pd.DataFrame: # One row per arm and one for `all`: `n`, mean `cosine` within, mean of the `null`, `p`, `q`
+)->pd.DataFrame: # Per arm, and for `all`: `n`, mean `cosine` within, mean of the `null`, `p`, `q`
     "Are genes of one chromosome arm more alike than genes are anyway?"
-    A,_,arm,_ = _arms(x, arms)
+    A,arm,_ = _arms(x, arms)
     Z,arm = to_sphere(A)[arm!=''],arm[arm!='']
     keys,n = np.unique(arm, return_counts=True)
     keys,n = keys[n>=min_genes],n[n>=min_genes]
     if not len(keys): raise ValueError(f'no arm has {min_genes} genes: there is nothing to test')
     rng = np.random.default_rng(seed)
-    v = np.stack([_within(Z, a, keys) for a in [arm,*(rng.permutation(arm) for _ in range(n_perm))]]) # (1+n_perm,arms)
+    shuffled = (rng.permutation(arm) for _ in range(n_perm))
+    v = np.stack([_within(Z, a, keys) for a in [arm,*shuffled]]) # (1+n_perm,arms)
     v = np.c_[v, v@(n*(n-1))/(n*(n-1)).sum()]
     p = (v>=v[0]-1e-12).mean(0)
-    return pd.DataFrame(dict(n=[*n,n.sum()], cosine=v[0], null=v[1:].mean(0), p=p, q=false_discovery_control(p)), index=pd.Index([*keys,'all'], name='arm'))
+    cols = dict(n=[*n,n.sum()], cosine=v[0], null=v[1:].mean(0), p=p, q=false_discovery_control(p))
+    return pd.DataFrame(cols, index=pd.Index([*keys,'all'], name='arm'))
 
 # %% ../nbs/33_arms.ipynb #29be0fc0
 def correct_arms(
-    x, # Profiles of genes: AnnData or DataFrame, one row per gene
-    arms, # Table with columns `gene` and `arm` (or `chromosome` and `position`), and if known `expressed`
+    x, # Profiles of genes, one row per gene: AnnData, DataFrame, file ..
+    arms, # Table with `gene` and `arm` (or `chromosome` and `position`), if known `expressed`
     min_genes=20, # Arms are corrected if more genes than this are to learn from
 ): # Corrected copy, of the type of `x`
     "Take the mean profile of its chromosome arm from each gene"
-    A,_,arm,silent = _arms(x, arms)
+    x = opened(x)
+    A,arm,silent = _arms(x, arms)
     res,left = A.copy(),[]
     for k in np.unique(arm[arm!='']):
         m = arm==k
         if (m&silent).sum()>min_genes: res[m] -= A[m&silent].mean(0)
         else: left.append(k)
-    if left: warnings.warn(f'{len(left)} arms, such as {left[0]}, have no more than {min_genes} genes to learn from and stay as they are')
-    if not isinstance(x, AnnData): return pd.DataFrame(res, index=x.index, columns=x.columns)
+    if left: warnings.warn(f'{len(left)} arms, such as {left[0]}, have no more than {min_genes} '
+                           'genes to learn from and stay as they are')
+    if isinstance(x, pd.DataFrame): return table_with(x, res, wells_of(x).features)
+    if not isinstance(x, AnnData): return res
     y = x.copy(); y.X = res.astype(np.float32)
     return y

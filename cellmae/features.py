@@ -9,46 +9,55 @@ __all__ = ['feature_category', 'regress_features']
 import warnings
 import numpy as np, pandas as pd
 from sklearn.model_selection import GroupKFold
-from .profiles import codes, table_of
+from .profiles import codes, labelled, same_order, table_of, wells_of
 
 # %% ../nbs/37_features.ipynb #a9dbdf71
 def _ridge(X, Y, alphas):
-    "For each of `alphas`, the coefficients `(D,F)` that explain centred `Y (n,F)` by centred `X (n,D)`"
+    "Coefficients `(D,F)` that explain centred `Y (n,F)` by centred `X (n,D)`, for each of `alphas`"
     w,V = np.linalg.eigh(X.T@X)
     T = V.T@(X.T@Y)
     return [V@(T/(w.clip(0)[:,None]+a)) for a in alphas]
 
 # %% ../nbs/37_features.ipynb #2952a79c
 def _predict(X, Y, train, test, groups, alphas):
-    "Predictions of `Y` for `test`, and the mean of `train`; `alphas` chosen per feature on groups left out of `train`"
+    "Predictions of `Y` for `test`, and the mean of `train`"
     m,s = X[train].mean(0),X[train].std(0)
     X,mu = (X-m)/np.where(s>1e-12, s, 1),Y[train].mean(0)
-    k = min(3, len(np.unique(groups[train])))
-    err = np.zeros((len(alphas), Y.shape[1]))
-    for a,b in GroupKFold(k).split(X[train], groups=groups[train]) if k>1 else []:
-        a,b,c = train[a],train[b],Y[train[a]].mean(0)
-        err += [((X[b]@B+c-Y[b])**2).sum(0) for B in _ridge(X[a], Y[a]-c, alphas)]
-    B = np.stack(_ridge(X[train], Y[train]-mu, alphas))[err.argmin(0),:,np.arange(Y.shape[1])].T # (D,F)
-    return X[test]@B+mu,mu
+    best = _errors(X[train], Y[train], groups[train], alphas).argmin(0) # (F), of alphas
+    B = np.stack(_ridge(X[train], Y[train]-mu, alphas)) # (alphas,D,F)
+    return X[test]@B[best,:,np.arange(Y.shape[1])].T+mu,mu
+
+def _errors(X, Y, groups, alphas):
+    "Squared errors `(alphas,F)` on groups that are left out in turn"
+    k,err = min(3, len(np.unique(groups))),np.zeros((len(alphas), Y.shape[1]))
+    for a,b in GroupKFold(k).split(X, groups=groups) if k>1 else []:
+        mu = Y[a].mean(0)
+        err += [((X[b]@B+mu-Y[b])**2).sum(0) for B in _ridge(X[a], Y[a]-mu, alphas)]
+    return err
 
 # %% ../nbs/37_features.ipynb #9f874e57
+_compartments = 'Cells','Nuclei','Cytoplasm','Image'
+
 def feature_category(
     name, # Such as `Cells_AreaShape_Area`, or `AreaShape_Area`
 )->str:
     "The category in the name of a CellProfiler feature"
     parts = str(name).split('_')
-    return parts[1] if len(parts)>2 and parts[0] in ('Cells','Nuclei','Cytoplasm','Image') else parts[0]
+    return parts[1] if len(parts)>2 and parts[0] in _compartments else parts[0]
 
-def _measured(features, n):
+def _measured(features, rows):
     "Names, float64 values, and which of them vary"
-    if len(features)!=n: raise ValueError(f'{len(features)} rows of features for {n} profiles: give one row per profile, in the same order')
-    Y = features.to_numpy(dtype=float)
-    bad = ~np.isfinite(Y)
-    if bad.any(): raise ValueError(f'{bad.any(0).sum()} features hold NaN, such as {features.columns[bad.any(0)][0]} in row {bad.any(1).argmax()}: drop those features or those wells')
-    flat = Y.std(0)<=1e-9*np.abs(Y.mean(0))
+    w = wells_of(features)
+    if len(w.X)!=len(rows): raise ValueError(
+        f'{len(w.X)} rows of features for {len(rows)} profiles: give one row per profile, in the '
+        'same order')
+    same_order(rows, w.rows)
+    names = np.arange(w.X.shape[1]) if w.features is None else w.features.to_numpy()
+    flat = w.X.std(0)<=1e-9*np.abs(w.X.mean(0))
     if flat.all(): raise ValueError('no feature varies: there is nothing to predict')
-    if flat.any(): warnings.warn(f'{flat.sum()} features, such as {features.columns[flat][0]}, are constant: they are left out')
-    return features.columns[~flat],Y[:,~flat]
+    if flat.any(): warnings.warn(f'{flat.sum()} features, such as {names[flat][0]}, are constant: '
+                                 'they are left out')
+    return names[~flat],w.X[:,~flat]
 
 # %% ../nbs/37_features.ipynb #a2a3bfae
 def regress_features(
@@ -60,25 +69,42 @@ def regress_features(
     alphas=tuple(10.**np.arange(-1, 6)), # Strengths of the ridge to choose from
     n_boot=200, # Bootstraps over groups
     seed=0,
-)->tuple: # Tables of features (`category, r2, ci_low, ci_high`) and of categories (`n, r2, ci_low, ci_high`: medians)
+)->tuple: # Tables of features (`category, r2, ci_low, ci_high`) and of categories (`n`, medians)
     "How much of each measured feature an embedding explains on plates it has not seen"
-    X,obs = table_of(x)
-    names,Y = _measured(features, len(X))
+    w = wells_of(x)
+    (X,obs),(names,Y) = table_of(w),_measured(features, w.rows)
     g = codes(obs, [groups])
-    n = g.max()+1
-    if n<max(2, n_folds): raise ValueError(f'{n_folds} folds need as many values of {groups}, there are {n}: lower n_folds, but not below 2')
-    sums = np.zeros((2,n,Y.shape[1])) # squared errors, of the prediction and of the mean, by group
+    has = labelled(np.where(g<0, '', 'x'), groups)
+    X,Y,g = X[has],Y[has],g[has]
+    n = len(np.unique(g))
+    if n<max(2, n_folds): raise ValueError(f'{n_folds} folds need as many values of {groups}, '
+                                           f'there are {n}: lower n_folds, but not below 2')
+    r2 = _r2(*_sums(X, Y, g, n_folds, alphas), n_boot, seed) # (1+n_boot,F)
+    cats = pd.Series([category(o) for o in names])
+    keys = sorted(set(cats))
+    medians = np.stack([np.median(r2[:,cats==k], axis=1) for k in keys], 1)
+    count = cats.value_counts().loc[keys].to_numpy()
+    return (_table(r2, pd.Index(names, name='feature'), category=cats.to_numpy()),
+            _table(medians, pd.Index(keys, name='category'), n=count))
+
+# %% ../nbs/37_features.ipynb #003529f4
+def _sums(X, Y, g, n_folds, alphas):
+    "Squared errors `(groups,F)` of the prediction and of the mean"
+    sums = np.zeros((2,g.max()+1,Y.shape[1]))
     for train,test in GroupKFold(n_folds).split(X, groups=g):
         pred,mu = _predict(X, Y, train, test, g, alphas)
         for s,e in zip(sums, (Y[test]-pred,Y[test]-mu)): np.add.at(s, g[test], e**2)
-    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=n_boot)
-    r2 = np.concatenate([1-sums[0].sum(0, keepdims=True)/sums[1].sum(0), 1-(W@sums[0])/np.maximum(W@sums[1], 1e-30)]) # (1+n_boot,F)
-    cats = pd.Series([category(o) for o in names])
-    medians = np.stack([np.median(r2[:,cats==k], axis=1) for k in sorted(set(cats))], 1)
-    return _table(r2, pd.Index(names, name='feature'), category=cats.to_numpy()),_table(medians, pd.Index(sorted(set(cats)), name='category'), n=cats.value_counts().sort_index().to_numpy())
+    return sums
 
-# %% ../nbs/37_features.ipynb #003529f4
+def _r2(err, total, n_boot, seed):
+    "Share explained, first as it is, then in bootstraps over groups"
+    n = len(err)
+    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=n_boot)
+    return np.concatenate([1-err.sum(0, keepdims=True)/total.sum(0),
+                           1-(W@err)/np.maximum(W@total, 1e-30)])
+
 def _table(r2, index, **cols):
     "First row is the value, the others are bootstraps"
-    lo,hi = np.percentile(r2[1:], [2.5,97.5], axis=0) if len(r2)>1 else np.full((2,r2.shape[1]), np.nan)
+    none = np.full((2,r2.shape[1]), np.nan)
+    lo,hi = np.percentile(r2[1:], [2.5,97.5], axis=0) if len(r2)>1 else none
     return pd.DataFrame(dict(**cols, r2=r2[0], ci_low=lo, ci_high=hi), index=index)

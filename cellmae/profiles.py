@@ -208,7 +208,7 @@ def _of_pair(X, obs):
     if not isinstance(obs, pd.DataFrame):
         obs = pd.DataFrame(obs if isinstance(obs, dict) else dict(perturbation=np.asarray(obs)))
     _, _, rows, features = _parts(X)
-    if rows is not None: _same_order(rows, obs.index)
+    if rows is not None: same_order(rows, obs.index)
     return X,obs,obs.index,features
 
 def table_with(df, X, names):
@@ -218,7 +218,8 @@ def table_with(df, X, names):
     df = _unrolled(df, '')
     return pd.concat([df.drop(columns=split_table(df)[0].columns), new], axis=1)
 
-def _same_order(a, b):
+def same_order(a, b):
+    "Refuse rows whose names `a` are those of the table, `b`, in another order"
     if not a.equals(b) and not a.has_duplicates and len(a)==len(b) and a.isin(b).all():
         raise ValueError(f'the rows of the table have the names of the profiles in another order '
                          f'({a[0]}, .. and {b[0]}, ..): sort one like the other')
@@ -265,7 +266,7 @@ def _said(w, v, k, otherwise):
     if v is None: return pd.Series(otherwise, w.rows)
     if np.shape(v)!=w.rows.shape: raise ValueError(f'{k} has shape {np.shape(v)} but X has '
                                                    f'{len(w.rows)} rows: give one value per row')
-    if isinstance(v, pd.Series): _same_order(w.rows, v.index)
+    if isinstance(v, pd.Series): same_order(w.rows, v.index)
     return v
 
 def as_mask(v): return yes_no(v)
@@ -293,13 +294,17 @@ def labelled(names, what='perturbation'):
     if n: warnings.warn(f'{n} of {len(has)} rows have no {what}: they are left out')
     return has
 
+def names_of(w):
+    "What was done to each well: column `perturbation`, or else the name of the row"
+    named = w.obs is not None and 'perturbation' in w.obs
+    return clean(w.obs['perturbation'] if named else w.rows)
+
 def genes_of(
     x, # As in `wells_of`; rows of a DataFrame without a table are named by its index
 )->tuple: # `(n,D)` and names `(n)`, sorted where there was something to average
     "One profile per perturbation: controls and wells without a name left out, the others averaged"
     w = wells_of(x)
-    named = w.obs is not None and 'perturbation' in w.obs
-    names = clean(w.obs['perturbation'] if named else w.rows)
+    names = names_of(w)
     c = controls_of(w, otherwise=False)
     keep = np.flatnonzero(~c)[labelled(names[~c])]
     X,names = w.X[keep],names[keep]
@@ -405,35 +410,25 @@ def read_profiles(
     path = Path(path)
     kind = _kind(path)
     if kind=='h5ad': return read_h5ad(path)
-    table = _read_binary(path, kind) if kind else read_table(path)
-    X,obs = split_table(table, prefix, f'{path.name}: ')
+    X,obs = split_table(read_table(path, text=kind=='text'), prefix, f'{path.name}: ')
     obs = tidy(obs)
-    if not kind: obs = pd.DataFrame({k:_typed(v) for k,v in obs.items()}, obs.index)
+    if kind=='text': obs = pd.DataFrame({k:_typed(v) for k,v in obs.items()}, obs.index)
     X,var = X.to_numpy(np.float32, na_value=np.nan),pd.DataFrame(index=X.columns.astype(str))
     return AnnData(X, obs=obs.set_axis(obs.index.astype(str)), var=var)
 
 # %% ../nbs/30_profiles.ipynb #f87c25cc
-_magic = {b'PAR1':'parquet', b'ARRO':'feather', b'FEA1':'feather', b'\x89HDF':'h5ad'}
+_magic = {b'PAR1':'typed', b'ARRO':'typed', b'\x89HDF':'h5ad'}
+_texts = '.csv','.tsv','.tab','.txt','.xlsx'
 
 def _kind(path):
-    "What a file is by its first bytes, None for a table of text"
+    "What a file is by its first bytes: `h5ad`, a table whose columns have types, or one of text"
     if not path.exists(): raise FileNotFoundError(f'{path}: missing. Check the path.')
-    if path.is_dir(): return 'parquet' if any(path.rglob('*.parquet')) else _refuse(path)
-    with path.open('rb') as f: kind = _magic.get(f.read(4))
-    name = re.sub(r'\.(gz|bz2|zip|xz)$', '', path.name.lower())
-    text = name.endswith(('.csv','.tsv','.tab','.txt','.xlsx'))
-    return kind if kind or text else _refuse(path)
-
-def _refuse(path):
-    raise ValueError(f'{path.name} is no table of profiles: give a parquet, feather, h5ad, '
-                     'CSV or xlsx file')
-
-def _read_binary(path, kind):
-    try: table = dict(parquet=pd.read_parquet, feather=pd.read_feather)[kind](path)
-    except (OSError,ValueError) as e:
-        raise ValueError(f'{path.name}: damaged or cut short, copy it again ({e})') from e
-    named = [k for k in table.index.names if k is not None]
-    return table.reset_index(named) if named else table
+    if path.is_file():
+        with path.open('rb') as f: kind = _magic.get(f.read(4))
+        name = re.sub(r'\.(gz|bz2|xz)$', '', path.name.lower())
+        if kind or name.endswith(_texts): return kind or 'text'
+    raise ValueError(f'{path.name} is no table of profiles: give a file in parquet, feather, h5ad, '
+                     'CSV or xlsx')
 
 _number = r'-?(0|[1-9]\d{0,14})(\.\d+)?(e[-+]\d+)?'
 

@@ -7,48 +7,55 @@ __all__ = ['read_rxrx3', 'compound_gene_ap', 'rxrx3_benchmark']
 
 # %% ../nbs/38_rxrx3.ipynb #c3125520
 import numpy as np, pandas as pd
-from io import StringIO
-from pathlib import Path
 from anndata import AnnData
 from sklearn.base import clone
-from .files import text_of
-from .profiles import to_sphere
+from .files import read_table
+from .labels import clean
+from .profiles import split_table, to_sphere
 from .recall import recall
 from .tvn import PCACenterScale
 
 # %% ../nbs/38_rxrx3.ipynb #3e872323
-def _table_of(src):
-    "A DataFrame as it is, or from a parquet or CSV file"
-    if isinstance(src, pd.DataFrame): return src
-    return pd.read_parquet(src) if Path(src).suffix=='.parquet' else pd.read_csv(StringIO(text_of(Path(src).read_bytes())))
+def _table_of(src, what, *columns):
+    "A DataFrame, as it is or from a file, that has these columns"
+    df = src if isinstance(src, pd.DataFrame) else read_table(src, text=False)
+    miss = [k for k in columns if k not in df]
+    if miss: raise ValueError(f'{what} has no column {", ".join(miss)} (it has '
+                              f'{", ".join(map(str, df.columns[:8]))})')
+    return df
 
-def _needs(df, cols, what):
-    miss = [k for k in cols if k not in df]
-    if miss: raise ValueError(f'{what} has no column {", ".join(miss)} (it has {", ".join(map(str, df.columns[:8]))})')
+def _by_well(df, what):
+    "Rows of a table under the names of their wells"
+    df = df.set_axis(pd.Index(clean(df.well_id), name='well_id')).drop(columns='well_id')
+    twice = df.index[df.index.duplicated()]
+    if len(twice): raise ValueError(f'{what} has well {twice[0]} twice: keep one row per well')
+    return df
 
 # %% ../nbs/38_rxrx3.ipynb #9c844144
+_columns = 'well_id','experiment_name','treatment','concentration','perturbation_type'
+
 def read_rxrx3(
     embeddings, # Parquet or CSV file (or DataFrame) with `well_id` and one column per dimension
-    metadata, # The same with `well_id, experiment_name, treatment, concentration, perturbation_type`
-)->AnnData: # One row per well; `obs` has `perturbation`, `type`, `concentration`, `batch`, `control`
+    metadata, # The same with the columns above
+)->AnnData: # A row per well: `perturbation`, `type`, `concentration`, `batch`, `control`
     "Wells of RxRx3-core, or of any screen in files of its form"
-    E,M = _table_of(embeddings),_table_of(metadata)
-    _needs(E, ['well_id'], 'embeddings'); _needs(M, ['well_id','experiment_name','treatment','concentration','perturbation_type'], 'metadata')
-    for k,t in dict(embeddings=E, metadata=M).items():
-        if t.well_id.duplicated().any(): raise ValueError(f'{k} has well {t.well_id[t.well_id.duplicated()].iloc[0]} twice: keep one row per well')
-    M = M.set_index('well_id')
-    lost = ~E.well_id.isin(M.index)
-    if lost.any(): raise ValueError(f'{lost.sum()} wells of embeddings, such as {E.well_id[lost].iloc[0]}, are not in metadata: use the metadata of the same release')
-    M = M.loc[E.well_id]
-    treat = M.treatment.astype(str)
-    obs = pd.DataFrame(dict(perturbation=np.where(treat.str.endswith('_control'), treat, treat.str.split('_').str[0]), type=M.perturbation_type.astype(str).str.upper(),
-                            concentration=M.concentration.astype(float), batch=M.experiment_name.astype(str), control=treat=='EMPTY_control'), index=M.index.astype(str))
-    X = E.drop(columns='well_id').select_dtypes('number')
-    return AnnData(X.to_numpy(dtype=np.float32), obs=obs, var=pd.DataFrame(index=X.columns.astype(str)))
+    E = _by_well(_table_of(embeddings, 'embeddings', 'well_id'), 'embeddings')
+    M = _by_well(_table_of(metadata, 'metadata', *_columns), 'metadata')
+    lost = E.index[~E.index.isin(M.index)]
+    if len(lost): raise ValueError(f'{len(lost)} wells of embeddings, such as {lost[0]}, are not '
+                                   'in metadata: use the metadata of the same release')
+    X,M = split_table(E, where='embeddings: ')[0],M.loc[E.index]
+    treat = pd.Series(clean(M.treatment), M.index)
+    gene = treat.str.split('_').str[0].where(~treat.str.endswith('_control'), treat)
+    kind = pd.Series(clean(M.perturbation_type), M.index).str.upper()
+    obs = pd.DataFrame(dict(perturbation=gene, type=kind, batch=clean(M.experiment_name),
+        concentration=M.concentration.astype(float), control=treat=='EMPTY_control'))
+    return AnnData(X.to_numpy(np.float32), obs=obs.rename_axis(None),
+                   var=pd.DataFrame(index=X.columns.astype(str)))
 
 # %% ../nbs/38_rxrx3.ipynb #84bd676d
 def _ap_auc(scores, k):
-    "Average precision and ROC AUC of each row of `scores (...,n)`, whose first `k` columns are positives"
+    "Average precision and ROC AUC of each row of `scores (...,n)`, the first `k` being right"
     n = scores.shape[-1]
     pos = np.argsort(np.argsort(-scores, axis=-1, kind='stable'), axis=-1)[...,:k]
     rank = np.sort(pos, axis=-1)+1
@@ -58,14 +65,19 @@ def _ap_auc(scores, k):
 # %% ../nbs/38_rxrx3.ipynb #90e05473
 def _targets(truth, compounds, genes):
     "`(compound, ids of targets, ids of others)` for every compound with a target in the map"
-    _needs(truth, ['treatment','gene_symbol','nM_value'], 'truth')
-    t = truth[truth.gene_symbol.isin(genes)&truth.treatment.isin(compounds)].groupby(['treatment','gene_symbol']).nM_value.min().reset_index()
-    ids = pd.Index(genes)
-    pool = np.unique(ids.get_indexer(truth.gene_symbol[truth.gene_symbol.isin(genes)]))
-    for k,g in t.groupby('treatment'):
-        at = ids.get_indexer(g.gene_symbol)
-        act,near = at[(g.nM_value<=1000).to_numpy()],at[(g.nM_value<=10_000).to_numpy()]
+    ids,t = pd.Index(genes),truth[truth.gene_symbol.isin(genes)]
+    pool = np.unique(ids.get_indexer(t.gene_symbol))
+    t = t[t.treatment.isin(compounds)].groupby(['treatment','gene_symbol']).nM_value.min()
+    for k,nM in t.groupby(level=0):
+        at = ids.get_indexer(nM.index.get_level_values(1))
+        act,near = at[nM<=1000],at[nM<=10_000]
         if len(act): yield k,act,np.setdiff1d(pool, near)
+
+def _samples(act, rest, n_seeds, rng):
+    "`(n_seeds,k+n)`: the targets, then a random sample of others"
+    n = min(max(2*len(act), 20), len(rest))
+    some = rng.random((n_seeds,len(rest))).argpartition(n-1, axis=1)[:,:n]
+    return np.concatenate([np.tile(act, (n_seeds,1)),rest[some]], 1)
 
 # %% ../nbs/38_rxrx3.ipynb #98e3fb5d
 def compound_gene_ap(
@@ -74,19 +86,21 @@ def compound_gene_ap(
     truth, # Table `treatment, gene_symbol, nM_value`, or its file
     n_seeds=100, # Samples of non-targets
     seed=0,
-)->pd.DataFrame: # One row per concentration and one for `max` (the largest cosine over concentrations): `n`, `ap`, `auc`, `baseline`, `z`
+)->pd.DataFrame: # Per concentration, and `max` over them: `n`, `ap`, `auc`, `baseline`, `z`
     "Do compounds look like the knock-outs of their targets?"
-    G,C = to_sphere(genes.to_numpy(dtype=float)),to_sphere(compounds.to_numpy(dtype=float))
+    G,C = (to_sphere(o.to_numpy(dtype=float)) for o in (genes,compounds))
     name,conc = (compounds.index.get_level_values(i) for i in (0,1))
+    truth = _table_of(truth, 'truth', 'treatment', 'gene_symbol', 'nM_value')
     rng,rows = np.random.default_rng(seed),[]
-    for k,act,rest in _targets(_table_of(truth), set(name), genes.index):
-        m = np.flatnonzero(name==k)
-        n = min(max(2*len(act), 20), len(rest))
-        ids = np.concatenate([np.tile(act, (n_seeds,1)),rest[rng.random((n_seeds,len(rest))).argpartition(n-1, axis=1)[:,:n]]], 1)
+    for k,act,rest in _targets(truth, set(name), genes.index):
+        m,ids = np.flatnonzero(name==k),_samples(act, rest, n_seeds, rng)
         s = np.abs(C[m]@G.T)
-        at = dict(zip(conc[m], s)) | {'max':s.max(0)}
-        rows += [(k, c, *_ap_auc(v[ids], len(act)), _ap_auc(rng.random(ids.shape), len(act))[0]) for c,v in at.items()]
-    if not rows: raise ValueError(f'no compound of the map (such as {name[0]}) has a target among its genes (such as {genes.index[0]}) in truth: use the same names in both')
+        for c,v in {**dict(zip(conc[m], s)), 'max':s.max(0)}.items():
+            base = _ap_auc(rng.random(ids.shape), len(act))[0]
+            rows.append((k, c, *_ap_auc(v[ids], len(act)), base))
+    if not rows: raise ValueError(
+        f'no compound of the map (such as {name[0]}) has a target among its genes (such as '
+        f'{genes.index[0]}) in truth: use the same names in both')
     return _over_compounds(rows)
 
 # %% ../nbs/38_rxrx3.ipynb #b9038733
@@ -94,9 +108,11 @@ def _over_compounds(rows):
     "Means over compounds per seed, then over seeds"
     res = {}
     for c in dict.fromkeys(o[1] for o in rows):
-        ap,auc,base = (np.stack([o[i] for o in rows if o[1]==c]).mean(0) for i in (2,3,4)) # (n_seeds)
+        mine = [o[2:] for o in rows if o[1]==c]
+        ap,auc,base = np.array(mine).mean(0) # each (n_seeds)
         sd = base.std(ddof=1) if len(base)>1 else np.nan
-        res[c] = dict(n=sum(o[1]==c for o in rows), ap=ap.mean(), auc=auc.mean(), baseline=base.mean(), z=(ap.mean()-base.mean())/sd)
+        res[c] = dict(n=len(mine), ap=ap.mean(), auc=auc.mean(), baseline=base.mean(),
+                      z=(ap.mean()-base.mean())/sd)
     order = sorted((c for c in res if c!='max'), key=float)+['max']
     return pd.DataFrame(res).T.loc[order].rename_axis('concentration').astype({'n':int})
 
@@ -106,17 +122,21 @@ def rxrx3_benchmark(
     metadata, # As in `read_rxrx3`
     relationships, # As in `recall`
     truth, # As in `compound_gene_ap`
-    tfm=PCACenterScale(), # Correction, fitted on `EMPTY_control` wells with experiments as batches; the benchmark's by default
+    tfm=PCACenterScale(), # Fitted on `EMPTY_control` wells, batches are experiments
     n_seeds=100, # Samples of non-targets
     **kwargs # Passed to `recall`
 )->dict: # `recall` and `compounds`: tables from `recall` and `compound_gene_ap`
     "Recall among gene knock-outs, and average precision of compounds for their genes"
-    ad = read_rxrx3(embeddings, metadata)
-    ad = clone(tfm).fit_transform(ad)
-    ad = ad[~ad.obs.perturbation.str.endswith('_control').to_numpy()]
-    P = pd.DataFrame(ad.X, index=pd.MultiIndex.from_frame(ad.obs[['type','perturbation','concentration']].fillna(0).reset_index(drop=True)))
-    P = P.groupby(level=[0,1,2]).mean()
+    P = _means(clone(tfm).fit_transform(read_rxrx3(embeddings, metadata)))
     kinds = set(P.index.get_level_values(0))
-    if not {'CRISPR','COMPOUND'}<=kinds: raise ValueError(f'perturbation_type must name CRISPR and COMPOUND, it has {", ".join(sorted(kinds))}')
+    if not {'CRISPR','COMPOUND'}<=kinds: raise ValueError(
+        f'perturbation_type must name CRISPR and COMPOUND, it has {", ".join(sorted(kinds))}')
     genes = P.loc['CRISPR'].groupby(level=0).mean()
-    return dict(recall=recall(genes, relationships, **kwargs), compounds=compound_gene_ap(P.loc['COMPOUND'], genes, truth, n_seeds))
+    return dict(recall=recall(genes, relationships, **kwargs),
+                compounds=compound_gene_ap(P.loc['COMPOUND'], genes, truth, n_seeds))
+
+def _means(ad):
+    "Profiles of type, perturbation and concentration, controls left out"
+    ad = ad[~ad.obs.perturbation.str.endswith('_control').to_numpy()]
+    by = [ad.obs[k].fillna(0).to_numpy() for k in ('type','perturbation','concentration')]
+    return pd.DataFrame(ad.X).groupby(by).mean()

@@ -204,4 +204,4 @@ def test_unknown_arms_and_targets(genes):
 def test_new_batch_and_other_width(screen):
     tfm = TVN().fit(screen)
     with pytest.raises(ValueError, match='batch Z was not there'): tfm.transform(screen.X, batches=['Z']*88)
-    with pytest.raises(ValueError, match=r'TVN learnt: 1 missing \(7\)'): tfm.transform(screen[:, :7])
+    with pytest.raises(ValueError, match=r'TVN learnt, there are 1 missing \(7\)'): tfm.transform(screen[:, :7])
