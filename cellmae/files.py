@@ -29,6 +29,10 @@ except ImportError: fcntl = None # not on Windows
 # %% ../nbs/00_files.ipynb #bd3e4bad
 _host = re.sub(r'\W', '', platform.node()) or 'host'
 
+def _around(path):
+    "How the names of the parts of `path` begin and end, around a process and a random word"
+    return f'.{path.stem}.{_host}-', f'.part{path.suffix}'
+
 def _remove(path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
@@ -41,22 +45,42 @@ def _alive(pid):
     return True
 
 def _sweep(path):
-    "Remove what killed writers of this machine left beside `path`"
-    parts = re.compile(rf'\.{re.escape(path.stem)}\.{_host}-(\d+)-\w+\.part{re.escape(path.suffix)}')
-    for f in path.parent.glob('.*.part*'):
-        if (m := parts.fullmatch(f.name)) and not _alive(int(m[1])): _remove(f)
+    "Remove what killed writers of this machine left; a folder that they put aside comes back"
+    begin,end = map(re.escape, _around(path))
+    parts = re.compile(rf'{begin}(\d+)-\w+{end}(\.old)?')
+    for f in sorted(path.parent.glob('.*.part*'), reverse=True):
+        m = parts.fullmatch(f.name)
+        if not m or _alive(int(m[1])): continue
+        if m[2] and not path.exists(): os.rename(f, path)
+        else: _remove(f)
 
 # %% ../nbs/00_files.ipynb #c1a3a8a0
-def _rights(part):
-    "Give a file, or a folder and all in it, the rights that the umask leaves, and bring it to the disk"
+def _sync(f):
+    "To the disk; a folder only where the system can"
+    try: o = os.open(f, os.O_RDONLY)
+    except PermissionError:
+        if f.is_dir(): return # on Windows
+        raise
+    try: os.fsync(o)
+    except OSError:
+        if not f.is_dir(): raise
+    finally: os.close(o)
+
+def _settle(part):
+    "What was written, with the rights that the umask leaves, on the disk"
     umask = os.umask(0o022); os.umask(umask)
-    for f in [part, *(part.rglob('*') if part.is_dir() else ())]:
-        f.chmod(f.stat().st_mode | (0o777 if f.is_dir() else 0o666) & ~umask)
-        if f.is_file():
-            with open(f, 'rb') as o: os.fsync(o.fileno())
+    for f in [*(part.rglob('*') if part.is_dir() else ()), part]:
+        if f.is_symlink(): continue
+        mode = f.stat().st_mode
+        rights = mode | (0o777 if f.is_dir() else 0o666) & ~umask
+        if rights!=mode: f.chmod(rights)
+        _sync(f)
 
 def _exchange(part, path):
     "Give `part` the name `path`; a folder of that name survives unless all goes well"
+    if path.exists() and path.is_dir()!=part.is_dir():
+        kind = 'folder' if path.is_dir() else 'file'
+        raise FileExistsError(f'this is a {kind}, which is not replaced by anything else')
     if not path.is_dir(): return os.replace(part, path)
     old = part.with_name(f'{part.name}.old')
     os.rename(path, old)
@@ -73,15 +97,30 @@ def write_whole(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    part = path.with_name(f'.{path.stem}.{_host}-{os.getpid()}-{token_hex(3)}.part{path.suffix}')
-    try:
-        write(part)
-        _rights(part)
-        _exchange(part, path)
-    finally: _remove(part)
+    begin,end = _around(path)
+    part = path.with_name(f'{begin}{os.getpid()}-{token_hex(3)}{end}')
+    try: write(part); _settle(part)
+    except BaseException: _remove(part); raise
+    try: _exchange(part, path)
+    except OSError as e: raise OSError(f'{path}: {e}. What was written is whole in {part}.') from e
+    _sync(path.parent)
     return path
 
 # %% ../nbs/00_files.ipynb #603b79ae
+def _lock(folder):
+    "The lock file of a folder, or None where there are no locks"
+    if fcntl is None: return
+    try: f = open(folder/'.lock', 'a+')
+    except OSError: return # we may not write there
+    try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        with f: who = f.read().strip() or 'another process'
+        raise BlockingIOError(f'{folder} is in use by {who}: wait for it, stop it, '
+                              'or name another folder.') from None
+    except OSError: return f.close() # an odd file system
+    return f
+
 @contextmanager
 def locked(
     folder, # Made where it does not exist
@@ -90,15 +129,13 @@ def locked(
     "Keep a folder to this process until the block is left, or say who has it"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None: yield; return
-    with open(folder/'.lock', 'a+') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.seek(0)
-            raise BlockingIOError(f'{folder} is in use by {f.read().strip() or "another process"}: '
-                                  'wait for it, stop it, or name another folder.') from e
-        f.truncate(0); f.write(f'process {os.getpid()} on {_host}{what and f" ({what})"}'); f.flush()
-        yield
+    f = _lock(folder)
+    if f is None: yield; return
+    with f:
+        f.truncate(0)
+        print(f'process {os.getpid()} on {_host}', f'({what})'*bool(what), file=f, flush=True)
+        try: yield
+        finally: fcntl.flock(f, fcntl.LOCK_UN) # also where a process that we started has it open
 
 # %% ../nbs/00_files.ipynb #d9da64fd
 _packers = {b'\x1f\x8b': gzip.decompress, b'BZh': bz2.decompress, b'\xfd7zXZ': lzma.decompress}
@@ -153,8 +190,8 @@ def _widest(body, sep, names, line):
     if '"' not in body and max(o.count(sep) for o in StringIO(body))<n: return n
     for row in rows:
         if _trimmed(row[len(names):]):
-            raise ValueError(f'line {line+rows.line_num} has {len(_trimmed(row))} fields, the header '
-                             f'{len(names)}. Put quotes around what holds {sep!r}.')
+            raise ValueError(f'line {line+rows.line_num} has {len(_trimmed(row))} fields, the '
+                             f'header {len(names)}. Put quotes around what holds {sep!r}.')
         n = max(n, len(row))
     return n
 
@@ -219,7 +256,7 @@ def _sheets(path):
     try: from openpyxl import load_workbook
     except ImportError:
         raise ValueError('an Excel file. `pip install openpyxl`, or save it as CSV.') from None
-    sheets = load_workbook(path, data_only=True).worksheets
+    with open(path, 'rb') as o: sheets = load_workbook(o, data_only=True).worksheets
     for s in sheets:
         for m in list(s.merged_cells.ranges):
             v = s.cell(m.min_row, m.min_col).value
@@ -261,11 +298,6 @@ def read_table(
     if not len(df): raise ValueError(f'{f}: no rows. Write one row per site.')
     return df
 
-# %% ../nbs/00_files.ipynb #8692d09a
-def read_csv(path, **kwargs):
-    try: return pd.read_csv(path, encoding='utf-8-sig', **kwargs)
-    except UnicodeDecodeError: return pd.read_csv(path, encoding='latin-1', **kwargs)
-
 # %% ../nbs/00_files.ipynb #e0d134e7
 def download(
     url, # Where from
@@ -283,8 +315,8 @@ def _sha256(raw): return hashlib.sha256(raw).hexdigest()
 def _fetch(url, sha, part):
     "Write to `part` what is at `url`, if its checksum is right"
     with urlopen(url, timeout=60) as r: raw = r.read()
-    if not _sha256(raw).startswith(sha):
-        raise ValueError(f'{url} has checksum {_sha256(raw)[:12]}, not {sha[:12]}: nothing was kept; '
+    if not (found := _sha256(raw)).startswith(sha):
+        raise ValueError(f'{url} has checksum {found[:12]}, not {sha[:12]}: nothing was kept; '
                          'it is another version of the file, or a page about it')
     part.write_bytes(raw)
 

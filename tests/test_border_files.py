@@ -1,7 +1,14 @@
 "Names, wells, controls, tables and pixels in the spellings that people and instruments have for them"
 import bz2
+import errno
 import gzip
 import lzma
+import os
+import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import imagecodecs
 import numpy as np
@@ -10,7 +17,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from cellmae.files import read_table
+from cellmae import files
+from cellmae.files import locked, read_table, write_whole
 from cellmae.images import ImageError, fit_range, read_image, to_uint8
 from cellmae.labels import clean, dates_among, is_control, well_name, yes_no
 
@@ -341,3 +349,111 @@ def test_a_few_images_of_another_type(most, few):
     assert (r == fit_range([x for x in imgs if x.dtype==most])).all()
     if 'u1' in (most, few):
         with pytest.raises(ValueError, match='wrong type: .*one bit depth'): to_uint8(imgs[2], r)
+
+# ---- written whole, locked
+
+def folder(word):
+    def make(d): d.mkdir(); (d/'sub').mkdir(); (d/'sub/a').write_text(word)
+    return make
+
+def dead():
+    "The number of a process that is no more"
+    p = subprocess.Popen(['true']); p.wait()
+    return p.pid
+
+@pytest.mark.parametrize('name', ['a.csv', 'folder', 'model.v2', 'x0-0', 'a b.[1]'])
+def test_parts_of_killed_writers(name, tmp_path):
+    f = tmp_path/name
+    begin,end = f'.{f.stem}.{files._host}-',f'.part{f.suffix}'
+    (tmp_path/f'{begin}{dead()}-abc{end}').mkdir()
+    (tmp_path/f'{begin}{dead()}-abd{end}').write_text('half')
+    living,other = tmp_path/f'{begin}{os.getpid()}-abc{end}',tmp_path/f'.other.{files._host}-{dead()}-abc.part{f.suffix}'
+    for o in (living, other): o.write_text('mine')
+    write_whole(f, lambda o: o.write_text('all'))
+    assert {o.name for o in tmp_path.iterdir()} == {f.name, living.name, other.name} and f.read_text() == 'all'
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path):
+    aside = tmp_path/f'.run.{files._host}-{dead()}-abc.part.old'
+    folder('old')(aside)
+    with pytest.raises(OSError, match='full'): write_whole(tmp_path/'run', Mock(side_effect=OSError('full')))
+    assert (tmp_path/'run/sub/a').read_text() == 'old' and not aside.exists()
+
+@pytest.mark.parametrize('umask,mode', [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_rights_follow_the_umask(umask, mode, tmp_path):
+    def private(d): d.mkdir(mode=0o700); (d/'sub').mkdir(0o700); (d/'sub/a').touch(0o600); (d/'gone').symlink_to('nowhere')
+    was = os.umask(umask)
+    try: write_whole(tmp_path/'new/d', private); write_whole(tmp_path/'f', lambda f: f.touch(0o600))
+    finally: os.umask(was)
+    rights = lambda o: stat.S_IMODE((tmp_path/o).stat().st_mode)
+    assert [rights(o) for o in ('f', 'new/d/sub/a')] == [mode]*2
+    assert [rights(o) for o in ('new', 'new/d', 'new/d/sub')] == [mode|(mode>>2&0o111)]*3
+
+@pytest.mark.parametrize('fails', [1, 2])
+def test_renames_that_fail(fails, tmp_path, monkeypatch):
+    "Old and new survive, and the message says where the new one is"
+    write_whole(tmp_path/'d', folder('old'))
+    rename,calls = os.rename,[]
+    def sometimes(a, b):
+        calls.append(a)
+        if len(calls)==fails: raise OSError('no more')
+        rename(a, b)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'rename', sometimes)
+        with pytest.raises(OSError, match='no more. What was written is whole in .*part') as e: write_whole(tmp_path/'d', folder('new'))
+    assert (tmp_path/'d/sub/a').read_text() == 'old'
+    assert (Path(str(e.value).split('whole in ')[1].rstrip('.'))/'sub/a').read_text() == 'new'
+    assert (write_whole(tmp_path/'d', folder('newer'))/'sub/a').read_text() == 'newer'
+
+def test_another_kind_is_not_replaced(tmp_path):
+    write_whole(tmp_path/'d', folder('mine')); (tmp_path/'f').write_text('mine')
+    for o,write in (('d', Path.touch), ('f', folder('new'))):
+        with pytest.raises(OSError, match='not replaced by anything else'): write_whole(tmp_path/o, write)
+    assert (tmp_path/'f').read_text() == (tmp_path/'d/sub/a').read_text() == 'mine'
+    with pytest.raises(FileNotFoundError): write_whole(tmp_path/'nothing', lambda f: None)
+
+def test_what_is_written_reaches_the_disk(tmp_path, monkeypatch):
+    synced,fsync = [],os.fsync
+    monkeypatch.setattr(os, 'fsync', lambda o: synced.append(os.readlink(f'/proc/self/fd/{o}')) or fsync(o))
+    write_whole(tmp_path/'d', folder('new'))
+    names = [Path(o).name for o in synced]
+    assert 'a' in names and 'sub' in names and names[-2].startswith('.d.') and synced[-1] == str(tmp_path)
+    monkeypatch.setattr(os, 'fsync', Mock(side_effect=OSError('no space')))
+    with pytest.raises(OSError, match='no space'): write_whole(tmp_path/'f', Path.touch)
+    assert not (tmp_path/'f').exists() and len(list(tmp_path.iterdir())) == 1
+
+def test_threads_and_processes_do_not_mix(tmp_path):
+    "Whoever comes last wins, and nothing is mixed"
+    words = [str(i)*100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda w: write_whole(tmp_path/'f', lambda f: f.write_text(w)), words))
+    assert (tmp_path/'f').read_text() in words and len(list(tmp_path.iterdir())) == 1
+
+@pytest.mark.parametrize('error', [KeyError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_locks_end_with_their_block(error, tmp_path):
+    with pytest.raises(error):
+        with locked(tmp_path/'run', 'training'): raise error()
+    with locked(tmp_path/'run', 'training'):
+        for _ in range(2):
+            with pytest.raises(BlockingIOError, match=rf'in use by process {os.getpid()} on .*\(training\): wait'):
+                with locked(tmp_path/'run'): pass
+    with locked(tmp_path/'run'): pass
+
+def test_locks_end_though_a_child_lives_on(tmp_path):
+    with locked(tmp_path/'run'):
+        child = subprocess.Popen(['sleep', '60'], pass_fds=[int(o.name) for o in Path('/proc/self/fd').iterdir() if os.path.exists(o) and os.readlink(o).endswith('.lock')])
+    try:
+        with locked(tmp_path/'run'): pass
+    finally: child.kill(); child.wait()
+
+def test_where_there_are_no_locks(tmp_path, monkeypatch):
+    ran = []
+    for target,error in ((files.fcntl, dict(flock=OSError(errno.ENOLCK, 'no locks'))), (files.fcntl, dict(flock=OSError(errno.EOPNOTSUPP, 'none')))):
+        with monkeypatch.context() as m:
+            m.setattr(target, 'flock', Mock(side_effect=error['flock']))
+            with locked(tmp_path): ran.append(1)
+    with monkeypatch.context() as m:
+        m.setattr(files, 'open', Mock(side_effect=OSError(errno.EROFS, 'read-only')), raising=False)
+        with locked(tmp_path): ran.append(1)
+    with monkeypatch.context() as m:
+        m.setattr(files, 'fcntl', None)
+        with locked(tmp_path): ran.append(1)
+    assert len(ran) == 4
