@@ -6,11 +6,12 @@
 __all__ = ['batch_leak', 'diagnose', 'plot_correction', 'compare_corrections', 'plot_corrections']
 
 # %% ../nbs/36_diagnose.ipynb #025244d1
+import warnings
 import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
 from sklearn.base import clone
 from sklearn.neighbors import NearestNeighbors
-from .profiles import as_mask, batches_of, controls_of, wells_of
+from .profiles import batches_of, controls_of, wells_of
 from .recall import recall
 from .retrieval import average_precision
 
@@ -26,9 +27,29 @@ def batch_leak(
     c = controls_of(w, controls, otherwise=False)
     A,b = w.X[~c],batches_of(w, batches)[~c]
     if len(A)<k+2: raise ValueError(f'{len(A)} wells are too few for {k} neighbours each')
-    near = NearestNeighbors(n_neighbors=k).fit(A).kneighbors(return_distance=False) # without the well itself
+    near = NearestNeighbors(n_neighbors=k).fit(A).kneighbors(return_distance=False) # but not itself
     n = np.unique(b, return_counts=True)[1]
-    return dict(own=float((b[near]==b[:,None]).mean()), chance=float((n*(n-1)).sum()/len(b)/(len(b)-1)))
+    own = (b[near]==b[:,None]).mean()
+    return dict(own=float(own), chance=float((n*(n-1)).sum()/len(b)/(len(b)-1)))
+
+# %% ../nbs/36_diagnose.ipynb #4400e2e1
+def _within(A, b):
+    "Mean of the batch of each row, variances within batches by direction `(D)`, degrees of freedom"
+    M = pd.DataFrame(A).groupby(b).transform('mean').to_numpy()
+    n = len(np.unique(b))
+    dof = len(A)-n
+    if dof<1: raise ValueError(f'{len(A)} controls in {n} batches: at least one batch needs two, '
+                               'mark its controls or merge batches')
+    var = np.linalg.svd(A-M, compute_uv=False)**2/dof
+    return M,np.pad(var, (0,A.shape[1]-len(var))),dof
+
+def _offset(M, var):
+    return np.sqrt(((M-M.mean(0))**2).sum(1).mean()/var.sum())
+
+# %% ../nbs/36_diagnose.ipynb #a1b1aece
+def _ragged(var):
+    relative = var*len(var)/var.sum()
+    return np.sqrt(((relative-1)**2).mean())
 
 # %% ../nbs/36_diagnose.ipynb #e76a479a
 def diagnose(
@@ -39,14 +60,11 @@ def diagnose(
 )->dict: # `leak`, `leak_chance`, `offset`, `ragged`, `ragged_chance`
     "What is left of the batches, and of directions in which controls vary more than in others"
     w = wells_of(X)
-    A,c,b = w.X,controls_of(w, controls),batches_of(w, batches)
-    leak = batch_leak(A, c, b, k)
-    M = pd.DataFrame(A[c]).groupby(b[c]).transform('mean').to_numpy()
-    R,dof = A[c]-M,c.sum()-len(np.unique(b[c]))
-    w = np.linalg.svd(R, compute_uv=False)**2/dof
-    size,D = w.sum(),A.shape[1]
-    return dict(leak=leak['own'], leak_chance=leak['chance'], offset=float(np.sqrt(((M-M.mean(0))**2).sum(1).mean()/size)),
-                ragged=float(np.sqrt((((w*D/size)-1)**2).sum()/D+(D-len(w))/D)), ragged_chance=float(np.sqrt(D/dof)))
+    c,b = controls_of(w, controls),batches_of(w, batches)
+    leak = batch_leak(w.X, c, b, k)
+    M,var,dof = _within(w.X[c], b[c])
+    return dict(leak=leak['own'], leak_chance=leak['chance'], offset=float(_offset(M, var)),
+                ragged=float(_ragged(var)), ragged_chance=float(np.sqrt(len(var)/dof)))
 
 # %% ../nbs/36_diagnose.ipynb #85e68e4c
 def plot_correction(
@@ -56,39 +74,55 @@ def plot_correction(
 ): # Figure
     "Wells before and after a correction, by batch, and how much of the batch is left"
     fig,axs = plt.subplots(1, 3, figsize=(8,2.8), layout='constrained', width_ratios=[3,3,1.4])
-    found = [diagnose(x, k=k) for x in (before,after)]
-    for ax,x,t in zip(axs, (before,after), ('before','after')): _by_batch(ax, x, t)
-    axs[2].bar(['before','after'], [d['leak'] for d in found], color=['0.7','C1'])
-    axs[2].axhline(found[0]['leak_chance'], color='k', ls='--', lw=1)
-    axs[2].set(ylim=(0,1), title='neighbours of own batch\n(dashed: chance)'); axs[2].title.set_size(9)
+    for ax,x,t in zip(axs, (before,after), ('before','after')): _by_batch(ax, wells_of(x), t)
+    leak = [batch_leak(x, k=k) for x in (before,after)]
+    axs[2].bar(['before','after'], [o['own'] for o in leak], color=['0.7','C1'])
+    axs[2].axhline(leak[0]['chance'], color='k', ls='--', lw=1)
+    axs[2].set_title('neighbours of own batch\n(dashed: chance)', size=9); axs[2].set_ylim(0, 1)
     return fig
 
-def _by_batch(ax, x, title):
+def _by_batch(ax, w, title):
     "First two principal components, a colour per batch, a star at its mean control"
-    A = np.asarray(x.X, dtype=float)-np.mean(x.X, 0, dtype=float)
+    A,b,c = w.X-w.X.mean(0),batches_of(w),controls_of(w, otherwise=False)
     U = A@np.linalg.svd(A, full_matrices=False)[2][:2].T
-    b,c = x.obs['batch'].astype(str).to_numpy(),as_mask(x.obs['control'])
     for i,k in enumerate(np.unique(b)):
-        ax.plot(*U[(b==k)&~c].T, '.', ms=3, alpha=.4, color=f'C{i%10}')
-        ax.plot(*U[(b==k)&c].mean(0), '*', ms=13, mec='w', color=f'C{i%10}', zorder=3)
+        own,color = b==k,f'C{i%10}'
+        ax.plot(*U[own&~c].T, '.', ms=3, alpha=.4, color=color)
+        if (own&c).any(): ax.plot(*U[own&c].mean(0), '*', ms=13, mec='w', color=color, zorder=3)
     ax.set(title=title, xticks=[], yticks=[], xlabel='PC 1', ylabel='PC 2')
 
 # %% ../nbs/36_diagnose.ipynb #52524b63
-def _unseen_controls(x, tfm):
-    "`offset`, `ragged` and `ragged_chance` of half of the controls, corrected by what the other half taught"
-    c = as_mask(x.obs['control'])
-    n = pd.Series(c).groupby(x.obs['batch'].astype(str).to_numpy())
-    if n.sum().min()<4: return dict(offset=np.nan, ragged=np.nan, ragged_chance=np.nan) # too few to divide
-    half = c&(n.cumsum().to_numpy()%2==0)
+def _every_second(x):
+    "Mask of half of the controls of each batch, or a warning where one has less than four"
+    w = wells_of(x)
+    c = pd.Series(controls_of(w)).groupby(batches_of(w))
+    few = c.sum()[c.sum()<4]
+    if not len(few): return (c.obj&(c.cumsum()%2==0)).to_numpy()
+    warnings.warn(f'{len(few)} batches have less than 4 controls, such as {few.index[0]} with '
+                  f'{few.iloc[0]}: too few to fit on half of them, offset and ragged are missing')
+
+def _unseen_controls(x, tfm, half):
+    "`offset`, `ragged`, `ragged_chance` of `half` of the controls, after what the others taught"
+    if half is None: return dict.fromkeys(('offset','ragged','ragged_chance'), np.nan)
     y = x if tfm is None else clone(tfm).fit(x[~half]).transform(x)
-    d = diagnose(y[half|~c])
+    d = diagnose(y[half|~controls_of(wells_of(y))])
     return {k:d[k] for k in ('offset','ragged','ragged_chance')}
 
-def _replicates(x, by):
+# %% ../nbs/36_diagnose.ipynb #fc837b1b
+def _replicates(y, by):
     "`mAP` of replicates in other batches against other perturbations there, and `mAP_chance`"
-    try: t = average_precision(x[~as_mask(x.obs['control'])], by, 'batch', (), [by,'batch'])
-    except ValueError: return dict(mAP=np.nan, mAP_chance=np.nan) # nothing is in two batches
+    treated = y[~controls_of(wells_of(y))]
+    try: t = average_precision(treated, by, 'batch', (), [by,'batch'])
+    except ValueError as e:
+        warnings.warn(f'mAP is missing: {e}')
+        return dict(mAP=np.nan, mAP_chance=np.nan)
     return dict(mAP=t.average_precision.mean(), mAP_chance=t.chance[t.n_pos>0].mean())
+
+def _known_pairs(y, relationships):
+    "Recall in the 5 % tails of each set of pairs"
+    if relationships is None: return {}
+    t = recall(y, relationships, [(.05,.95)], n_boot=0, n_perm=0)
+    return dict(zip('recall '+t.source, t.recall))
 
 # %% ../nbs/36_diagnose.ipynb #79259616
 def compare_corrections(
@@ -97,35 +131,42 @@ def compare_corrections(
     relationships=None, # As in `recall`; None for no recall
     by='perturbation', # Column that makes replicates
     k=5, # Neighbours of each well
-)->pd.DataFrame: # One row per correction: `leak`, `ragged` and `mAP`, each with its `_chance`, `offset`, and `recall SET` in the 5 % tails
+)->pd.DataFrame: # Row per correction: the numbers above, their `_chance`, and `recall SET`
     "Batches, controls, replicates and known pairs before and after each correction"
-    rows = {}
+    half,rows = _every_second(x),{}
     for name,tfm in corrections.items():
-        y = x if tfm is None else clone(tfm).fit_transform(x)
-        leak = {o:v for o,v in diagnose(y, k=k).items() if o.startswith('leak')}
-        rows[name] = {**leak, **_unseen_controls(x, tfm), **_replicates(y, by)}
-        if relationships is not None: rows[name] |= {f'recall {o.source}':o.recall for o in recall(y, relationships, [(.05,.95)], 0, 0).itertuples()}
+        try: y = x if tfm is None else clone(tfm).fit_transform(x)
+        except (ValueError,TypeError) as e: raise type(e)(f'correction {name!r}: {e}') from e
+        own,chance = batch_leak(y, k=k).values()
+        rows[name] = {'leak':own, 'leak_chance':chance, **_unseen_controls(x, tfm, half),
+                      **_replicates(y, by), **_known_pairs(y, relationships)}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/36_diagnose.ipynb #611173b7
 def plot_corrections(
     table, # From `compare_corrections`; changes are drawn from its first row
 ): # Figure
-    "What each correction does, one dot per correction: green is better than the first row, red is worse"
-    sets = [o for o in table if o.startswith('recall ')]
-    panels = [('batch can be seen', ['leak'], 'leak_chance', -1), ('unseen controls uneven', ['ragged'], 'ragged_chance', -1),
-              ('replicates found', ['mAP'], 'mAP_chance', 1), ('known pairs found', sets, None, 1)][:4 if sets else 3]
-    fig,axs = plt.subplots(1, len(panels), figsize=(8,.9+.24*len(table)), sharey=True, layout='constrained')
-    for ax,(title,cols,chance,sign) in zip(axs, panels): _row_of_dots(ax, table[cols].to_numpy(), table[chance].iloc[0] if chance else .1, sign, title)
+    "What each correction does, a dot for each: green is better than the first row, red is worse"
+    chance,sets = table.iloc[0].get,[o for o in table if o.startswith('recall ')]
+    panels = [('batch can be seen', ['leak'], chance('leak_chance'), -1),
+              ('unseen controls uneven', ['ragged'], chance('ragged_chance'), -1),
+              ('replicates found', ['mAP'], chance('mAP_chance'), 1)]
+    if sets: panels.append(('known pairs found', sets, .1, 1))
+    size = 8,.9+.24*len(table)
+    fig,axs = plt.subplots(1, len(panels), figsize=size, sharey=True, layout='constrained')
+    for ax,(title,cols,line,sign) in zip(axs, panels):
+        _row_of_dots(ax, table[cols].to_numpy(), line, sign, title)
     axs[0].set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table)-.5,-.5))
     return fig
 
 def _row_of_dots(ax, values, chance, sign, title):
     "Dots of each correction, joined to those of the first, and a dashed line at `chance`"
-    color = np.array(['0.4','C2','C3'])[np.sign(np.nan_to_num(sign*(values-values[0])).round(6)).astype(int)]
+    better = np.sign(np.nan_to_num(sign*(values-values[0])).round(6)).astype(int)
+    color = np.array(['0.4','C2','C3'])[better] # same, better, worse (-1)
     for i,v in enumerate(values):
         ax.hlines(np.full(len(v), i), values[0], v, color='0.85')
         ax.scatter(v, np.full(len(v), i), s=22, zorder=3, c=color[i])
     ax.axvline(chance, color='k', ls='--', lw=1)
-    ax.set_title(title, size=9); ax.set_xlabel('less is better' if sign<0 else 'more is better', size=8)
+    ax.set_title(title, size=9)
+    ax.set_xlabel('less is better' if sign<0 else 'more is better', size=8)
     ax.set_xlim(left=0); ax.tick_params(labelsize=8)
