@@ -74,10 +74,13 @@ def _mostly_numbers(v):
     x,bad = _parsed(v)
     return np.isfinite(x).sum()>bad.sum()
 
+_damaged = r'[-+\d.,]+([eE][-+]?\d+)?|#.*' # Numbers that cannot be read, errors of spreadsheets
+
 def _holds_numbers(v):
-    "Is any value a number, or nothing at all there?"
+    "Is any value a number, or was to be one, or is nothing there at all?"
     x,bad = _parsed(v)
-    return np.isfinite(x).any() or not bad.any()
+    if np.isfinite(x).any() or not bad.any(): return True
+    return pd.Series(clean(v[bad])).str.fullmatch(_damaged).any()
 
 def _numbers(v, where):
     "Numbers of a column of features, or an error that shows the first value that is none"
