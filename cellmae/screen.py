@@ -760,9 +760,9 @@ def _controls_short(t):
         if n<3: rows.append((_few[n][0], b, plates, '', '', f'Batch {b} {_few[n][1]}. {cure}'))
     return rows
 
-_few = [('no controls', 'has none, so it cannot be corrected: centring takes two'),
-        ('one control', 'has one well of them, so it cannot be corrected: centring takes two'),
-        ('two controls', 'has two wells of them: enough to centre it, too few to know its spread')]
+_few = [('no controls', 'has no control well, so it cannot be corrected: centring takes two'),
+        ('one control', 'has one control well, so it cannot be corrected: centring takes two'),
+        ('two controls', 'has two control wells: enough to centre it, too few to know its spread')]
 
 # %% ../nbs/03_screen.ipynb #24f8edde
 def _nameless(t):
