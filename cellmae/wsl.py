@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['site_classes', 'labelled', 'WSLLoss', 'BatchStats', 'list_backbones', 'wsl_recipe', 'make_backbone',
-           'make_classifier', 'wsl_learner', 'fit_wsl']
+           'make_classifier', 'GatherScores', 'ClassLearner', 'wsl_learner', 'fit_wsl']
 
 # %% ../nbs/25_wsl.ipynb #44faa6b3
 import warnings
@@ -21,14 +21,13 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric
-from fastcore.basics import listify
 from fastcore.meta import delegates
 from .classifier import Classifier, any_channels, arcface, batch_norms
 from .data import check_options, given, screen_dls
 from .device import has_bf16
 from .imagenet import ImageNetEncoder
 from .labels import label as as_label
-from .train import NumbersOnly, SafeLearner, about_data, about_model, short_hash
+from .train import NumbersOnly, SafeLearner, about_data, about_model, as_list, short_hash
 from .train import check_class, check_names, guards, make_loaders, records, run_whole
 from .zoo import Recipe, create_model, list_models, load_model, recipe
 
@@ -86,10 +85,10 @@ class BatchStats(Callback):
         "The context of one step"
         norms = [] if self.training else batch_norms(self.model)
         try:
-            for m in norms: m.momentum = 0.; m.train(len(self.x)>1)
+            for m in norms: m.track_running_stats = False; m.train(len(self.x)>1)
             yield
         finally:
-            for m in norms: m.momentum = self.model.config['momentum']; m.eval()
+            for m in norms: m.track_running_stats = True; m.eval()
 
 # %% ../nbs/25_wsl.ipynb #08c2b9f5
 _paper = Recipe(lr=1.5e-4, wd=1e-5, betas=(.9,.999), alpha=0., mask_ratio=0., bs=64)
@@ -145,6 +144,31 @@ def make_classifier(
     net.channels,net.name = list(channels),f'wsl_{name}'
     return net
 
+# %% ../nbs/25_wsl.ipynb #1e09abd2
+class GatherScores(Callback):
+    "Collect the probabilities of all classes, and the true class"
+    def before_validate(self): self.said,self.true = [],[]
+    def after_loss(self):
+        self.said.append(self.pred.logits.float().softmax(1).cpu())
+        self.true.append(self.loss_func.classes[self.yb[0].cpu()])
+
+class ClassLearner(SafeLearner):
+    "A `SafeLearner` that names the classes of its own images"
+    def _do_epoch_validate(self, ds_idx=1, dl=None):
+        if dl is not None and getattr(dl, 'sites', None) is not self.dls.train.sites:
+            raise ValueError('The labels are those of the screen that this learner trains on. '
+                             'For images of another one use `embed(learn.model, screen)`.')
+        super()._do_epoch_validate(ds_idx, dl)
+
+    def get_preds(self,
+        ds_idx:int=1, # 1: validation, 0: training
+        dl=None, # Another loader of the same sites
+    ): # Probability of each class `(n,K)`, and the true class `(n,)`
+        "What the softmax says of each image, in the order of the loader"
+        dl = self.dls[ds_idx].new(shuffle=False) if dl is None else dl
+        self.validate(dl=dl, cbs=(seen := GatherScores()))
+        return torch.cat(seen.said),torch.cat(seen.true)
+
 # %% ../nbs/25_wsl.ipynb #533d089e
 def wsl_learner(
     dls:DataLoaders, # From `screen_dls`, with `apart`
@@ -160,15 +184,15 @@ def wsl_learner(
     bf16:bool=None, # Train in bfloat16? Default: where the device has it
     save_every:float=30, # Seconds between checkpoints
     cbs=None, # Further fastai callbacks
-)->SafeLearner: # Ready to `fit`
+)->ClassLearner: # Ready to `fit`
     "A fastai `Learner` for a classifier; `run_whole` makes it one that can be killed"
     check_options(lr=lr, wd=wd, clip=clip, bf16=bf16, cutmix=cutmix, save_every=save_every)
     bf16 = has_bf16(torch.device(dls.device)) if bf16 is None else bf16
-    mix = [CutMix(cutmix)] if cutmix else []
+    mix,cbs = [CutMix(cutmix)] if cutmix else [],as_list(cbs)
     opt = partial(NumbersOnly, opt=torch.optim.Adam, betas=betas, weight_decay=wd)
-    return SafeLearner(dls, model, loss, opt, lr, path=Path(out), settings=settings,
+    return ClassLearner(dls, model, loss, opt, lr, path=Path(out), settings=settings,
         metrics=[AvgMetric(loss.accuracy)], records=records(out, save_every, cbs),
-        cbs=[BatchStats(), *guards(settings.get('seed', 0), clip, bf16), *mix, *listify(cbs)])
+        cbs=[BatchStats(), *guards(settings.get('seed', 0), clip, bf16), *mix, *cbs])
 
 # %% ../nbs/25_wsl.ipynb #70171376
 def _check_batches(dl, apart):
@@ -202,7 +226,7 @@ def fit_wsl(
     device=None, # Where to train; default: the GPU if there is one
     cbs=None, # Further fastai callbacks
     **kwargs
-)->SafeLearner: # Trained; `.model` is a `Classifier`
+)->ClassLearner: # Trained; `.model` is a `Classifier`
     "Train a classifier of perturbations on a screen"
     asked = dict(epochs=epochs, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip)
     check_names(fit_wsl, kwargs)

@@ -1,0 +1,412 @@
+"What happens at the border of training: stops, errors, other data in the folder, damage, fastai's habits"
+import shutil, time, warnings
+from contextlib import redirect_stdout
+from io import StringIO
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import load_learner
+from tifffile import imwrite
+
+from cellmae.data import screen_dls
+from cellmae.device import _keeping
+from cellmae.files import locked
+from cellmae.screen import Screen
+from cellmae.train import fit_mae, mae_learner
+from cellmae.vit import MAE
+from cellmae.wsl import fit_wsl
+from cellmae.zoo import create_model, load_model
+
+stains = ['DNA', 'ER']
+kw = dict(epochs=2, bs=4, crop=32, n_pictures=0, save_every=0, device='cpu', bf16=False)
+
+def make_screen(root, seed=0, n=8, channels=stains, sizes=(), **columns):
+    "`n` wells of noise, some of another size"
+    g = np.random.default_rng(seed)
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        x = g.integers(100, 4000, (2, *dict(sizes).get(i, (40, 40)))).astype('u2')
+        imwrite(root/f'{i}.tif', x, photometric='minisblack')
+    table = dict(plate=[f'P{i%2}' for i in range(n)], well=[f'A{i+1:02d}' for i in range(n)],
+                 perturbation=['DMSO', 'TP53']*(n//2)+['KIF11']*(n%2), file=[f'{i}.tif' for i in range(n)])
+    return Screen(pd.DataFrame({**table, **columns}), channels, root)
+
+@pytest.fixture(scope='module')
+def screen(tmp_path_factory): return make_screen(tmp_path_factory.mktemp('screen'))
+
+def tiny(seed=0, cls=None):
+    "A model small enough for tests, with weights of its own"
+    torch.manual_seed(seed)
+    m = create_model('mae_vitt8', in_chans=2, img_size=32, depth=1, embed_dim=48)
+    if cls: m = cls(**m.config)
+    return m
+
+def fit(screen, out, model=None, **more): return fit_mae(screen, model or tiny(), out, **{**kw, **more})
+def weights(learn): return [p.detach().clone() for p in learn.model.state_dict().values()]
+def same(a, b): return all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
+def files(out): return {f.relative_to(out).as_posix():f.read_bytes() for f in out.rglob('*') if f.is_file()}
+
+@pytest.fixture(scope='module')
+def whole(screen, tmp_path_factory):
+    "A run from start to end without interruption"
+    return fit(screen, tmp_path_factory.mktemp('whole')/'run')
+
+@pytest.fixture
+def run(whole, tmp_path):
+    "A copy of the folder of the finished run"
+    return shutil.copytree(whole.path, tmp_path/'run')
+
+# State that outlives an error
+
+class Raises(Callback):
+    "An error in the middle of the second epoch"
+    order = 100
+    def __init__(self, error, event): self.error,self.event = error,event
+    def __getattr__(self, k):
+        if k==self.__dict__.get('event'): return self.at
+        return super().__getattr__(k)
+    def at(self):
+        if self.epoch==1 and (self.event=='after_epoch' or self.iter==0): raise self.error
+
+errors = [KeyboardInterrupt(), torch.OutOfMemoryError('out of memory'), ValueError('of the model')]
+events = ['before_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step', 'after_batch', 'after_epoch']
+
+@pytest.mark.parametrize('bf16', [False, True])
+def test_after_an_error_the_kernel_is_as_fresh(screen, tmp_path, bf16):
+    fresh = weights(fit(screen, tmp_path/'fresh', bf16=bf16))
+    for i,event in enumerate(events):
+        model,error = tiny(),errors[i%3]
+        model.eval()
+        with pytest.raises(type(error)): fit(screen, tmp_path/event, model, bf16=bf16, cbs=Raises(error, event))
+        assert not torch.is_autocast_enabled('cpu') and not _keeping and not model.training
+        assert torch.is_grad_enabled() and all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert same(weights(fit(screen, tmp_path/f'{event} after', bf16=bf16)), fresh)
+        assert same(weights(fit(screen, tmp_path/event, model, bf16=bf16)), fresh), 'the same cell goes on exactly'
+
+def test_an_error_inside_the_model_leaves_autocast(screen, tmp_path):
+    model = tiny()
+    model.decoder.register_forward_hook(lambda *a: (_ for _ in ()).throw(ValueError('inside')))
+    with pytest.raises(ValueError, match='inside'): fit(screen, tmp_path/'run', model, bf16=True)
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_an_error_in_validation_leaves_batch_norm(tmp_path):
+    class Bad(Callback):
+        run_train = False
+        def after_pred(self): raise KeyboardInterrupt
+    s = make_screen(tmp_path/'s')
+    held = []
+    class Keep(Callback):
+        def before_fit(self): held.append(self.learn.model)
+    with pytest.raises(KeyboardInterrupt):
+        fit_wsl(s, 'densenet_t', tmp_path/'run', epochs=1, bs=4, crop=32, device='cpu', crops=2, cbs=[Bad(), Keep()])
+    norms = [m for m in held[0].modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and all(m.track_running_stats for m in norms)
+
+# What makes a run the same run
+
+def others(screen, tmp_path):
+    yield 'other images', make_screen(tmp_path/'b', seed=1), {}
+    yield 'channels DNA, ER there and ER, DNA now', Screen(screen.table, stains[::-1], screen.root), {}
+    yield 'ranges of intensity', Screen(screen.table, stains, screen.root, ranges=[[0,5000]]*2), {}
+    yield 'other sites for validation', screen, dict(by='plate')
+    yield 'other sites for validation', screen, dict(valid=.5)
+    yield 'other starting weights', screen, dict(model=tiny(1))
+    yield 'bf16=False there and True now', screen, dict(bf16=True)
+    yield 'crops=1 there and 2 now', screen, dict(crops=2)
+    yield 'lr=', screen, dict(lr=1e-5)
+
+def test_another_run_in_the_folder_is_refused(screen, run, tmp_path):
+    before = files(run)
+    for says,other,options in others(screen, tmp_path):
+        with pytest.raises(ValueError) as e: fit(other, run, **options)
+        assert says in str(e.value) and 'resume=False' in str(e.value)
+        assert files(run)==before
+
+def test_the_same_run_is_taken_up(screen, whole, run):
+    for options in ({}, dict(cache_gb=0), dict(num_workers=0)):
+        assert same(weights(fit(screen, run, **options)), weights(whole))
+
+def test_start_over(screen, whole, run):
+    (run/'checkpoint.pth').write_bytes(b'')
+    assert same(weights(fit(screen, run, resume=False)), weights(whole))
+
+def test_named_model_of_other_channels(tmp_path):
+    a,b = make_screen(tmp_path/'a'),make_screen(tmp_path/'b', seed=1, channels=['mito', 'AGP'])
+    fit_mae(a, 'mae_vitt8', tmp_path/'run', **kw)
+    with pytest.raises(ValueError, match='channels DNA, ER there and mito, AGP now'):
+        fit_mae(b, 'mae_vitt8', tmp_path/'run', **kw)
+
+def test_classifier_of_other_labels(tmp_path):
+    s,out = make_screen(tmp_path/'s', guide=['a','b','c','d']*2),tmp_path/'run'
+    w = dict(arch='densenet_t', epochs=1, bs=4, crop=32, crops=2, device='cpu', apart=None)
+    fit_wsl(s, out=out, **w)
+    with pytest.raises(ValueError, match='other labels'): fit_wsl(s, out=out, label='guide', **w)
+    swapped = Screen(s.table.assign(perturbation=s.table.perturbation.to_numpy()[::-1]), stains, s.root)
+    with pytest.raises(ValueError, match='other images'): fit_wsl(swapped, out=out, **w)
+
+@pytest.mark.parametrize('there,now', [(1,2), (2,1)])
+def test_number_of_processes_changed(screen, run, there, now):
+    state = torch.load(run/'checkpoint.pth')
+    state['settings']['processes'] = there
+    torch.save(state, run/'checkpoint.pth')
+    class Together(Callback):
+        def after_create(self): self.learn.settings['processes'] = now
+    with pytest.raises(ValueError, match=f'processes={there} there and {now} now'): fit(screen, run, cbs=Together())
+
+# The Learner as fastai's users use it
+
+@pytest.fixture
+def learn(screen, tmp_path): return mae_learner(screen_dls(screen, 32, 4), tiny(), tmp_path/'run', dict(seed=0))
+
+def test_sweep_and_validation_leave_no_trace(learn):
+    before,mode = weights(learn),learn.model.training
+    a = learn.validate()
+    learn.lr_find(num_it=6, show_plot=False)
+    assert list(learn.validate())==list(a)
+    assert same(weights(learn), before) and not learn.path.exists()
+    assert learn.opt is None and learn.seed_steps.trained==0
+
+def test_sweep_changes_nothing_of_the_fit_after_it(learn, screen, tmp_path):
+    other = mae_learner(screen_dls(screen, 32, 4), tiny(), tmp_path/'b', dict(seed=0))
+    learn.lr_find(num_it=6, show_plot=False)
+    learn.fit(2); other.fit(2)
+    assert same(weights(learn), weights(other))
+
+def test_fit_after_a_run_trains_n_more_epochs(screen, run):
+    before,learn = files(run),fit(screen, run)
+    for epochs,go in [(1, lambda: learn.fit(1)), (2, lambda: learn.fit_one_cycle(2)), (2, lambda: learn.fine_tune(1)),
+                      (1, lambda: learn.fit_one_cycle(1, slice(1e-5, 1e-4)))]:
+        w,done = weights(learn),learn.seed_steps.trained
+        go()
+        assert learn.seed_steps.trained==done+epochs and not same(weights(learn), w)
+    assert files(run)==before
+    assert same(weights(fit(screen, run)), [*load_model(run/'model').state_dict().values()])
+
+def test_weights_set_by_hand_are_trained_from(learn):
+    w = learn.model.encoder.cls_token
+    with torch.no_grad(): w.fill_(3.)
+    learn.fit(1, 1e-6)
+    assert 0<(w-3).abs().max()<.01
+
+def test_checkpoint_holds_plain_numbers(screen, tmp_path):
+    class Rates(Callback):
+        order = 70 # after the schedule
+        def before_batch(self): self.opt.set_hypers(lr=[np.float64(1e-4)]) if self.training else None
+    fit(screen, tmp_path/'run', cbs=Rates())
+    assert fit(screen, tmp_path/'run', cbs=Rates()).recorder.lrs[-1]==1e-4
+
+class Stop(Callback):
+    order,run_valid = 99,False
+    def __init__(self, at): self.at = at
+    def after_batch(self):
+        if self.train_iter==self.at: raise KeyboardInterrupt
+
+stateful = dict(save=lambda: SaveModelCallback(fname='best'), early=lambda: EarlyStoppingCallback(patience=1, min_delta=9),
+                accumulate=lambda: GradientAccumulation(6))
+
+class Average(Callback):
+    "Mean of weights, with a `state_dict` of its own"
+    order = 30
+    def before_fit(self): self.mean = [p.detach().clone() for p in self.model.parameters()]
+    def after_step(self):
+        for m,p in zip(self.mean, self.model.parameters()): m.lerp_(p.detach(), .1)
+    def state_dict(self): return dict(mean=self.mean)
+    def load_state_dict(self, state): self.mean = state['mean']
+
+@pytest.mark.parametrize('name', [*stateful, 'average'])
+def test_what_callbacks_remember_is_resumed(screen, tmp_path, name):
+    make = stateful.get(name, Average)
+    straight = fit(screen, tmp_path/'a', cbs=(a := make()), epochs=4)
+    for at in (1, 3, 4):
+        with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/f'b{at}', cbs=[make(), Stop(at)], epochs=4)
+        again = fit(screen, tmp_path/f'b{at}', cbs=(b := make()), epochs=4)
+        assert same(weights(again), weights(straight))
+        if name=='average': assert same(a.mean, b.mean)
+    assert same(weights(fit(screen, tmp_path/'a', cbs=make(), epochs=4)), weights(straight)), 'the cell run again'
+
+def test_curves_right_after_resume(screen, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/'run', cbs=Stop(3), n_pictures=2)
+    picture = tmp_path/'run/reconstructions/epoch_001.png'
+    painted = picture.stat().st_mtime_ns
+    rec = fit(screen, tmp_path/'run', n_pictures=2).recorder
+    assert rec.iters==whole.recorder.iters and [*map(list, rec.values)]==[*map(list, whole.recorder.values)]
+    rec.plot_loss(skip_start=0)
+    assert picture.stat().st_mtime_ns==painted and len(pd.read_csv(tmp_path/'run/history.csv'))==2
+
+def test_loaders_without_device(screen, tmp_path):
+    dls = screen_dls(screen, 32, 4)
+    assert fit_mae(dls, 'mae_vitt8', tmp_path/'a', epochs=1, n_pictures=0).dls is dls
+    assert fit_wsl(screen_dls(screen, 32, 4, crops=2), 'densenet_t', tmp_path/'b', epochs=1, apart=None).path
+    with pytest.raises(ValueError, match='crop is settled by the loaders'): fit_mae(dls, 'mae_vitt8', tmp_path/'c', crop=64)
+    with pytest.raises(ValueError, match='valid is settled by the loaders'): fit_mae(dls, 'mae_vitt8', tmp_path/'c', valid=.5)
+
+def test_one_callback_and_hypers_without_none(screen, tmp_path):
+    learn = fit(screen, tmp_path/'run', cbs=CSVLogger('log.csv'))
+    assert len(pd.read_csv(tmp_path/'run/log.csv'))==2
+    assert all(isinstance(v, (int, float)) for h in learn.opt.hypers for v in h.values())
+
+def test_fastai_rebuilds_loaders(screen, whole):
+    dls = whole.dls
+    assert dls.train.new().train and not dls.train.new(shuffle=False).train
+    assert len(dls.test_dl(screen.subset([0,1])).ids)==2 and not dls.new_empty().train.n
+    dls.show_batch(); whole.show_results()
+    assert 'encoder' in whole.summary()
+    for f in (whole.get_preds, whole.tta, lambda: whole.predict(0)):
+        with pytest.raises(NotImplementedError, match='embed'): f()
+
+def test_export(screen, whole, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        whole.export(tmp_path/'export.pkl')
+        again = load_learner(tmp_path/'export.pkl')
+    assert same(weights(again), weights(whole))
+    assert again.validate(dl=again.dls.test_dl(screen))[0]>0
+
+# What is broken, or in the way
+
+def flip(b, at): return b[:at]+bytes([b[at]^64])+b[at+1:]
+damage = dict(empty=lambda b: b'', half=lambda b: b[:len(b)//2], last=lambda b: b[:-1], garbage=lambda b: b'\x07'*999,
+              text=lambda b: b'<html>404</html>', flipped=lambda b: flip(b, len(b)//2), early=lambda b: flip(b, len(b)//5))
+
+@pytest.mark.parametrize('kind', damage)
+def test_damaged_checkpoint(screen, whole, run, kind):
+    f = run/'checkpoint.pth'
+    f.write_bytes(damage[kind](f.read_bytes()))
+    old = (run/'checkpoint.old.pth').read_bytes()
+    with pytest.warns(UserWarning, match='checkpoint.pth is damaged'): assert same(weights(fit(screen, run)), weights(whole))
+    assert (run/'checkpoint.old.pth').read_bytes()==old, 'what was whole is kept'
+    for g in (f, run/'checkpoint.old.pth'): g.write_bytes(damage[kind](g.read_bytes()))
+    with pytest.raises(ValueError, match='checkpoint.pth is damaged .*resume=False'): fit(screen, run)
+
+def test_checkpoint_of_another_version(screen, run):
+    state = torch.load(run/'checkpoint.pth'); del state['memory']
+    for f in ('checkpoint.pth','checkpoint.old.pth'): torch.save(state, run/f)
+    with pytest.raises(ValueError, match='of another version'): fit(screen, run)
+
+def test_kill_between_two_checkpoints(screen, whole, run):
+    (run/'checkpoint.pth').unlink()
+    assert same(weights(fit(screen, run)), weights(whole))
+
+@pytest.mark.parametrize('name', ['checkpoint.pth', 'history.csv', 'model', 'reconstructions'])
+def test_other_things_in_the_way_are_found_at_once(screen, tmp_path, name):
+    out = tmp_path/'run'
+    if name in ('model','checkpoint.pth','history.csv'): (out/name).mkdir(parents=True); (out/name/'mine.txt').write_text('x')
+    else: out.mkdir(); (out/name).write_text('x')
+    before = files(out)
+    for resume in (True, False):
+        with pytest.raises(FileExistsError, match=f'{name} is something else.*choose another `out`'):
+            fit(screen, out, resume=resume)
+    assert files(out)==before
+
+def test_out_cannot_be_written(screen, tmp_path):
+    (tmp_path/'file').write_text('x')
+    with pytest.raises(OSError, match='cannot be written .*choose another `out`'): fit(screen, tmp_path/'file/run')
+
+def test_two_processes_in_one_folder(screen, tmp_path):
+    with locked(tmp_path/'run', 'training'):
+        with pytest.raises(BlockingIOError, match='in use by'): fit(screen, tmp_path/'run')
+
+def test_full_disk(screen, whole, tmp_path, monkeypatch):
+    save,saved = torch.save,[]
+    def full(state, f):
+        saved.append(f)
+        if len(saved)>2: raise RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos')
+        save(state, f)
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', full)
+        with pytest.raises(OSError, match='checkpoint.pth could not be written.*MB are free'): fit(screen, tmp_path/'run')
+    assert torch.load(tmp_path/'run/checkpoint.pth')['at']==(0,2) and not [f for f in files(tmp_path/'run') if '.part' in f]
+    assert same(weights(fit(screen, tmp_path/'run')), weights(whole))
+
+def test_clock_set_back(screen, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, 'time', lambda: -1e9)
+    with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/'run', cbs=Stop(1))
+    assert torch.load(tmp_path/'run/checkpoint.pth')['at']==(0,1)
+
+class Spoil(Callback):
+    order,run_valid = 15,False
+    def __init__(self, what, value, step): self.what,self.value,self.step = what,value,step
+    def after_loss(self):
+        if self.what=='loss' and self.train_iter==self.step: self.learn.loss = self.loss*self.value
+    def after_backward(self):
+        if self.what=='gradient' and self.train_iter==self.step: next(self.model.parameters()).grad.view(-1)[0] = self.value
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('step', [0, 3])
+def test_not_finite_changes_nothing(screen, tmp_path, what, value, step):
+    model = tiny()
+    with pytest.raises(FloatingPointError, match=f'The {what} became .* at step {step} on plate P. *.*lower `lr`'):
+        fit(screen, tmp_path/'run', model, cbs=Spoil(what, value, step))
+    assert all(p.isfinite().all() for p in model.parameters()) and not (tmp_path/'run/model').exists()
+    if not step: assert same(model.state_dict().values(), tiny().state_dict().values())
+    else:
+        state = torch.load(tmp_path/'run/checkpoint.pth')
+        assert all(v.isfinite().all() for o in state['opt']['state'].values() for v in o.values() if torch.is_tensor(v))
+
+@pytest.mark.parametrize('name,value', [
+    ('epochs',0), ('epochs',-1), ('epochs',1.5), ('bs',0), ('bs',-4), ('bs',2.5), ('bs',True), ('alpha',2), ('alpha',-.1),
+    ('clip',0), ('clip',-1), ('valid',-1), ('valid',1), ('resume','no'), ('lr',1e9), ('lr',0), ('lr',float('nan')),
+    ('lr','fast'), ('mask_ratio',0), ('mask_ratio',1), ('crops',0), ('n_pictures',-1), ('n_pictures',1.5),
+    ('save_every',-1), ('seed',-1), ('crop',0), ('wd',-1), ('cache_gb',-1), ('num_workers',-1), ('bf16','yes')])
+def test_values_out_of_range_are_refused_by_name(screen, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f'^{name}={value!r}: it must be'): fit(screen, tmp_path/'run', **{name:value})
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('name,value', [('share',2), ('cutmix',-1), ('embed_dim',0)])
+def test_values_of_a_classifier(screen, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f'^{name}='): fit_wsl(screen, 'densenet_t', tmp_path, crop=32, **{name:value})
+
+@pytest.mark.parametrize('wrong,right', dict(epoch='epochs', batch_size='bs', crop_size='crop', masked_ratio='mask_ratio', num_worker='num_workers').items())
+def test_misspelt_options(screen, wrong, right):
+    for f in (fit_mae, fit_wsl):
+        if f is fit_wsl and right=='mask_ratio': continue
+        with pytest.raises(TypeError, match=f"{f.__name__} has no option '{wrong}'"): f(screen, **{wrong:3})
+    if wrong not in ('batch_size','crop_size'):
+        with pytest.raises(TypeError, match=f'Did you mean `{right}`'): fit_mae(screen, **{wrong:3})
+
+# Screens and models of all kinds
+
+def test_two_screens_of_one_panel(tmp_path):
+    two = [make_screen(tmp_path/k, seed=i) for i,k in enumerate('ab')]
+    learn = fit(two, tmp_path/'run')
+    assert len(learn.dls.train.sites.panels)==1
+
+class Mine(MAE): pass
+
+def test_a_class_that_no_bundle_brings_back(screen, tmp_path):
+    with pytest.raises(TypeError, match='Mine is a class of your own'): fit(screen, tmp_path/'run', tiny(cls=Mine))
+    assert not (tmp_path/'run').exists()
+
+def test_a_nameless_model_gets_its_own_size(screen, tmp_path):
+    model = MAE(img_size=16, patch_size=8, in_chans=2, embed_dim=32, depth=1, num_heads=2, decoder=dict(embed_dim=32, depth=1, num_heads=2))
+    learn = fit_mae(screen, model, tmp_path/'run', epochs=1, bs=4, n_pictures=0, device='cpu')
+    assert learn.dls.train.size==16
+
+def test_nothing_to_validate_on(screen, tmp_path):
+    learn = fit(screen, tmp_path/'all', valid=0, n_pictures=2)
+    assert len(learn.dls.train.ids)==8 and len(pd.read_csv(tmp_path/'all/history.csv'))==2
+    one = make_screen(tmp_path/'one', well='A01', plate='P', site=[str(i) for i in range(8)])
+    with pytest.warns(UserWarning, match='Nothing is left to validate on'): fit(one, tmp_path/'run')
+    assert load_model(tmp_path/'run/model')
+
+def test_small_sites_are_counted_before_training(tmp_path):
+    s = make_screen(tmp_path/'s', sizes={3:(40,20), 5:(24,40)})
+    with pytest.raises(ValueError, match='plate P1, well A04, site 1, which is 40x20 and 1 more of 8 sites'): fit(s, tmp_path/'run')
+
+def test_unlabelled_wells_are_no_class(tmp_path):
+    s = make_screen(tmp_path/'s', perturbation=['DMSO','TP53','',None]*2)
+    w = dict(epochs=1, bs=4, crop=32, crops=2, device='cpu', apart=None)
+    with pytest.warns(UserWarning, match='4 of 8 sites have no perturbation'): learn = fit_wsl(s, 'densenet_t', tmp_path/'run', **w)
+    assert load_model(tmp_path/'run/model').provenance['names']==['DMSO','TP53']
+
+def test_a_log_has_lines(screen, tmp_path):
+    with redirect_stdout(StringIO()) as log: fit(screen, tmp_path/'run')
+    lines = log.getvalue().splitlines()
+    assert len(lines)==2 and lines[0].startswith('epoch 1 of 2: train_loss ') and '\r' not in log.getvalue()
