@@ -85,6 +85,8 @@ def decoder_blocks(
     norm_eps:float=1e-6, # Epsilon of the LayerNorms
 )->Blocks: # Standard blocks in a row
     "Standard blocks as decoders use them"
+    if dim%num_heads:
+        raise ValueError(f'embed_dim={dim} of the decoder is no multiple of num_heads={num_heads}.')
     kw = dict(qkv_bias=True, norm_layer=partial(LayerNorm, eps=norm_eps))
     return Blocks(*[Block(dim, num_heads, **kw) for _ in range(depth)])
 
