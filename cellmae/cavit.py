@@ -14,7 +14,7 @@ from timm.layers import LayerNorm, Mlp
 from .patching import patchify_channels, unpatchify_channels
 from .masking import Mask, hide_channels, random_mask, restore, take
 from .blocks import attend, decoder_blocks
-from .vit import MAE
+from .vit import MAE, check_arguments
 
 # %% ../nbs/15_cavit.ipynb #29039665
 class CrossAttention(nn.Module):
@@ -132,9 +132,12 @@ class CAMAE(MAE):
     @property
     def n_pixels(self): return self.patch_size**2 # numbers in a patch
     def _make_decoder(self, kind='multi', **kw):
+        kinds = dict(multi=MultiDecoder, shared=SharedDecoder)
+        if kind not in kinds:
+            raise ValueError(f"Unknown decoder kind {kind!r}: use 'multi' or 'shared'.")
+        check_arguments(kinds[kind], kw)
         if kind == 'shared': return SharedDecoder(self.embed_dim, self.n_pixels, **kw)
-        if kind == 'multi': return MultiDecoder(self.embed_dim, self.n_pixels, self.in_chans, **kw)
-        raise ValueError(f"Unknown decoder kind {kind!r}: use 'multi' or 'shared'.")
+        return MultiDecoder(self.embed_dim, self.n_pixels, self.in_chans, **kw)
 
     def _cut(self, x): return patchify_channels(x, self.patch_size)
     def _glue(self, t, h, w):

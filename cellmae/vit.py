@@ -6,6 +6,8 @@
 __all__ = ['Encoder', 'Decoder', 'MAE', 'init_weights', 'start_local', 'MAEOutput', 'pool_tokens']
 
 # %% ../nbs/14_vit.ipynb #4cce5862
+from difflib import get_close_matches
+from inspect import signature
 from numbers import Integral
 from typing import NamedTuple
 import torch
@@ -121,7 +123,9 @@ def n_pixels(self:MAE):
     return self.patch_size**2*self.in_chans
 
 @patch
-def _make_decoder(self:MAE, **kw): return Decoder(self.embed_dim, self.n_pixels, **kw)
+def _make_decoder(self:MAE, **kw):
+    check_arguments(Decoder, kw)
+    return Decoder(self.embed_dim, self.n_pixels, **kw)
 
 @patch
 def _cut(self:MAE, x): return patchify(x, self.patch_size)
@@ -160,6 +164,30 @@ def config_of(
         if k in c and not _fits(k, c):
             raise ValueError(f"{k} must be {_ranges[k][1]}, got {c[k]!r}.")
     return c
+
+# %% ../nbs/14_vit.ipynb #4177baed
+def argument_names(
+    cls, # A class
+)->list[str]: # Names, its own first
+    "Arguments of a class, and those of its parents if it hands on `**kwargs`"
+    names = []
+    for c in cls.__mro__:
+        params = list(signature(c.__init__).parameters.values())[1:]
+        names += [p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if params[-1:] and params[-1].kind != params[-1].VAR_KEYWORD: break
+    return names
+
+def check_arguments(
+    cls, # A class
+    args, # Names of arguments for it
+):
+    "Refuse names that `cls` does not know, with the nearest that it does"
+    known = argument_names(cls)
+    for k in args:
+        if k in known: continue
+        near = get_close_matches(k, known, 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
+        raise TypeError(f"{cls.__name__} has no argument {k!r}. {hint}")
 
 # %% ../nbs/14_vit.ipynb #595bd4c7
 def init_weights(
