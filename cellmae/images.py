@@ -43,23 +43,26 @@ def canonical_stain(
 class ImageError(ValueError):
     "What is wrong, in which file, and the cure"
     def __init__(self, problem, file='', cure=''):
-        super().__init__(': '.join(filter(None, [str(file), problem])) + (f'. {cure}' if cure else ''))
+        where = ': '.join(filter(None, [str(file), problem]))
+        super().__init__(f'{where}. {cure}' if cure else where)
         self.problem,self.file,self.cure = problem,str(file),cure
 
 # %% ../nbs/02_images.ipynb #086644ad
+def _size(shape): return 'x'.join(map(str, shape))
+
 def _listed(series):
-    return ', '.join(f'{i}: {o.axes} {"x".join(map(str, o.shape))}' for i,o in enumerate(series[:6]))
+    return ', '.join(f'{i}: {o.axes} {_size(o.shape)}' for i,o in enumerate(series[:6]))
 
 def _one_of(series, i, f):
     "Series `i` of a TIFF, or all that are no thumbnails, if together they are one image"
+    held = f'It holds {_listed(series)}.'
     if i is not None:
         if 0<=i<len(series): return [series[i]]
-        raise ImageError('several series', f, f'There is no series {i}. It holds {_listed(series)}.')
+        raise ImageError('several series', f, f'There is no series {i}. {held}')
     full = [o for o in series if not o.keyframe.is_reduced] or list(series)
     pages = all(o.axes=='YX' and o.kind!='ome' for o in full) # appended one by one
     if len(full)==1 or pages and len({(o.shape,o.dtype) for o in full})==1: return full
-    raise ImageError('several series', f, f'It holds {_listed(series)}. Choose with `series=`, or save '
-                     'each as a file of its own.')
+    raise ImageError('several series', f, f'{held} Choose with `series=`, or save each by itself.')
 
 _more = re.compile('"axes"|images=|truncated') # the first page is not all, or not what it seems
 
@@ -77,15 +80,17 @@ def _read_tiff(o, page, series, f):
 def _own_axes(t):
     "Axes of the pages of one of several OME-TIFFs that are one image, or None"
     if not t.is_ome or t.series[0].kind=='ome': return
-    xml = ElementTree.fromstring(t.ome_metadata)
+    try: xml = ElementTree.fromstring(t.ome_metadata)
+    except ElementTree.ParseError: return
     own = lambda o: o.tag.endswith('}TiffData') and all(u.text==xml.get('UUID') for u in o)
     at = [[o.get(f'First{k}', '0') for o in xml.iter() if own(o)] for k in 'TZC']
     vary = [k for k,v in zip('TZC', at) if len(v)==len(set(v))==len(t.pages)]
     return f'{vary[0]}YX' if vary else None
 
 # %% ../nbs/02_images.ipynb #d399c9fb
-_exact = {b'\x00\x00\x00\x0cjP': imagecodecs.jpeg2k_decode, b'\xff\x4f\xff\x51': imagecodecs.jpeg2k_decode,
-          b'\x00\x00\x00\x0cJXL': imagecodecs.jpegxl_decode, b'\xff\x0a': imagecodecs.jpegxl_decode}
+_exact = {
+    b'\0\0\0\x0cjP': imagecodecs.jpeg2k_decode, b'\xff\x4f\xff\x51': imagecodecs.jpeg2k_decode,
+    b'\0\0\0\x0cJXL': imagecodecs.jpegxl_decode, b'\xff\x0a': imagecodecs.jpegxl_decode}
 
 def _decoder(raw):
     "What reads a file to the last bit where Pillow does not"
@@ -99,10 +104,11 @@ def _read_other(raw, page, f):
         return x, {2:'LA', 3:'RGB', 4:'RGBA'}.get(x.shape[-1], 'L') if x.ndim==3 else 'L'
     with Image.open(BytesIO(raw)) as im:
         if page is None and getattr(im, 'n_frames', 1)>1:
-            raise ImageError('several series', f, f'It holds {im.n_frames} pictures. Save one as TIFF.')
+            raise ImageError('several series', f, f'{im.n_frames} pictures. Save one as TIFF.')
         im.seek(page or 0)
-        if im.mode!='P': return np.asarray(im), im.mode
-        return _shades(np.asarray(im), np.reshape(im.getpalette('RGB'), (-1,3)), f), 'L'
+        x = np.asarray(im)
+        if im.mode!='P': return x, im.mode
+        return _shades(x, np.reshape(im.getpalette('RGB'), (-1,3)), f), 'L'
 
 # %% ../nbs/02_images.ipynb #8c74ee46
 _cure = 'Save the channel by itself, in grey levels of 8 or 16 bits.'
@@ -148,17 +154,23 @@ def _open(f, page, series):
 # %% ../nbs/02_images.ipynb #9a7a26ce
 def _ask(x, axes, how, f):
     "Refuse more than one plane or time as long as nobody chose"
-    many = {k.lower():n for k,n in zip(axes, x.shape) if how.get(k, 0) is None and n>1}
+    many = {k.lower():n for k,n in zip(axes, x.shape) if n>1 and how.get(k, 0) is None}
     if not many: return
     held = ' and '.join(f'{n} {dict(z="z planes", t="times")[k]}' for k,n in many.items())
     cure = ', '.join(f'`{k}=0` to `{k}={n-1}`' for k,n in many.items())
-    raise ImageError('a stack', f, f"It holds {held}. Choose: {cure}{', or `z=' + repr('max') + '`' if 'z' in many else ''}.")
+    if 'z' in many: cure += ", or `z='max'`"
+    raise ImageError('a stack', f, f'It holds {held}. Choose: {cure}.')
+
+def _mean(x):
+    "Mean along the first axis, in the type of `x`"
+    m = x.mean(0)
+    return (m if x.dtype.kind=='f' else np.rint(m)).astype(x.dtype)
 
 def _choose(x, axes, k, how, f):
     "Along axis `k` the one with this number, the largest, or the mean"
     x,rest = np.moveaxis(x, axes.index(k), 0) if k in axes else x[None],axes.replace(k, '')
     if how=='max': return x.max(0),rest
-    if how=='mean': return (x.mean(0) if x.dtype.kind=='f' else np.rint(x.mean(0))).astype(x.dtype),rest
+    if how=='mean': return _mean(x),rest
     if isinstance(how, str):
         raise ValueError(f"{k.lower()} is a number, 'max' or 'mean', not {how!r}.")
     if 0<=index(how or 0)<len(x): return x[how or 0],rest
@@ -172,41 +184,49 @@ def _planes(x, axes, f):
     rest = re.sub('[YX]', '', axes)
     if not rest: return x[None]
     if len(rest)>1 or rest not in 'CSIQ':
-        raise ImageError('wrong channel count', f, f'Stored as {axes} {"x".join(map(str, x.shape))}. '
-                         'Save channels, height, width.')
+        cure = f'Stored as {axes} {_size(x.shape)}. Save channels, height, width.'
+        raise ImageError('wrong channel count', f, cure)
     x = np.moveaxis(x, axes.index(rest), 0)
-    return np.moveaxis(x, -1, 0) if rest in 'IQ' and x.shape[-1]<min(10, *x.shape[:2]) else x
+    thin = rest in 'IQ' and x.shape[-1]<min(10, *x.shape[:2]) # no image: the channels come last
+    return np.moveaxis(x, -1, 0) if thin else x
 
 def _single(x, axes, f):
     "The plane of a file of one channel"
     if len(x)==1: return x
-    cure = f'A colour picture, its planes differ. {_cure}' if 'S' in axes else \
-           f'{len(x)} planes in one of several files. If they are z planes, choose: `z=0`, or `z={"max"!r}`.'
+    cure = f'A colour picture, its planes differ. {_cure}'
+    if 'S' not in axes:
+        cure = (f'{len(x)} planes in one of several files. If they are z planes, choose: `z=0` '
+                f"to `z={len(x)-1}`, or `z='max'`.")
     raise ImageError('wrong channel count', f, cure)
 
 # %% ../nbs/02_images.ipynb #0b0c5c3b
-NOT_READ = dict(nd2='Nikon', czi='Zeiss', lsm='Zeiss', zvi='Zeiss', lif='Leica', xlef='Leica', ims='Imaris',
-                oib='Olympus', oif='Olympus', oir='Olympus', vsi='Olympus', flex='Opera', c01='Cellomics',
-                stk='MetaMorph', dv='DeltaVision', zarr='OME-Zarr', ozx='OME-Zarr', h5='HDF5', hdf5='HDF5',
-                npy='NumPy', npz='NumPy', zip='zip') # suffixes, and whose they are
+NOT_READ = dict(
+    nd2='Nikon', czi='Zeiss', lsm='Zeiss', zvi='Zeiss', lif='Leica', xlef='Leica', ims='Imaris',
+    oib='Olympus', oif='Olympus', oir='Olympus', vsi='Olympus', flex='Opera', c01='Cellomics',
+    stk='MetaMorph', dv='DeltaVision', zarr='OME-Zarr', ozx='OME-Zarr', h5='HDF5', hdf5='HDF5',
+    npy='NumPy', npz='NumPy', zip='zip') # suffixes, and whose they are
 
 def _readable(f):
-    "A file that is there and whose format is not one of `NOT_READ`"
+    "A file that is there, of a format that is not one of `NOT_READ`"
     if f.exists() and (whose := NOT_READ.get(f.suffix.lower()[1:])):
-        raise ImageError('not read', f, f'{whose} files are not read. Export them as TIFF, from the program they '
-                         'belong to or from Fiji.')
-    if not f.is_file(): raise ImageError('missing', f, 'No such file. Check the path, or leave the site out.')
-    return f
+        raise ImageError('not read', f, f'{whose} files are not read. Export them as TIFF, from '
+                         'the program they belong to or from Fiji.')
+    if f.is_file(): return f
+    raise ImageError('missing', f, 'No such file. Check the path, or leave the site out.')
+
+def _unreadable(e, f, page):
+    "What an error of a decoder means"
+    if page and isinstance(e, (IndexError,EOFError)):
+        return ImageError('wrong channel count', f, f'It has no page {page}. Pages count from 0.')
+    return ImageError('unreadable', f, f'Cut short, or no image ({e}). Copy it again, or leave the '
+                      'site out.')
 
 def _read(f, page, z, t, series, single=False):
     "`(C,H,W)` of one file"
     f = _readable(Path(f))
     try: x,axes = _open(f, page, series)
     except ImageError: raise
-    except Exception as e:
-        if page and isinstance(e, (IndexError,EOFError)):
-            raise ImageError('wrong channel count', f, f'It has no page {page}. Pages count from 0.') from e
-        raise ImageError('unreadable', f, f'Cut short, or no image ({e}). Copy it again, or leave the site out.') from e
+    except Exception as e: raise _unreadable(e, f, page) from e
     if single and z is not None and 'Z' not in axes: axes = re.sub('[IQ]', 'Z', axes)
     _ask(x, axes, dict(Z=z, T=t), f)
     for k,how in dict(T=t, Z=z).items(): x,axes = _choose(x, axes, k, how, f)
@@ -216,9 +236,10 @@ def _read(f, page, z, t, series, single=False):
 # %% ../nbs/02_images.ipynb #88c9fce9
 def _same_kind(x, f, y, g):
     "Of the size and type of the first"
-    size = lambda o: 'x'.join(map(str, o.shape[1:]))
-    for problem,a,b in (('size', size(x), size(y)), ('type', x.dtype, y.dtype)):
-        if a!=b: raise ImageError(f'wrong {problem}', f, f'{a}, but {g} has {b}. Export all channels alike.')
+    pairs = dict(size=(_size(x.shape[1:]), _size(y.shape[1:])), type=(x.dtype, y.dtype))
+    for k,(a,b) in pairs.items():
+        if a==b: continue
+        raise ImageError(f'wrong {k}', f, f'{a}, but {g} has {b}. Export all channels alike.')
 
 # %% ../nbs/02_images.ipynb #e31b03ff
 def read_image(
@@ -239,9 +260,10 @@ def read_image(
 def _check_depth(x, lo, hi):
     "Refuse an image of another bit depth than those that set the ranges"
     eight = x.dtype==np.uint8
-    if eight and hi.max()>255 or not eight and (lo==0).all() and (hi==255).all() and x.max()>255:
-        raise ValueError(f'wrong type: {x.dtype} up to {x.max()}, but ranges up to {hi.max():.0f}. Export all '
-                         'images with one bit depth.')
+    for_eight = (lo==0).all() and (hi==255).all()
+    if eight and hi.max()>255 or not eight and for_eight and x.max()>255:
+        raise ValueError(f'wrong type: {x.dtype} up to {x.max()}, but ranges up to {hi.max():.0f}. '
+                         'Export all images with one bit depth.')
 
 # %% ../nbs/02_images.ipynb #134f7cd1
 def to_uint8(
@@ -251,8 +273,10 @@ def to_uint8(
     "Map `[lo,hi]` of each channel to `[0,255]`, rounded and clipped"
     lo,hi = np.asarray(ranges, dtype=np.float32).T[...,None,None]
     if len(lo)!=len(x):
-        raise ValueError(f'{len(x)} channels, but ranges for {len(lo)}. Fit them on images of this panel.')
-    if not (hi>lo).all(): raise ValueError(f'Ranges need lo < hi, got {np.asarray(ranges).tolist()}. Fit them again.')
+        raise ValueError(f'{len(x)} channels, but ranges for {len(lo)}. Fit them on images of this '
+                         'panel.')
+    if not (hi>lo).all():
+        raise ValueError(f'Ranges need lo < hi, got {np.asarray(ranges).tolist()}. Fit them again.')
     check_pixels(x)
     if x.dtype==np.uint8 and (lo==0).all() and (hi==255).all(): return x
     _check_depth(x, lo, hi)
@@ -266,17 +290,21 @@ def check_pixels(
 ): # Nothing; raises `ValueError` with the cure
     "Refuse float pixels that are not finite or that lie in 0..1"
     if x.dtype.kind!='f': return
-    if not np.isfinite(x).all(): raise ValueError('not finite: NaN or infinite pixels. Export it again as 16-bit integers.')
-    if x.max()<=1: raise ValueError('float in 0..1: rescaled. Export 16-bit integers, or multiply all images by 65535.')
+    if not np.isfinite(x).all():
+        raise ValueError('not finite: NaN or infinite pixels. Export it again as 16-bit integers.')
+    if x.max()<=1:
+        raise ValueError('float in 0..1: rescaled. Export 16-bit integers, or multiply all images '
+                         'by 65535.')
 
 # %% ../nbs/02_images.ipynb #499806bd
 def _majority(imgs):
-    "Images of the type that most have; a warning counts the others"
+    "Pixels of the type that most images have; a warning counts the others"
     kinds = defaultdict(list)
     for x in imgs: kinds[x.dtype].append(x)
     most = max(kinds, key=lambda k: (len(kinds[k]), k.itemsize))
     for k,v in kinds.items():
-        if k!=most: warnings.warn(f'{len(v)} images are {k}, {len(kinds[most])} {most}: these set the ranges')
+        if k==most: continue
+        warnings.warn(f'{len(v)} images are {k}, {len(kinds[most])} {most}: these set the ranges')
     return kinds[most]
 
 def _sampled(x):
@@ -311,12 +339,14 @@ def check_input(
     "Refuse what a model would silently get wrong"
     import torch
     if x.ndim!=4:
-        raise ValueError(f'Images must be (B,C,H,W), got {tuple(x.shape)}. For a single one: `x[None]`.')
+        raise ValueError(f'Images must be (B,C,H,W), got {tuple(x.shape)}. For one: `x[None]`.')
     if not x.is_floating_point() or exporting(): return x
     lo,hi = torch.stack(torch.aminmax(x)).tolist()
     if not np.isfinite([lo,hi]).all():
         raise ValueError('NaN or infinite pixels. `screen.check()` finds the file.')
-    if hi<=1: raise ValueError('Float images in 0..1. Models take 0..255: give uint8, or multiply by 255.')
+    if hi<=1:
+        raise ValueError('Float images in 0..1. Models take 0..255: give uint8, or multiply by '
+                         '255.')
     return x
 
 # %% ../nbs/02_images.ipynb #2d3409c9
@@ -336,7 +366,10 @@ def tile(
     "Cut the centre into squares that do not overlap"
     c,H,W = x.shape[-3:]
     h,w = H//size,W//size
-    if not h*w: raise ValueError(f'No tile of {size} pixels fits into an image of {H}x{W}. Take smaller tiles.')
+    if not h*w:
+        raise ValueError(f'No tile of {size} pixels fits into an image of {H}x{W}. Take smaller '
+                         'tiles.')
     top,left = (H-h*size)//2,(W-w*size)//2
     x = x[...,top:top+h*size,left:left+w*size].reshape(-1,c,h,size,w,size)
-    return x.swapaxes(3,4).swapaxes(1,2).swapaxes(2,3).reshape(-1,c,size,size) # (B,h,w,C,size,size) before the last step
+    x = x.swapaxes(3,4).swapaxes(1,2).swapaxes(2,3) # (B,h,w,C,size,size)
+    return x.reshape(-1,c,size,size)

@@ -336,7 +336,7 @@ def test_other_pictures(tmp_path):
     Image.fromarray(x8).save(tmp_path/'a.DIB')
     assert (read_image(tmp_path/'a.DIB') == x8).all()
     Image.fromarray(x8).save(tmp_path/'a.gif', save_all=True, append_images=[Image.fromarray(x8.T), Image.fromarray(255-x8)])
-    with pytest.raises(ImageError, match='holds 3 pictures'): read_image(tmp_path/'a.gif')
+    with pytest.raises(ImageError, match='3 pictures. Save one'): read_image(tmp_path/'a.gif')
     with pytest.raises(ImageError, match='no page 7'): read_image(tiff(tmp_path/'a.tif', D[0]), page=7)
     with pytest.raises(ImageError, match='Stored as QQYX'): read_image(tiff(tmp_path/'4d.tif', D))
 
