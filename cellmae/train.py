@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'LossGuard', 'History', 'Reconstructions', 'Lines', 'SeedSteps', 'Checkpoint', 'check_same',
-           'SafeLearner', 'as_list', 'guards', 'NumbersOnly', 'records', 'mae_loss', 'mse', 'fourier', 'mae_learner',
-           'fit_cycle', 'check_folder', 'check_class', 'run_whole', 'short_hash', 'about_data', 'about_model',
+           'short_hash', 'about_data', 'about_model', 'SafeLearner', 'as_list', 'guards', 'NumbersOnly', 'records',
+           'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'check_folder', 'check_class', 'run_whole',
            'make_model', 'check_names', 'make_loaders', 'fit_mae']
 
 # %% ../nbs/24_train.ipynb #653c940d
@@ -131,6 +131,7 @@ class Lines(Callback):
         said = [(k, f'{v:.4f}' if isinstance(v, float) else v) for k,v in named]
         values = [f'{k} {v}' for k,v in said if v not in (None,'')]
         print(f'epoch {row[0]+1} of {self.n_epoch}:', ', '.join(values), flush=True)
+        self.said = time.monotonic()
 
     def after_batch(self):
         if not self.training or self.logger is noop or time.monotonic()-self.said<self.every: return
@@ -161,6 +162,7 @@ class Checkpoint(Callback):
     def before_fit(self):
         self.saved_at,self.begun = time.monotonic(),_memory(self.users)
         if self.state: self.go_on(self.state)
+        self.state = None
 
     def before_train(self):
         start,n = self.dls.train.start,len(self.dls.train)
@@ -207,25 +209,23 @@ def _curve(rec):
 def _plain(o):
     "Numbers as Python's own, so that they load as data and not as code"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple)): return type(o)(map(_plain, o))
+    if isinstance(o, (list,tuple)): return (list if isinstance(o, list) else tuple)(map(_plain, o))
     return o.tolist() if isinstance(o, (np.generic, np.ndarray)) else o
 
 def _is_plain(o):
-    if isinstance(o, dict): return all(map(_is_plain, [*o, *o.values()]))
-    if isinstance(o, (list,tuple)): return all(map(_is_plain, o))
-    return o is None or isinstance(o, (bool, int, float, str))
+    if type(o) is dict: return all(map(_is_plain, [*o, *o.values()]))
+    if type(o) in (list,tuple): return all(map(_is_plain, o))
+    return type(o) in (type(None), bool, int, float, str) or isinstance(o, np.generic)
 
 def _memory(cbs):
     "Numbers and names that callbacks remember"
-    plain = {cb.name:{k:_plain(v) for k,v in vars(cb).items()} for cb in cbs}
-    return {name:{k:deepcopy(v) for k,v in o.items() if _is_plain(v)} for name,o in plain.items()}
+    return {cb.name:{k:_plain(v) for k,v in vars(cb).items() if _is_plain(v)} for cb in cbs}
 
 def _news(cbs, begun):
     "What of it has changed since the run began, or their `state_dict` if they offer one"
-    own = {cb.name:cb.state_dict() for cb in cbs if hasattr(type(cb), 'state_dict')}
     news = {n:{k:v for k,v in o.items() if k not in begun[n] or begun[n][k]!=v}
             for n,o in _memory(cbs).items()}
-    return news | own
+    return news | {cb.name:_plain(cb.state_dict()) for cb in cbs if hasattr(type(cb), 'state_dict')}
 
 def _remind(cbs, memory):
     for cb in cbs:
@@ -253,6 +253,45 @@ def check_same(
     if text: raise ValueError(
         f'{folder} holds another run ({", ".join(text.values())}). Use another `out`, '
         'or the same data and settings to go on with it, or `resume=False` to start over.')
+
+# %% ../nbs/24_train.ipynb #3e10ea5f
+def short_hash(*parts)->str:
+    "12 hex digits that stand for tensors, or for what can be printed"
+    h = hashlib.sha256()
+    for p in parts: h.update(_bytes(p) if isinstance(p, Tensor) else repr(p).encode())
+    return h.hexdigest()[:12]
+
+def _bytes(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+def _weights(model): return short_hash(*model.state_dict().values())
+
+def about_data(
+    dls:DataLoaders, # From `screen_dls`
+)->dict: # Names and hashes
+    "What a run has to know of its data to recognise it"
+    dl,screens = dls.train,dls.train.sites.screens
+    return dict(sites=len(dl.ids), batches=len(dl), crops=dl.crops, apart=dl.apart or '',
+        order=dl.seed, processes=1, split=short_hash(dl.ids.tolist(), dls.valid.ids.tolist()),
+        panels=[', '.join(s.channels) for s in screens],
+        ranges=[s.fit_ranges().tolist() for s in screens],
+        images=[s.fingerprint() for s in screens])
+
+def about_model(
+    source, # Name of a model, a model, or the folder of one
+    model:nn.Module, # The model before its first step
+    out, # Folder of the run
+)->dict: # `start` is `new` for a named model, which `seed` determines; otherwise a hash
+    "What a run has to know of its model to recognise it, with the weights it starts from"
+    n = sum(p.numel() for p in model.parameters())
+    about = dict(architecture=type(model).__name__, parameters=n)
+    if isinstance(source, str) and not Path(source).is_dir(): return dict(about, start='new')
+    now,(folder,start,end) = _weights(model),getattr(model, 'lineage', (None,None,None))
+    again = (folder,end)==(str(Path(out).resolve()),now)
+    return dict(about, start=start if again else now)
+
+def _mark(model, out, start):
+    "Note on a model how it came to its weights: a cell that is run again passes it in once more"
+    if start and start!='new': model.lineage = str(Path(out).resolve()),start,_weights(model)
 
 # %% ../nbs/24_train.ipynb #72ccc55a
 @patch
@@ -374,6 +413,7 @@ def lr_find(self:SafeLearner, *args, **kwargs):
         self.seed_steps.trained = trained
         for f in made: shutil.rmtree(f, ignore_errors=True)
 
+# %% ../nbs/24_train.ipynb #31d99d17
 @patch
 def show_results(self:SafeLearner, ds_idx=1, dl=None, max_n=2, **kwargs):
     "Input, visible part and reconstruction of the first images"
@@ -384,6 +424,21 @@ def show_results(self:SafeLearner, ds_idx=1, dl=None, max_n=2, **kwargs):
     screen,_ = dl.sites.where(int(ids[0]))
     return show_reconstruction(self.model, x[:max_n], screen.channels)
 
+@patch
+def summary(self:SafeLearner):
+    "The parts of the model, and their numbers of weights"
+    n = lambda m: f'{sum(p.numel() for p in m.parameters()):>14,}'
+    rows = [f'{name:20} {type(m).__name__:20} {n(m)}' for name,m in self.model.named_children()]
+    return '\n'.join([*rows, f'{"all":20} {type(self.model).__name__:20} {n(self.model)}'])
+
+@patch
+def show_batch(self:CropLoader, b=None, max_n=4, **kwargs):
+    "Crops of a batch, one row each, channel by channel"
+    x,ids = self.one_batch() if b is None else b
+    screen,_ = self.sites.where(int(ids[0]))
+    return show_channels(x[:max_n], screen.channels)
+
+# %% ../nbs/24_train.ipynb #72bc98ae
 _no_answer = ('An encoder of images has no predictions to list. Use `embed(learn.model, screen)` '
     'for embeddings, `learn.validate()` for the loss, `learn.model(x)` for all that the model '
     'returns, and for a masked autoencoder `learn.show_results()` for pictures.')
@@ -402,20 +457,6 @@ def predict(self:SafeLearner, *args, **kwargs):
 def tta(self:SafeLearner, *args, **kwargs):
     "Says what to use instead"
     raise NotImplementedError(_no_answer)
-
-@patch
-def summary(self:SafeLearner):
-    "The parts of the model, and their numbers of weights"
-    n = lambda m: f'{sum(p.numel() for p in m.parameters()):>14,}'
-    rows = [f'{name:20} {type(m).__name__:20} {n(m)}' for name,m in self.model.named_children()]
-    return '\n'.join([*rows, f'{"all":20} {type(self.model).__name__:20} {n(self.model)}'])
-
-@patch
-def show_batch(self:CropLoader, b=None, max_n=4, **kwargs):
-    "Crops of a batch, one row each, channel by channel"
-    x,ids = self.one_batch() if b is None else b
-    screen,_ = self.sites.where(int(ids[0]))
-    return show_channels(x[:max_n], screen.channels)
 
 # %% ../nbs/24_train.ipynb #cc70d5c1
 def as_list(cbs)->list[Callback]:
@@ -551,45 +592,6 @@ def begin(self:Checkpoint, settings, resume):
     self.settings,self.state = settings,None
     if resume: return self.read(settings)
     for f in (self.file, self.old): f.unlink(missing_ok=True)
-
-# %% ../nbs/24_train.ipynb #3e10ea5f
-def short_hash(*parts)->str:
-    "12 hex digits that stand for tensors, or for what can be printed"
-    h = hashlib.sha256()
-    for p in parts: h.update(_bytes(p) if isinstance(p, Tensor) else repr(p).encode())
-    return h.hexdigest()[:12]
-
-def _bytes(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-def _weights(model): return short_hash(*model.state_dict().values())
-
-def about_data(
-    dls:DataLoaders, # From `screen_dls`
-)->dict: # Names and hashes
-    "What a run has to know of its data to recognise it"
-    dl,screens = dls.train,dls.train.sites.screens
-    return dict(sites=len(dl.ids), batches=len(dl), crops=dl.crops, apart=dl.apart or '',
-        order=dl.seed, processes=1, split=short_hash(dl.ids.tolist(), dls.valid.ids.tolist()),
-        panels=[', '.join(s.channels) for s in screens],
-        ranges=[s.fit_ranges().tolist() for s in screens],
-        images=[s.fingerprint() for s in screens])
-
-def about_model(
-    source, # Name of a model, a model, or the folder of one
-    model:nn.Module, # The model before its first step
-    out, # Folder of the run
-)->dict: # `start` is `new` for a named model, which `seed` determines; otherwise a hash
-    "What a run has to know of its model to recognise it, with the weights it starts from"
-    n = sum(p.numel() for p in model.parameters())
-    about = dict(architecture=type(model).__name__, parameters=n)
-    if isinstance(source, str) and not Path(source).is_dir(): return dict(about, start='new')
-    now,(folder,start,end) = _weights(model),getattr(model, 'lineage', (None,None,None))
-    again = (folder,end)==(str(Path(out).resolve()),now)
-    return dict(about, start=start if again else now)
-
-def _mark(model, out, start):
-    "Note on a model how it came to its weights: a cell that is run again passes it in once more"
-    if start and start!='new': model.lineage = str(Path(out).resolve()),start,_weights(model)
 
 # %% ../nbs/24_train.ipynb #b556023a
 def make_model(
