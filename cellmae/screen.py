@@ -9,8 +9,9 @@ __all__ = ['SITE', 'WELL', 'KEYS', 'Screen', 'open_screen', 'write_stack_screen'
 import copy, hashlib, json, os, re
 import numpy as np, pandas as pd
 from collections import Counter, deque
-from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from difflib import SequenceMatcher
 from fastcore.basics import listify, patch
 from fastprogress import progress_bar
 from pathlib import Path
@@ -40,10 +41,15 @@ def _words(o):
     return ', '.join(f'{k} {o[k]}' for k in SITE[twin:] if k in o)
 
 # %% ../nbs/03_screen.ipynb #ba766cbb
+def _nearest(name, names): return max(names, key=lambda o: SequenceMatcher(None, o, name).ratio())
+
 def _renamed(df, names):
     "Columns under the names we want, beside the ones they had; what they displace is kept too"
-    gone = [v for v in names.values() if v not in df]
+    gone,odd = [v for v in names.values() if v not in df],[k for k in names if k not in KEYS]
+    if odd: raise ValueError(f'No option {odd[0]}: did you mean {_nearest(odd[0], KEYS)}?')
     if gone: raise ValueError(f'No column {gone}: the table has {list(df)}. Correct the name.')
+    twice = df.columns[df.columns.duplicated()]
+    if len(twice): raise ValueError(f'Two columns are called {twice[0]}. Rename one of them.')
     was = {k: f'given_{k}' for k,v in names.items() if k in df and k!=v}
     return df.rename(columns=was).assign(**{k: df[v] for k,v in names.items()})
 
@@ -396,6 +402,7 @@ def _plate_map(meta, names):
         nameless = (meta['well']=='').sum()
         if nameless: print(f'{nameless} rows of the plate map name no well, and are left out')
         meta = _filled(meta[meta['well']!='']).drop_duplicates()
+        if not len(meta): raise ValueError('no rows. Write one row per well.')
         return meta.assign(control=_said(meta)) if 'control' in meta else meta
 
 # %% ../nbs/03_screen.ipynb #610bcd25

@@ -155,7 +155,8 @@ def test_plate_maps_of_every_kind_of_file(plate, tmp_path, end):
     (dict(plate='P9', well=['A01', 'A02', 'B01'], perturbation='X'), 'files say plate plate, well A01, the map says plate P9, well A01'),
     (dict(well=['A01', 'A01'], perturbation=['X', 'Y']), "two rows for well A01: perturbation 'X' and 'Y'"),
     (dict(plate=['plate', '', ''], well=['A01', 'A02', 'B01'], perturbation='X'), 'Plate map: 2 of 3 rows name no plate.*merged'),
-    (dict(well=['A01', 'A02', 'B01'], control=['yes', '', 'no']), 'Plate map: .*control.*1 of 3')])
+    (dict(well=['A01', 'A02', 'B01'], control=['yes', '', 'no']), 'Plate map: .*control.*1 of 3'),
+    (dict(well=[], perturbation=[]), 'Plate map: no rows')])
 def test_plate_maps_that_are_refused(plate, meta, said):
     with pytest.raises(ValueError, match=said):
         Screen.from_pattern(plate.parent, ('{plate}/' if 'plate' in meta else 'plate/')+'{well}_{channel}.tif', meta=pd.DataFrame(meta))
@@ -164,6 +165,12 @@ def test_a_plate_map_that_misses_some(plate, capsys):
     t = opened(plate, pd.DataFrame(dict(well=['A01', 'A02', 'H12'], perturbation=['X', 'Y', 'Z'], control=['no', 'yes', 'no'])))
     assert '1 of 3 sites are not in the plate map: well B01' in capsys.readouterr().out
     assert t[['perturbation', 'control']].values.tolist() == [['X', False], ['Y', True], ['', False]]
+
+@pytest.mark.parametrize('names,said', [(dict(pertubation='gene'), 'No option pertubation: did you mean perturbation'), (dict(perturbation='genes'), "No column .'genes'"),
+                                        (dict(perturbation='dose'), 'Two columns are called dose')])
+def test_names_of_columns_that_are_refused(plate, names, said):
+    meta = pd.DataFrame([['A01', 'X', 1, 2]], columns=['well', 'gene', 'dose', 'dose'])
+    with pytest.raises(ValueError, match=said): opened(plate, meta if 'dose' in names.values() else meta.iloc[:,:3], **names)
 
 # --- names of files
 
