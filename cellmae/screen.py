@@ -433,7 +433,15 @@ def _join(df, meta, names):
     df = df.merge(meta, 'left', on, indicator='_met')
     lost = (df.pop('_met')!='both').to_numpy()
     _say_unmet(df.loc[lost, on], meta[on], len(df))
-    if 'control' in df: df['control'] = df['control'].where(~lost, False).astype(bool)
+    return _unlabelled(df, lost, [c for c in meta if c not in on])
+
+def _unlabelled(df, lost, cols):
+    "Sites that the map does not name: no text, no control, the batch of their plate"
+    if 'batch' in cols and 'plate' in df:
+        df['batch'] = df['batch'].fillna(df.groupby('plate')['batch'].transform('first'))
+    for k in [k for k in WELL if k in cols]: df[k] = df[k].fillna('unknown')
+    df.loc[lost, [c for c in cols if df[c].dtype==object and c not in WELL]] = ''
+    if 'control' in cols: df['control'] = df['control'].where(~lost, False).astype(bool)
     return df
 
 # %% ../nbs/03_screen.ipynb #1b15b1c7

@@ -172,6 +172,13 @@ def test_names_of_columns_that_are_refused(plate, names, said):
     meta = pd.DataFrame([['A01', 'X', 1, 2]], columns=['well', 'gene', 'dose', 'dose'])
     with pytest.raises(ValueError, match=said): opened(plate, meta if 'dose' in names.values() else meta.iloc[:,:3], **names)
 
+def test_sites_that_the_map_misses_are_of_the_batch_of_their_plate(tmp_path, capsys):
+    images(tmp_path, 'P1/A01_DNA.tif', 'P1/A02_DNA.tif', 'P2/A01_DNA.tif')
+    meta = pd.DataFrame(dict(plate=['P1'], well=['A01'], batch=['week 1'], perturbation=['X'], guide=['001'], dose=[2]))
+    t = Screen.from_pattern(tmp_path, '{plate}/{well}_{channel}.tif', meta=meta).table
+    assert t.batch.tolist() == ['week 1', 'week 1', 'unknown'] and '2 of 3 sites' in capsys.readouterr().out
+    assert t.perturbation.tolist() == ['X', '', ''] and t.guide.tolist() == ['001', '', '']
+
 # --- names of files
 
 def wells(root, pattern, **kw): return Screen.from_pattern(root, pattern, **kw).table.well.tolist()
