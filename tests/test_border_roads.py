@@ -116,7 +116,7 @@ limits = {
     'no labels': (screen_of(['']*4), everything),
     'no controls': (screen_of(many), {'Batch correction'}),
     'one control': (screen_of(many, 1), {'Batch correction'}),
-    'one batch': (screen_of(many, 6, batch=['B1']*2+['B2']*28), {'Batch correction'}),
+    'none in one batch': (screen_of(many, 6, batch=['B1']*2+['B2']*28), {'Batch correction'}),
     'one perturbation': (screen_of(['TP53'], 4), {'The map','Recall'}),
     'two perturbations': (screen_of(['TP53','MYC'], 4), {'Recall'}),
     'one well': (screen_of(['TP53']), everything),
@@ -205,7 +205,7 @@ def demo(d, *options): return ['--out', d/'demo', '--screen', *images(d), *optio
 wrong = {
     'no folder': (cellmae_fit, lambda d: [d/'nowhere'], 1, 'missing'),
     'no pattern': (cellmae_fit, lambda d: [d/'images'], 1, '--pattern'),
-    'another pattern': (cellmae_fit, lambda d: [d/'images', '--pattern', 'y{well}.tif'], 1, 'matches'),
+    'other names': (cellmae_fit, lambda d: [d/'images', '--pattern', 'y{well}.tif'], 1, 'matches'),
     'another model': (cellmae_fit, lambda d: images(d, '--model', 'mae_vitt9'), 1, 'mae_vit'),
     'no such controls': (cellmae_fit, lambda d: images(d, '--controls', 'NTC'), 1, 'NTC'),
     'columns without =': (cellmae_fit, lambda d: images(d, '--columns', 'gene'), 1, 'name=value'),
