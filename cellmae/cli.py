@@ -8,8 +8,14 @@ __all__ = ['simulated', 'baselines', 'summary', 'attempt', 'fit_tvn', 'correct_a
            'demo_sections', 'finding_sections', 'demo', 'told', 'own_screen', 'command', 'cellmae_demo', 'cellmae_fit',
            'cellmae_embed', 'cellmae_recall']
 
+# %% ../nbs/50_cli.ipynb #2c2a3723
+import warnings
+
+# %% ../nbs/50_cli.ipynb #a105f48b
+warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated') # of fastai, at import
+
 # %% ../nbs/50_cli.ipynb #abe2a234
-import inspect, sys, warnings
+import inspect, sys
 from functools import wraps
 from pathlib import Path
 from typing import NamedTuple
@@ -88,9 +94,9 @@ def _n(n, one, many=None): return f'{n:,} {one if n==1 else many or one+"s"}'
 def fit_tvn(
     profiles, # AnnData with one row per well
 )->TVN: # To `transform` them, new plates, or to `save`
-    "TVN, without its notes on few controls and constant features, which here there always are"
+    "TVN, without its notes on few controls and features that hardly vary, which here there are"
     with warnings.catch_warnings():
-        for note in ('shrunk towards a sphere', 'constant in the controls'):
+        for note in ('shrunk towards a sphere', 'hardly vary in the controls'):
             warnings.filterwarnings('ignore', message=f'.*{note}')
         return TVN().fit(profiles)
 
