@@ -228,6 +228,10 @@ def _whole(v):
     "a whole number from 0 to 65,536"
     return isinstance(v, int) and not isinstance(v, bool) and 0<=v<=65536
 
+def _few(v):
+    "a whole number from 0 to 1,024"
+    return _whole(v) and v<=1024
+
 def _number(v):
     "a number from 0 to a million, or None"
     return v is None or isinstance(v, (int,float)) and not isinstance(v, bool) and 0<=v<=1e6
@@ -244,6 +248,10 @@ def _wholes(v):
     "a list of whole numbers"
     return isinstance(v, list) and 0<len(v)<=64 and all(_whole(o) for o in v)
 
+def _fews(v):
+    "a list of whole numbers from 0 to 1,024"
+    return _wholes(v) and max(v)<=1024
+
 def _plain(v):
     "a number, True, False, None, a word, or a list of these"
     if isinstance(v, list): return all(_plain(o) for o in v)
@@ -259,13 +267,14 @@ def _backbone(v):
 
 # %% ../nbs/20_zoo.ipynb #a8f1c03b
 _kinds = {bool: _truth, int: _whole, float: _number, str: _word, list[int]: _wholes}
-_decoder = dict(kind=_word, embed_dim=_whole, depth=_whole, num_heads=_whole, norm_eps=_number)
+_decoder = dict(kind=_word, embed_dim=_whole, depth=_few, num_heads=_few, norm_eps=_number)
+_special = dict(decoder=_decoder, backbone=_backbone, depth=_few, in_chans=_few)
 _timm = dict(
-    arch=_arch, in_chans=_whole, img_size=_whole, rgb=_word, patch_size=_whole, embed_dim=_whole,
-    depth=_whole, num_heads=_whole, mlp_ratio=_number, init_values=_number, depths=_wholes,
-    dims=_wholes, layers=_wholes, channels=_wholes, block_config=_wholes, growth_rate=_whole,
-    bn_size=_whole, base_width=_whole, cardinality=_whole, reg_tokens=_whole, window_size=_whole,
-    class_token=_truth, qkv_bias=_truth, qk_norm=_truth, drop_rate=_number, drop_path_rate=_number,
+    arch=_arch, in_chans=_few, img_size=_whole, rgb=_word, patch_size=_whole, embed_dim=_whole,
+    depth=_few, num_heads=_few, mlp_ratio=_number, init_values=_number, depths=_fews, dims=_wholes,
+    layers=_fews, channels=_wholes, block_config=_fews, growth_rate=_whole, bn_size=_whole,
+    base_width=_whole, cardinality=_whole, reg_tokens=_few, window_size=_whole, class_token=_truth,
+    qkv_bias=_truth, qk_norm=_truth, drop_rate=_number, drop_path_rate=_number,
     proj_drop_rate=_number, attn_drop_rate=_number)
 _classes = {c.__name__: c for c in (MAE, CAMAE, MUNet, ImageNetEncoder, Classifier)}
 
@@ -273,9 +282,7 @@ def _allowed(cls):
     "What each argument of a class may be"
     params = [p for c in reversed(cls.__mro__) for p in signature(c).parameters.values()]
     notes = {p.name: p.annotation for p in params}
-    kinds = {k: _kinds.get(notes[k], _plain) for k in argument_names(cls)}
-    if issubclass(cls, Classifier): kinds['backbone'] = _backbone
-    if issubclass(cls, MAE): kinds['decoder'] = _decoder
+    kinds = {k: _special.get(k) or _kinds.get(notes[k], _plain) for k in argument_names(cls)}
     if not issubclass(cls, ImageNetEncoder): return kinds
     return {k: v for k,v in kinds.items() if k not in argument_names(ImageNetEncoder)} | _timm
 

@@ -58,7 +58,8 @@ def no_network(monkeypatch):
 
 @pytest.mark.parametrize('change', [
     dict(depth=2.), dict(depth='2'), dict(depth=True), dict(depth=-1), dict(depth=10**9),
-    dict(depth=None), dict(embed_dim=10**12), dict(mask_ratio=nan), dict(alpha=inf),
+    dict(depth=None), dict(depth=60_000), dict(in_chans=60_000), dict(embed_dim=10**12),
+    dict(mask_ratio=nan), dict(alpha=inf),
     dict(slowest=[20]), dict(final_norm='yes'), dict(final_norm=1), dict(masking='a/b'),
     dict(masking='rows'), dict(masking=None), dict(fourier={}), dict(decoder=[1]),
     dict(decoder='shared'), dict(decoder=dict(kind='x')), dict(decoder=dict(path='x')),
