@@ -40,6 +40,7 @@ def _table(arms):
                                 'arms or expression: they count as of no arm')
     return t[~twice].set_index('gene')
 
+# %% ../nbs/33_arms.ipynb #b29b1990
 def _arms(x, arms):
     "Profiles `(n,D)`, arm of each gene (empty if unknown), and which genes may stand for their arm"
     w,t = wells_of(x),_table(arms)

@@ -31,7 +31,8 @@ def _begin_with(table, prefix):
 
 def _is_metadata(c):
     c = str(c).lower()
-    return c.startswith('metadata_') or c=='control' or bool(_names.fullmatch(c))
+    if c.startswith(('metadata_','unnamed: ')) or c in ('','index','control'): return True
+    return bool(_names.fullmatch(c))
 
 def _stem(c):
     "Name of a column without the number at its end"
@@ -69,6 +70,7 @@ def _decimal_points(s):
     thousands = s[comma].str.fullmatch(r'[-+]?[1-9]\d{0,2},\d{3}').all()
     return s if thousands else s.mask(comma, s.str.replace(',', '.'))
 
+# %% ../nbs/30_profiles.ipynb #f731fc26
 def _mostly_numbers(v):
     if isinstance(v.dropna().iloc[:1].squeeze(), (bool,np.bool_,np.ndarray,list,dict)): return False
     x,bad = _parsed(v)
@@ -142,7 +144,13 @@ _keys = 'batch','plate','well','perturbation','gene'
 def _is_text(v):
     v = v.cat.categories if isinstance(v.dtype, pd.CategoricalDtype) else v
     kind = pd.api.types.infer_dtype(v, skipna=True)
-    return kind in ('string','empty','mixed-integer') and v.dtype!=bool
+    if kind=='mixed': return v.map(pd.api.types.is_scalar).all()
+    return kind in ('string','bytes','empty','mixed-integer') and v.dtype!=bool
+
+def _cleaned(v):
+    "Each name is cleaned once"
+    at,names = pd.factorize(v)
+    return np.append(clean(names), '')[at] # a missing one is at -1
 
 def tidy(
     obs:pd.DataFrame, # Metadata as found
@@ -153,7 +161,7 @@ def tidy(
     obs = obs.copy(deep=False)
     for c in obs:
         if c=='control': obs[c] = yes_no(obs[c])
-        elif _is_text(obs[c]) or c in _keys and obs[c].dtype.kind=='f': obs[c] = clean(obs[c])
+        elif _is_text(obs[c]) or c in _keys and obs[c].dtype.kind=='f': obs[c] = _cleaned(obs[c])
     return obs
 
 # %% ../nbs/30_profiles.ipynb #d4b46b3b
@@ -272,8 +280,6 @@ def _said(w, v, k, otherwise):
     if isinstance(v, pd.Series): same_order(w.rows, v.index)
     return v
 
-def as_mask(v): return yes_no(v)
-
 def controls_of(w, controls=None, otherwise=None):
     "Mask of the control wells; without a table all are, and `otherwise` where a table does not say"
     if w.obs is None and otherwise is None: otherwise = True
@@ -353,6 +359,7 @@ def table_of(x):
     return w.X,w.obs.reset_index(drop=True)
 
 def _warn_of_copies(A):
+    "A row is told by a sum with weights of which no two are alike"
     key = pd.Series((A*np.sqrt(np.arange(2, A.shape[1]+2))).sum(1))
     twice = key.duplicated()
     if not twice.any(): return
@@ -392,8 +399,12 @@ def to_parquet(
     kind = next((k for k in (*_writers,'.h5ad') if path.name.lower().endswith(k)), None)
     if kind is None: raise ValueError(f'{path.name}: profiles are written to a file that ends in '
                                       f'{", ".join(_writers)} or .h5ad')
-    if kind=='.h5ad': return write_whole(path, adata.write_h5ad)
+    if kind=='.h5ad': return write_whole(path, _as_anndata(adata).write_h5ad)
     return write_whole(path, partial(_writers[kind], _as_table(adata)))
+
+def _as_anndata(x):
+    w = wells_of(x, single=True, gaps=True)
+    return x if isinstance(x, AnnData) else AnnData(w.X, obs=w.obs)
 
 def _as_table(x):
     "One row per well, metadata before features"
@@ -489,6 +500,7 @@ def _but(values, differ, dtype):
     if not differ.any(): return values.astype(dtype)
     return (values.astype('boolean') if dtype==bool else values).mask(differ)
 
+# %% ../nbs/30_profiles.ipynb #a98ec86b
 def _mean(A, key):
     g = pd.DataFrame(A).groupby(key)
     return g.mean(),g.sem()

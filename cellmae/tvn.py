@@ -79,10 +79,12 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         centres,maps = self._unseen(w._replace(X=A), controls, b)
         return self._like(X, _apply(A, b, self.centres_|centres, self.maps_|maps))
 
-    def fit_transform(self, X, y=None, controls=None, batches=None):
-        "`fit`, then `transform` of the same rows"
-        X = opened(X)
-        return self.fit(X, controls=controls, batches=batches).transform(X, batches=batches)
+# %% ../nbs/32_tvn.ipynb #8186d858
+@patch
+def fit_transform(self:Correction, X, y=None, controls=None, batches=None):
+    "`fit`, then `transform` of the same rows"
+    X = opened(X)
+    return self.fit(X, controls=controls, batches=batches).transform(X, batches=batches)
 
 # %% ../nbs/32_tvn.ipynb #6d8f71d0
 def _apply(A, batches, centres, maps):
@@ -190,6 +192,7 @@ def _warn(which, names, batches, what, done):
     warnings.warn(f'{which.any(0).sum()} of {which.shape[1]} features, such as {names[d]}, {what} '
                   f'in the controls{where}: {done}', stacklevel=6)
 
+# %% ../nbs/32_tvn.ipynb #38d48831
 def _rms(R): return np.sqrt((R**2).mean(0))
 
 def _varied(X, controls, rows, names):
