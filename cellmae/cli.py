@@ -12,7 +12,7 @@ __all__ = ['simulated', 'baselines', 'summary', 'attempt', 'fit_tvn', 'correct_a
 import warnings
 
 # %% ../nbs/50_cli.ipynb #a105f48b
-warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated') # of fastai, at import
+warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated') # as fastai does
 
 # %% ../nbs/50_cli.ipynb #abe2a234
 import inspect, sys
@@ -96,7 +96,7 @@ def fit_tvn(
 )->TVN: # To `transform` them, new plates, or to `save`
     "TVN, without its notes on few controls and features that hardly vary, which here there are"
     with warnings.catch_warnings():
-        for note in ('shrunk towards a sphere', 'hardly vary in the controls'):
+        for note in ('shrunk towards a sphere', 'in the controls'):
             warnings.filterwarnings('ignore', message=f'.*{note}')
         return TVN().fit(profiles)
 
