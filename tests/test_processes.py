@@ -3,9 +3,10 @@ import subprocess, sys
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
+from cellmae.data import screen_dls
 from cellmae.many_gpus import Together
 from cellmae.synth import synth_screen
-from cellmae.train import fit_mae
+from cellmae.train import fit_mae, mae_learner, run_whole
 from cellmae.zoo import create_model
 
 @pytest.fixture(scope='module')
@@ -51,6 +52,8 @@ def test_processes_agree(screen, tmp_path):
     assert not set(a['ids'][:n]) & set(b['ids'][:n]), 'both processes saw the same images in the first epoch'
     assert len(pd.read_csv(tmp_path/'run/history.csv'))==2
     assert torch.load(tmp_path/'run/checkpoint.pth')['settings']['processes']==2
+    alone = mae_learner(screen_dls(screen, 64, 4), create_model('mae_vitt8', depth=1), tmp_path/'run', dict(seed=0, epochs=2))
+    with pytest.raises(ValueError, match='processes=2 there'): run_whole(alone, alone.settings)
 
 def train(screen, out, **kw):
     torch.manual_seed(0)
