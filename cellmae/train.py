@@ -637,7 +637,8 @@ def make_loaders(
     wrong = [k for k,v in given(**asked).items() if has.get(k)!=v]
     if wrong: raise ValueError(f'{wrong[0]} is settled by the loaders that you pass in '
         f'({has.get(wrong[0], "as they are")}): ask `screen_dls` for it.')
-    return data,replace(r, **has)
+    device = kwargs.get('device')
+    return data.to(device) if device else data, replace(r, **has)
 
 # %% ../nbs/24_train.ipynb #110a535a
 def _recipe(model):

@@ -219,6 +219,17 @@ class Average(Callback):
     def state_dict(self): return dict(mean=self.mean)
     def load_state_dict(self, state): self.mean = state['mean']
 
+@pytest.mark.parametrize('event', ['before_validate', 'after_loss'])
+def test_stopped_in_validation(screen, whole, tmp_path, event):
+    class StopThere(Callback):
+        run_train,order = False,99
+    def stop(self):
+        if not self.training: raise KeyboardInterrupt
+    setattr(StopThere, event, stop)
+    with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/'run', cbs=StopThere())
+    again = fit(screen, tmp_path/'run')
+    assert same(weights(again), weights(whole)) and [*map(list, again.recorder.values)]==[*map(list, whole.recorder.values)]
+
 @pytest.mark.parametrize('name', [*stateful, 'average'])
 def test_what_callbacks_remember_is_resumed(screen, tmp_path, name):
     make = stateful.get(name, Average)
@@ -259,6 +270,9 @@ def test_fastai_rebuilds_loaders(screen, whole):
     assert 'encoder' in whole.summary()
     for f in (whole.get_preds, whole.tta, lambda: whole.predict(0)):
         with pytest.raises(NotImplementedError, match='embed'): f()
+
+def test_callbacks_as_classes(screen, whole, tmp_path):
+    assert same(weights(fit(screen, tmp_path/'run', cbs=SaveModelCallback)), weights(fit(screen, tmp_path/'run', cbs=SaveModelCallback)))
 
 def test_export(screen, whole, tmp_path):
     with warnings.catch_warnings():
