@@ -103,6 +103,9 @@ def _sources(relationships):
     is_path = isinstance(relationships, (str,Path))
     if is_path and Path(relationships).is_dir(): relationships = _sets_in(Path(relationships))
     elif is_path or isinstance(relationships, pd.DataFrame): relationships = {None:relationships}
+    if not isinstance(relationships, dict):
+        raise TypeError('relationships are a file, a folder, a table, or a dict of them by name, '
+                        f'not {type(relationships).__name__}')
     for k,v in relationships.items():
         rel = read_relationships(v)
         rel.attrs['source'] = k or rel.attrs['source']
@@ -364,6 +367,13 @@ def _strangers(ids, known, case, src):
     return (f'none of the {len(ids)} genes of the map (such as {", ".join(ids[:3])}) is named '
             f'in {src} (such as {", ".join(known[:3])}): {cure}')
 
+# %% ../nbs/34_recall.ipynb #514255d5
+def check_whole(low, **options):
+    "Refuse by name what is no whole number from `low` on"
+    for k,v in options.items():
+        if not isinstance(v, (int,np.integer)) or v<low:
+            raise ValueError(f'{k} is a whole number from {low} on, not {v!r}')
+
 # %% ../nbs/34_recall.ipynb #62d00564
 def recall(
     x, # AnnData (wells, or genes), DataFrame indexed by gene, or `(X, names)`
@@ -375,6 +385,9 @@ def recall(
     max_pairs=2**28, # Maps with more pairs than this are not held in memory
 )->pd.DataFrame: # One row per source and threshold
     "Share of the known pairs among the most alike or most opposite pairs of the map"
+    check_whole(0, n_boot=n_boot, n_perm=n_perm)
+    if np.ndim(thresholds)!=2: raise ValueError(f'thresholds are pairs, such as [(.05,.95)], '
+                                                f'not {thresholds!r}')
     Z,names = gene_map(x)
     sets = [_Set(names, *o) for o in _sources(relationships)]
     rng,cos = np.random.default_rng(seed),_Pairs(Z, max_pairs)

@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from .files import moved
 from .profiles import codes, labelled, listed, table_of
+from .recall import check_whole
 
 # %% ../nbs/35_retrieval.ipynb #ab0e7df1
 def _unit(x):
@@ -169,6 +170,7 @@ def mean_average_precision(
     seed=0,
 )->pd.DataFrame: # Row per group: `by`, `mean_average_precision`, `chance`, `n` wells, `p` and `q`
     "Mean over the wells of each group, with p-value and false discovery rate"
+    check_whole(1, n_null=n_null)
     ap,by = ap[ap.n_pos>0],_columns(by)
     if not len(ap): raise ValueError('no well has a positive: there is nothing to average')
     ap = ap[_in_question(ap, by)].reset_index(drop=True)
@@ -243,6 +245,7 @@ def consistency(
     "Mean cosine between replicates, against random sets of wells"
     if null not in ('wells','controls'):
         raise ValueError(f"null is 'wells' or 'controls', not {null!r}")
+    check_whole(1, n_null=n_null)
     Z,obs = _unit(x)
     c,treated,b,groups = _groups(obs, by, batch)
     pool = np.flatnonzero(c if null=='controls' else treated)
@@ -280,6 +283,7 @@ def activity(
     seed=0,
 )->pd.DataFrame: # As from `consistency`, of perturbations with replicates that differ in `not_same`
     "Mean average precision of replicates against controls, compared with sets of controls"
+    check_whole(1, n_null=n_null)
     Z,obs = _unit(x)
     c,_,b,groups = _groups(obs, by, batch)
     rule,ids = _replicates(obs, _columns(not_same)),_sampled(c, max_controls, seed)
@@ -325,6 +329,7 @@ def magnitude(
     seed=0,
 )->pd.DataFrame: # As from `consistency`
     "Energy distance of each perturbation from the controls, against sets of controls"
+    check_whole(1, n_null=n_null)
     A,obs = table_of(x)
     c,_,b,groups = _groups(obs, by, batch)
     ids = _sampled(c, max_controls, seed)
@@ -345,7 +350,7 @@ def match(
     step=256, # Rows per block
 )->pd.DataFrame: # `obs` of those with a partner, `found`, `right`, and `chance` of a random partner
     "The label of the nearest profiles, among those that may be looked at"
-    if k<1: raise ValueError(f'k is at least 1, not {k}')
+    check_whole(1, k=k)
     Z,obs = _unit(x)
     not_same = _columns(not_same)
     _in_question(obs, [label,*not_same])
@@ -379,6 +384,8 @@ def probe(
     seed=0,
 )->dict: # `accuracy` (balanced), `ci_low`, `ci_high`, `chance`, `n_classes`, `n_groups`
     "Balanced accuracy of logistic regression on groups it has not seen"
+    check_whole(2, n_folds=n_folds)
+    check_whole(0, n_boot=n_boot)
     A,obs = table_of(x)
     has = _in_question(obs, [label,groups])
     A,y,g = A[has],_codes(obs, [label])[has],_codes(obs, [groups])[has]

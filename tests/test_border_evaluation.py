@@ -296,10 +296,19 @@ def test_several_labels_in_a_cell(cell):
 
 @pytest.mark.parametrize('f,kw,match', [
     (consistency, dict(null='control'), "'wells' or 'controls', not 'control'"), (consistency, dict(batch='palte'), 'no column `palte`'),
-    (magnitude, dict(batch='palte'), 'no column `palte`'), (match, dict(k=0), 'k is at least 1'),
+    (magnitude, dict(batch='palte'), 'no column `palte`'), (match, dict(k=0), 'k is a whole number from 1 on, not 0'),
+    (consistency, dict(n_null=0), 'n_null is a whole'), (activity, dict(n_null=-1), 'n_null is a whole'),
+    (magnitude, dict(n_null=.5), 'n_null is a whole'), (probe, dict(n_folds=1), 'n_folds is a whole number from 2'),
+    (recall, dict(relationships=pairs, n_boot=-1), 'n_boot is a whole'), (recall, dict(relationships=pairs, n_perm=2.5), 'n_perm is a whole'),
+    (recall, dict(relationships=pairs, thresholds=(.05, .95)), 'thresholds are pairs'),
+    (recall, dict(relationships=pairs, thresholds=[(.95, .05)]), 'tails need'),
     (average_precision, dict(ties='random'), "'last' or 'first'")])
 def test_options(f, kw, match):
     with pytest.raises(ValueError, match=match): f(screen(), **kw)
+
+
+def test_relationships_of_another_type():
+    with pytest.raises(TypeError, match='a dict of them by name, not list'): recall(screen(), [('G0', 'G1')])
 
 
 # corrections
