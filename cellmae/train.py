@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'LossGuard', 'History', 'Reconstructions', 'Lines', 'SeedSteps', 'Checkpoint', 'check_same',
            'short_hash', 'about_data', 'about_model', 'SafeLearner', 'as_list', 'guards', 'NumbersOnly', 'records',
-           'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'check_folder', 'check_class', 'run_whole',
-           'make_model', 'check_names', 'make_loaders', 'fit_mae']
+           'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'check_folder', 'run_whole', 'make_model',
+           'check_names', 'make_loaders', 'fit_mae']
 
 # %% ../nbs/24_train.ipynb #653c940d
 import hashlib, shutil, time, warnings
@@ -35,16 +35,13 @@ from fastcore.basics import listify, noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from timm.optim.lion import Lion
-from .cavit import CAMAE
 from .classifier import Classifier
 from .data import CropLoader, Sites, check_options, given, screen_dls
 from .device import BF16, has_bf16, memory_kept
 from .files import locked, watched, write_whole
-from .imagenet import ImageNetEncoder
-from .munet import MUNet
 from .plots import show_channels, show_reconstruction
 from .vit import MAE
-from .zoo import create_model, recipe, save_model
+from .zoo import check_savable, create_model, recipe, save_model
 
 # %% ../nbs/24_train.ipynb #248da191
 def one_cycle(
@@ -555,18 +552,6 @@ def check_folder(
 
 def _other_content(d): return d.is_dir() and any(d.iterdir()) and not (d/'config.json').exists()
 
-_classes = MAE,CAMAE,MUNet,Classifier,ImageNetEncoder
-
-def check_class(
-    model:nn.Module, # To train
-):
-    "Refuse a model that no bundle could bring back"
-    own = [type(m).__name__ for m in (model, getattr(model, 'backbone', model))
-           if type(m) not in _classes]
-    if own: raise TypeError(f'{own[0]} is a class of your own, and `load_model` could not make it '
-        f'again from the bundle. Train one of {", ".join(c.__name__ for c in _classes)}, or train '
-        'yours with `mae_learner` and `fit_cycle`, and save its weights yourself.')
-
 # %% ../nbs/24_train.ipynb #6f21496c
 def run_whole(
     learn:Learner, # Of `mae_learner` or `wsl_learner`; its `path` is the folder of the run
@@ -577,7 +562,7 @@ def run_whole(
     "Train through one cycle and write the bundle; of several processes the first writes"
     check_options(resume=resume, epochs=settings['epochs'])
     first,out = not rank_distrib(),learn.path
-    if first: check_folder(out)
+    if first: check_folder(out); check_savable(learn.model, out/'model')
     with locked(out, 'training') if first else nullcontext(), memory_kept():
         keep = next(o for o in learn.records if isinstance(o, Checkpoint))
         keep.begin(settings, resume)
@@ -606,7 +591,7 @@ def make_model(
             f'{model} has one decoder per stain (or one input for all), and these screens have '
             f'{len(panels)} different panels. Use a model with a shared decoder: camae_..._shared.')
         model = create_model(model, in_chans=len(panels[0]), img_size=crop, **objective)
-    check_class(model)
+    check_savable(model)
     for k,v in objective.items(): setattr(model, k, v); model.config[k] = v
     model.channels = list(dict.fromkeys(c for panel in panels for c in panel))
     return model

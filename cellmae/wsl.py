@@ -28,8 +28,8 @@ from .device import has_bf16
 from .imagenet import ImageNetEncoder
 from .labels import label as as_label
 from .train import NumbersOnly, SafeLearner, about_data, about_model, as_list, short_hash
-from .train import check_class, check_names, guards, make_loaders, records, run_whole
-from .zoo import Recipe, create_model, list_models, load_model, recipe
+from .train import check_names, guards, make_loaders, records, run_whole
+from .zoo import Recipe, check_savable, create_model, list_models, load_model, recipe
 
 # %% ../nbs/25_wsl.ipynb #20e9eba2
 def site_classes(
@@ -136,7 +136,7 @@ def make_classifier(
 )->Classifier: # That knows its channels
     "A classifier for a panel"
     net = Classifier(make_backbone(arch, len(channels), crop), n_classes, embed_dim)
-    check_class(net)
+    check_savable(net)
     if not any_channels(net) and net.in_chans!=len(channels): raise ValueError(
         f'The backbone takes {net.in_chans} channels, and the screen has {len(channels)} '
         f'({", ".join(channels)}). Use a channel-agnostic one, or open fewer channels.')

@@ -1,6 +1,7 @@
 "What happens at the border of training: stops, errors, other data in the folder, damage, fastai's habits"
 import shutil, time, warnings
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 
 import numpy as np
@@ -394,9 +395,18 @@ def test_two_screens_of_one_panel(tmp_path):
 
 class Mine(MAE): pass
 
-def test_a_class_that_no_bundle_brings_back(screen, tmp_path):
-    with pytest.raises(TypeError, match='Mine is a class of your own'): fit(screen, tmp_path/'run', tiny(cls=Mine))
-    assert not (tmp_path/'run').exists()
+class Silent(MAE):
+    "A class that does not write down its argument"
+    def __init__(self, extra=0, **kw):
+        super().__init__(**kw)
+        self.more = torch.nn.Linear(8, extra+1)
+
+def test_a_class_of_ones_own(screen, tmp_path):
+    fit(screen, tmp_path/'run', tiny(cls=Mine))
+    assert type(load_model(tmp_path/'run/model', cls=Mine)) is Mine
+    silent = tiny(cls=partial(Silent, 2))
+    with pytest.raises(ValueError, match='another model'): fit(screen, tmp_path/'no', silent)
+    assert not (tmp_path/'no').exists()
 
 def test_a_nameless_model_gets_its_own_size(screen, tmp_path):
     model = MAE(img_size=16, patch_size=8, in_chans=2, embed_dim=32, depth=1, num_heads=2, decoder=dict(embed_dim=32, depth=1, num_heads=2))
