@@ -643,7 +643,7 @@ def fit_mae(
     lr:float=None, # Peak learning rate
     wd:float=None, # Weight decay
     alpha:float=None, # Weight of the Fourier loss, in `[0,1)`
-    mask_ratio:float=None, # Fraction of tokens hidden, in `[0,1)`
+    mask_ratio:float=None, # Fraction of tokens hidden, in `(0,1)`
     crop:int=None, # Side of a training crop in pixels
     clip:float=None, # Largest norm of the gradient
     seed:int=0, # Fixes weights, masks and data order

@@ -151,6 +151,13 @@ def test_classifier_of_other_labels(tmp_path):
     swapped = Screen(s.table.assign(perturbation=s.table.perturbation.to_numpy()[::-1]), stains, s.root)
     with pytest.raises(ValueError, match='other images'): fit_wsl(swapped, out=out, **w)
 
+def test_classifier_of_another_backbone(tmp_path):
+    s,out = make_screen(tmp_path/'s'),tmp_path/'run'
+    w = dict(epochs=1, bs=4, crop=32, crops=2, device='cpu', apart=None)
+    first = fit_wsl(s, tiny(), out, **w)
+    assert same(weights(fit_wsl(s, tiny(), out, **w)), weights(first))
+    with pytest.raises(ValueError, match='other starting weights'): fit_wsl(s, tiny(1), out, **w)
+
 @pytest.mark.parametrize('there,now', [(1,2), (2,1)])
 def test_number_of_processes_changed(screen, run, there, now):
     state = torch.load(run/'checkpoint.pth')
