@@ -178,7 +178,8 @@ def _separator(text):
 # %% ../nbs/00_files.ipynb #0b7926ea
 def _header(text, sep):
     "Names of the columns, and the number of their line"
-    least = max(_usual(map(_trimmed, islice(_rows(text, sep), 200)))[0]-1, 2)
+    width,_ = _usual(map(_trimmed, islice(_rows(text, sep), 200)))
+    least = max(min(width-1, 3), 2)
     rows = _rows(text, sep)
     for row in map(_trimmed, rows):
         if len(row)>=least or row and sep not in text: return row,rows.line_num
@@ -202,7 +203,7 @@ def _cells(body, sep, n, **kw):
 
 def _decimal(body, sep):
     "Do numbers have a comma for a point?"
-    cells = [c.strip() for r in islice(_rows(body, sep), 200) for c in r]
+    cells = [c.strip() for r in islice(_rows(body[:2**20], sep), 200) for c in r]
     has = lambda mark: any(re.fullmatch(rf'-?\d+{mark}\d+(e[-+]?\d+)?', c, re.I) for c in cells)
     return ',' if sep!=',' and has(',') and not has('[.]') else '.'
 
@@ -217,7 +218,7 @@ def _numbers(col):
 def _typed(body, sep, n):
     "Columns of numbers, and of names where a number begins with a zero"
     df = _cells(body, sep, n, na_values=[''], decimal=_decimal(body, sep)).apply(_numbers)
-    whole = [k for k in df if is_numeric_dtype(df[k]) and (df[k].dropna()%1==0).all()]
+    whole = [k for k in df if is_numeric_dtype(df[k]) and (df[k].dropna().head(99)%1==0).all()]
     text = _cells(body, sep, n, na_values=[''], usecols=whole, dtype=str)
     for k in text:
         if text[k].str.match('-?0[0-9]').any(): df[k] = text[k]
@@ -243,8 +244,10 @@ def _parse(raw, text):
     if '\0' in s: raise ValueError('no text. Save it as CSV.')
     if s.lstrip()[:1]=='<': raise ValueError('a page, not a table. Download the file itself.')
     told = re.match(r'"?sep=(.)"?[\s,;]*\n', s)
-    s,sep = (s[told.end():],told[1]) if told else (s,_separator(s))
-    names,line = _header(s, sep)
+    s = s[told.end():] if told else s
+    head = s[:2**20] # tells the dialect
+    sep = told[1] if told else _separator(head)
+    names,line = _header(head, sep)
     body = ''.join(s.split('\n', line)[line:])
     if not body.strip(): return pd.DataFrame()
     n = _widest(body, sep, names, line+bool(told))
