@@ -49,14 +49,14 @@ def _table_of(path):
 # %% ../nbs/34_recall.ipynb #8a9d5134
 def _pairs_of(src):
     "Two columns of names, which set they are, and the bytes they came from"
-    if isinstance(src, pd.DataFrame): df,name,raw = src,'relationships',None
+    if isinstance(src, pd.DataFrame): df,name,raw = src,'relationships',b''
     else: df,name,raw = _table_of(Path(src)),_set_name(src),Path(src).read_bytes()
     at = {str(c).strip().lower():i for i,c in enumerate(df.columns)}
     if {'entity1','entity2'}<=set(at): return df.iloc[:,[at['entity1'],at['entity2']]],name,raw
-    if df.shape[1]!=2: raise ValueError(_not_pairs(df, name if raw is None else Path(src).name))
-    first,below = [str(c) for c in df.columns],set(clean(df.to_numpy().ravel()))
-    if raw is None: _warn_of_lost(df, below)
-    elif not _are_titles(first, below): df = pd.DataFrame([first, *df.to_numpy()])
+    if df.shape[1]!=2: raise ValueError(_not_pairs(df, Path(src).name if raw else name))
+    below = set(clean(df.to_numpy().ravel()))
+    if raw[:4] in (b'', b'PAR1', b'ARRO'): _warn_of_lost(df, below) # not text: these have titles
+    elif not _are_titles(df.columns, below): df = pd.DataFrame([[*df], *df.to_numpy()])
     return df,name,raw
 
 def _not_pairs(df, name):
@@ -72,7 +72,6 @@ def _warn_of_lost(df, below):
                            f'{lost[0]} is a name in them: if that is the first pair, read the file '
                            'with `header=None`')
 
-
 # %% ../nbs/34_recall.ipynb #8490b5c5
 def read_relationships(
     src, # File or DataFrame with columns `entity1` and `entity2`, or of two, with titles or not
@@ -84,7 +83,7 @@ def read_relationships(
     empty,own = P[:,0]==0,(P[:,0]==P[:,1])&(P[:,0]>0)
     good = P[~(empty|own)]
     res = pd.DataFrame(names.astype(object)[np.unique(good, axis=0)], columns=['entity1','entity2'])
-    raw = res.to_csv(index=False).encode() if raw is None else raw
+    raw = raw or res.to_csv(index=False).encode()
     res.attrs = dict(source=source, version='sha256:'+hashlib.sha256(raw).hexdigest()[:12],
                      n_rows=len(df), n_empty=int(empty.sum()), n_self=int(own.sum()),
                      n_duplicates=len(good)-len(res))
@@ -106,6 +105,7 @@ def _sources(relationships):
     if not isinstance(relationships, dict):
         raise TypeError('relationships are a file, a folder, a table, or a dict of them by name, '
                         f'not {type(relationships).__name__}')
+    if not relationships: raise ValueError('there are no relationships in an empty dict')
     for k,v in relationships.items():
         rel = read_relationships(v)
         rel.attrs['source'] = k or rel.attrs['source']

@@ -216,6 +216,13 @@ def test_what_is_no_table_of_pairs(tmp_path, text, match):
     (tmp_path/'a.txt').write_text(text)
     with pytest.raises(ValueError, match=match): read_relationships(tmp_path/'a.txt')
 
+@pytest.mark.parametrize('write', ['to_parquet', 'to_feather'])
+@pytest.mark.parametrize('columns', [['x', 'y'], ['gene', 'other'], ['0', '1']])
+def test_tables_that_always_have_titles(tmp_path, write, columns):
+    getattr(pairs.set_axis(columns, axis=1), write)(tmp_path/'set.pq')
+    rel = read_relationships(tmp_path/'set.pq')
+    assert len(rel)==12 and rel.attrs['source']=='set'
+
 def test_more_columns_by_name(tmp_path):
     (tmp_path/'a.csv').write_text('score,Entity1, entity2 \n.5,A,B\n.7,B,A\n.1,,C\n')
     rel = read_relationships(tmp_path/'a.csv')
@@ -309,6 +316,7 @@ def test_options(f, kw, match):
 
 def test_relationships_of_another_type():
     with pytest.raises(TypeError, match='a dict of them by name, not list'): recall(screen(), [('G0', 'G1')])
+    with pytest.raises(ValueError, match='empty dict'): recall(screen(), {})
 
 
 # corrections
