@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from fastcore.basics import listify, patch
-from fastprogress import progress_bar
 from pathlib import Path
 from tifffile import imwrite
-from .files import moved, read_table, write_whole
+from .files import moved, progress, read_table, write_whole
 from .labels import clean, dates_among, is_control, row_letters, well_name, yes_no
 from .images import (ImageError, canonical_stain, check_pixels, fit_range, read_image,
                             to_uint8)
@@ -820,7 +819,7 @@ def check(self:Screen,
     "Read every file; list what is wrong, where, and the cure"
     bad,planes,t = [],[],self.table
     looks = _ahead(self._look, len(self), workers)
-    for i,(b,g) in enumerate(progress_bar(looks, total=len(self), leave=False)):
+    for i,(b,g) in enumerate(progress(looks, len(self), 'checked')):
         bad += [(i,*o) for o in b]; planes += [(i,*o) for o in g]
     found = sorted(bad+_compare(planes), key=lambda o: o[0])
     rows = [(*o[:5], '', '', o[5]) for o in self._table_problems()]

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from scipy import fft, ndimage
 from types import SimpleNamespace
-from .files import write_whole
+from .files import watched, write_whole
 from .screen import Screen, open_screen
 
 # %% ../nbs/06_synth.ipynb #4354f1b5
@@ -496,7 +496,7 @@ def _write_screen(root, genes, wells, sites_per_well, size, seed, n_workers):
     for p in wells.plate.unique(): (root/'images'/p).mkdir(parents=True)
     f = partial(_write_site, genes=genes, root=root, size=size, seed=seed)
     sites = [SimpleNamespace(**r) for r in table.to_dict('records')]
-    sums = parallel(f, sites, n_workers=n_workers, progress=True, chunksize=8,
+    sums = parallel(f, sites, n_workers=n_workers, progress=watched(), chunksize=8,
                     method='fork' if hasattr(os,'fork') else None)
     _truth(wells, table, np.stack(sums)).to_csv(root/'truth.csv', index=False, float_format='%.5g')
     genes.to_csv(root/'genes.csv', float_format='%.5g')
