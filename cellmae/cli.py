@@ -29,7 +29,7 @@ from fastcore.meta import delegates
 from fastcore.script import Param, call_parse, store_true
 from .files import write_whole
 from .images import ImageError
-from .embed import LEVELS, embed, one_label
+from .embed import LEVELS, embed
 from .profiles import aggregate, read_profiles, to_parquet
 from .plots import plot_history, plot_map, plot_recall, show_channels
 from .recall import read_relationships, recall, recall_table
@@ -234,7 +234,6 @@ def look_at(
     screen = open_screen(screen)
     problems = screen.check()
     screen,unfit = usable(screen, problems, crop)
-    one_label(screen.table)
     said = [describe(screen), f'Problems found: {len(problems) or "none"}.']
     if unfit: said.append(f'Left out: {_n(len(unfit), "site")}, the first: {unfit[0]}')
     missing = rehearse(screen.wells, relationships)

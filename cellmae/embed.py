@@ -7,7 +7,7 @@ __all__ = ['STATS', 'LEVELS', 'match_channels', 'AnyEncoder', 'as_encoder', 'wei
            'average_up', 'embed']
 
 # %% ../nbs/31_embed.ipynb #0bd12dfb
-import hashlib, re
+import hashlib, re, warnings
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from .classifier import any_channels, crop_size
 from .images import tile
 from .device import has_bf16, memory_kept
 from .labels import clean
-from .screen import SITE, WELL, open_screen
+from .screen import SITE, WELL, agreed, disagreeing, open_screen
 from .stats import intensity_stats, spectrum_stats
 from .zoo import create_model, list_models, load_model
 
@@ -268,17 +268,16 @@ def _row_names(obs, level):
     return k.batch+k[LEVELS[level][1:]].agg('_'.join, axis=1)
 
 # %% ../nbs/31_embed.ipynb #dedd5a6e
-_which = 'Correct the plate map, or embed with `level="site"`.'
-
-def one_label(obs):
-    "Refuse a well that has two perturbations, or is a control and is none"
-    for k in ('perturbation','control'):
-        values = obs.groupby(WELL, sort=False)[k].unique()
-        bad = values[values.map(len)>1]
-        if not len(bad): continue
-        batch,plate,well = bad.index[0]
-        raise ValueError(f'{len(bad)} wells have more than one {k}: {well} of plate {plate}, '
-                         f'batch {batch} has {" and ".join(map(repr, bad.iloc[0]))}. {_which}')
+def _agreed(sites):
+    "Sites without a label where those of a well disagree, which is said"
+    labels = agreed(sites)
+    bad = sites[disagreeing(sites)]
+    if len(bad):
+        n,one = len(bad[WELL].drop_duplicates()),bad.iloc[0]
+        two = ' and '.join(map(repr, bad.perturbation[(bad[WELL]==one[WELL]).all(axis=1)].unique()))
+        warnings.warn(f'{n} wells have two labels, and so none: {one.well} of plate {one.plate}, '
+                      f'batch {one.batch} has {two}. Correct the plate map.')
+    return labels
 
 # %% ../nbs/31_embed.ipynb #a7b06417
 def embed(
@@ -315,8 +314,7 @@ def _sites_to_embed(screen, level, size):
     if size is not None and size<1: raise ValueError(f'size must be 1 pixel or more, not {size}')
     if not len(screen): raise ValueError(_no_sites)
     sites = _metadata(screen)
-    if level=='well': one_label(sites)
-    return sites
+    return _agreed(sites) if level=='well' else sites
 
 def _averaged(X, obs, level):
     "Vectors and their named rows at a level, from those of tiles"
