@@ -345,6 +345,7 @@ def _match(names, rel):
     ids,known,src = pd.Index(names),pd.Index(pd.unique(rel.to_numpy().ravel())),rel.attrs['source']
     named = ids.isin(known)
     case = ~named & ids.str.upper().isin(known.str.upper())
+    if not len(known): raise ValueError(f'{src} holds no pairs')
     if not named.any(): raise ValueError(_strangers(ids, known, case, src))
     if case.any():
         warnings.warn(f'{case.sum()} genes of the map, such as {ids[case][0]}, match {src} only if '

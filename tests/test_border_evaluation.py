@@ -317,6 +317,7 @@ def test_options(f, kw, match):
 def test_relationships_of_another_type():
     with pytest.raises(TypeError, match='a dict of them by name, not list'): recall(screen(), [('G0', 'G1')])
     with pytest.raises(ValueError, match='empty dict'): recall(screen(), {})
+    with pytest.raises(ValueError, match='relationships holds no pairs'): recall(screen(), pairs[:0])
 
 
 # corrections
