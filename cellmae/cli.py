@@ -144,11 +144,12 @@ def draw_map(
 ): # What it shows, and the figure
     "The map of a screen, with a sentence about it"
     genes = aggregate(profiles)
-    if len(genes)<3: raise ValueError(f'{_n(len(genes), "perturbation")}, and a map takes 3')
+    n = _n(len(genes), 'perturbation')
+    if len(genes)<3: raise ValueError(f'{n} with controls, and a map takes 3')
     few = strongest(genes)
-    what = f'{len(genes):,} perturbations' if len(few)==len(genes) else \
-           f'The {len(few)} of {len(genes):,} perturbations that are farthest from the mean of all'
-    return [f'{what}; alike is close.', plot_map(few)]
+    what = f'{len(genes):,} perturbations, controls among them; alike is close.'
+    if len(few)<len(genes): what += f' The {len(few)} farthest from the mean of all are shown.'
+    return [what, plot_map(few)]
 
 # %% ../nbs/50_cli.ipynb #139ac21b
 _recall = 'Recall of known relationships'
@@ -172,6 +173,7 @@ def findings(
     tvns,corrected = done or ({},{})
     table,no_recall = attempt(compare, profiles, corrected, relationships, **kwargs)
     chart,no_map = attempt(draw_map, (corrected or profiles)[main])
+    if chart and not corrected: chart.insert(1, 'Batches are not corrected.')
     why = {'Batch correction':no_tvn, 'The map':no_map, _recall:no_recall}
     table = pd.DataFrame() if table is None else table
     return Findings(tvns, corrected, table, chart or [], {k:v for k,v in why.items() if v})
@@ -186,7 +188,7 @@ def rehearse(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         found = findings(profiles, relationships, n_boot=0, n_perm=0)
-    for fig in found.chart[1:]: plt.close(fig)
+    if found.chart: plt.close(found.chart[-1])
     return found.missing
 
 # %% ../nbs/50_cli.ipynb #eb9d03e2
