@@ -55,7 +55,8 @@ table{border-collapse:collapse;font-size:.9rem;margin:1rem 0}
 th,td{padding:.25rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid #eee}
 tr:hover{background:#f7f7f7}
 .table{overflow-x:auto}
-.aside{white-space:pre-line;color:#555;background:#f6f6f4;border-left:3px solid #c9c5b8;padding:.5rem .9rem}
+.aside{white-space:pre-line;padding:.5rem .9rem;color:#555;background:#f6f6f4}
+.aside{border-left:3px solid #c9c5b8}
 summary{cursor:pointer;color:#3949ab;margin:1rem 0}
 img{max-width:100%;display:block;margin:1rem 0}
 """
