@@ -133,11 +133,13 @@ class CropLoader(DataLoader):
         x = np.stack([self.cut(i, rng) for i in ids for _ in range(self.crops)])
         return torch.from_numpy(x), torch.from_numpy(np.repeat(ids, self.crops))
 
-    def cut(self, i, rng=None):
-        "A window of site `i`: where `rng` says, or in the middle"
-        x = self.sites[i]
-        if min(x.shape[-2:])<self.size: raise ValueError(_too_small(self.sites, [i], self.size))
-        return centre_crop(x, self.size) if rng is None else random_crop(x, self.size, rng)
+# %% ../nbs/07_data.ipynb #a3caf3c4
+@patch
+def cut(self:CropLoader, i, rng=None):
+    "A window of site `i`: where `rng` says, or in the middle"
+    x = self.sites[i]
+    if min(x.shape[-2:])<self.size: raise ValueError(_too_small(self.sites, [i], self.size))
+    return centre_crop(x, self.size) if rng is None else random_crop(x, self.size, rng)
 
 # %% ../nbs/07_data.ipynb #27754540
 @patch

@@ -315,6 +315,7 @@ def _load(f):
     if gone: raise ValueError(f'no {", ".join(sorted(gone))} in it: cut, or of another version')
     return state
 
+# %% ../nbs/24_train.ipynb #2fa091a9
 @patch
 def go_on(self:Checkpoint, state):
     "Take up a saved `state`"
@@ -380,6 +381,7 @@ def _do_one_batch(self:SafeLearner):
 
 @patch
 def all_batches(self:SafeLearner):
+    "Every batch from where the loader starts"
     self.n_iter = len(self.dl)
     start = getattr(self.dl, 'start', 0) if self.training else 0
     for i,b in enumerate(self.dl, start): self.one_batch(i, b)

@@ -246,6 +246,7 @@ def fit_wsl(
                         cutmix, bf16, save_every, cbs)
     return run_whole(learn, settings, resume, names=names)
 
+# %% ../nbs/25_wsl.ipynb #4832e98b
 def _recipe(r): return {k:v for k,v in asdict(r).items() if k not in ('alpha','mask_ratio')}
 
 def _panel(sites):
