@@ -124,8 +124,7 @@ class CropLoader(DataLoader):
     def get_idxs(self):
         "Number and sites of the batches of this epoch that are ours, and still to come"
         batches = list(enumerate(self.epoch_batches(self.epoch)))
-        ours = batches[self.rank::self.ranks][:self.n]
-        return ours[self.start:]
+        return batches[self.rank::self.ranks][:self.n][self.start:]
 
     def create_item(self, s):
         k,ids = s

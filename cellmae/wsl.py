@@ -234,9 +234,7 @@ def fit_wsl(
     torch.manual_seed(seed)
     dls,r = make_loaders(data, replace(wsl_recipe(arch), **given(**asked)),
         dict(kwargs, crop=crop, bs=bs), seed=seed, apart=apart, device=device, **kwargs)
-    names,y = site_classes(dls.train.sites, label)
-    dls = labelled(dls, y, label)
-    _check_batches(dls.train, apart)
+    dls,names,y = _classes(dls, label, apart)
     net = make_classifier(arch, len(names), _panel(dls.train.sites), r.crop, embed_dim)
     bf16 = has_bf16(torch.device(dls.device)) if bf16 is None else bf16
     settings = _recipe(r) | about_model(arch, net, out) | about_data(dls) | dict(
@@ -247,6 +245,13 @@ def fit_wsl(
     return run_whole(learn, settings, resume, names=names)
 
 # %% ../nbs/25_wsl.ipynb #4832e98b
+def _classes(dls, label, apart):
+    "Loaders of the sites that have a label, names of the classes, and the class of each site"
+    names,y = site_classes(dls.train.sites, label)
+    dls = labelled(dls, y, label)
+    _check_batches(dls.train, apart)
+    return dls,names,y
+
 def _recipe(r): return {k:v for k,v in asdict(r).items() if k not in ('alpha','mask_ratio')}
 
 def _panel(sites):
