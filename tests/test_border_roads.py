@@ -55,7 +55,8 @@ def test_names_of_rows_are_unique_however_labels_are_spelt(tmp_path):
 def test_well_that_contradicts_itself(tmp_path, column, values):
     t = wells(1).iloc[[0,0]].assign(site=['1','2'], perturbation='TP53').assign(**{column: values})
     s = plates(tmp_path, t)
-    with pytest.raises(ValueError, match='A01 of plate P1'): embed('intensity', s, progress=False)
+    with pytest.warns(UserWarning, match='A01'): e = embed('intensity', s, progress=False)
+    assert e.obs.perturbation.tolist() == [''] and not e.obs.control.any()
     assert embed('intensity', s, level='site', progress=False).n_obs == 2
 
 
