@@ -18,6 +18,7 @@ from .zoo import *
 from .released import *
 from .device import *
 from .plots import *
+from .checkpoint import *
 from .train import *
 from .wsl import *
 from .many_gpus import *

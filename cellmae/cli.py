@@ -32,7 +32,7 @@ from .images import ImageError
 from .embed import LEVELS, embed
 from .profiles import aggregate, read_profiles, to_parquet
 from .plots import plot_history, plot_map, plot_recall, show_channels
-from .recall import read_relationships, recall, recall_table
+from .recall import read_relationships, recall
 from .diagnose import plot_correction
 from .report import Aside, write_report
 from .screen import SITE, Screen, open_screen

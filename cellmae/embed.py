@@ -17,7 +17,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from .files import moved, progress as show_progress
 from .cavit import CAMAE
 from .classifier import any_channels, crop_size

@@ -8,6 +8,7 @@ __all__ = ['CONTROLS', 'label', 'clean', 'dates_among', 'row_letters', 'well_nam
 # %% ../nbs/01_labels.ipynb #422e5d30
 import re
 import numpy as np, pandas as pd
+from difflib import get_close_matches
 
 # %% ../nbs/01_labels.ipynb #74f54199
 _blanks = ' \t\r\n\xa0\u200b\ufeff'
@@ -126,3 +127,12 @@ def yes_no(
         raise ValueError(f'`{what}` says {", ".join(map(repr, odd[:3]))}: neither yes nor no, '
                          'nor the name of a control. Write yes or no, or use `controls=`.')
     return np.array([said[n] for n in names], dtype=bool)
+
+# %% ../nbs/01_labels.ipynb #2426ed80
+def did_you_mean(
+    word, # What was asked for
+    words, # What there is
+)->str: # A question that begins with a blank, or nothing where no word is near
+    "The nearest words, for an error"
+    near = get_close_matches(str(word), [str(w) for w in words], 2)
+    return f" Did you mean {' or '.join(near)}?" if near else ''

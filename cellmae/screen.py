@@ -11,12 +11,12 @@ import numpy as np, pandas as pd
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from difflib import SequenceMatcher
 from fastcore.basics import listify, patch
 from pathlib import Path
 from tifffile import imwrite
 from .files import moved, progress, read_table, write_whole
-from .labels import clean, dates_among, is_control, row_letters, well_name, yes_no
+from .labels import (clean, dates_among, did_you_mean, is_control, row_letters,
+                            well_name, yes_no)
 from .images import (ImageError, canonical_stain, check_pixels, fit_range, read_image,
                             to_uint8)
 
@@ -41,12 +41,10 @@ def _words(o):
     return ', '.join(f'{k} {o[k]}' for k in SITE[twin:] if k in o)
 
 # %% ../nbs/03_screen.ipynb #ba766cbb
-def _nearest(name, names): return max(names, key=lambda o: SequenceMatcher(None, o, name).ratio())
-
 def _renamed(df, names):
     "Columns under the names we want, beside the ones they had; what they displace is kept too"
     gone,odd = [v for v in names.values() if v not in df],[k for k in names if k not in KEYS]
-    if odd: raise ValueError(f'No option {odd[0]}: did you mean {_nearest(odd[0], KEYS)}?')
+    if odd: raise ValueError(f'No option {odd[0]}.{did_you_mean(odd[0], KEYS)} Columns are {KEYS}.')
     if gone: raise ValueError(f'No column {gone}: the table has {list(df)}. Correct the name.')
     twice = df.columns[df.columns.duplicated()]
     if len(twice): raise ValueError(f'Two columns are called {twice[0]}. Rename one of them.')

@@ -6,7 +6,6 @@
 __all__ = ['Encoder', 'Decoder', 'MAE', 'init_weights', 'start_local', 'MAEOutput', 'pool_tokens']
 
 # %% ../nbs/14_vit.ipynb #4cce5862
-from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
 from timm.layers import LayerNorm
+from .labels import did_you_mean
 from .images import exporting, standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
 from .masking import MASKINGS, Mask, random_mask, restore, shape_noise, take
@@ -185,9 +185,8 @@ def check_arguments(
     known = argument_names(cls)
     for k in args:
         if k in known: continue
-        near = get_close_matches(k, known, 1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
-        raise TypeError(f"{cls.__name__} has no argument {k!r}. {hint}")
+        hint = did_you_mean(k, known) or f" There are {', '.join(known)}."
+        raise TypeError(f"{cls.__name__} has no argument {k!r}.{hint}")
 
 # %% ../nbs/14_vit.ipynb #595bd4c7
 def init_weights(

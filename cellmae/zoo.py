@@ -9,7 +9,6 @@ __all__ = ['Recipe', 'list_models', 'recipe', 'create_model', 'cost', 'check_sav
 # %% ../nbs/20_zoo.ipynb #8bf1b7db
 import copy, fnmatch, html, json, re, shutil, warnings
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from functools import partial
 from hashlib import file_digest
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+from .labels import did_you_mean
 from .files import moved, write_whole
 from .blocks import set_attention
 from .vit import MAE, argument_names, check_arguments
@@ -111,14 +111,6 @@ def list_models(
     return fnmatch.filter(_zoo, pattern)
 
 # %% ../nbs/20_zoo.ipynb #41018ac3
-def did_you_mean(
-    word, # What was asked for
-    words, # What there is
-)->str: # A question that begins with a blank, or nothing where no word is near
-    "The nearest words, for an error"
-    near = get_close_matches(str(word), [str(w) for w in words], 2)
-    return f" Did you mean {' or '.join(near)}?" if near else ''
-
 def _entry(name):
     if name in _zoo: return _zoo[name]
     hint = did_you_mean(name, _zoo)
@@ -252,9 +244,9 @@ def _fews(v):
     "a list of whole numbers from 0 to 1,024"
     return _wholes(v) and max(v)<=1024
 
-def _plain(v):
+def _is_plain(v):
     "a number, True, False, None, a word, or a list of these"
-    if isinstance(v, list): return all(_plain(o) for o in v)
+    if isinstance(v, list): return all(_is_plain(o) for o in v)
     return _number(v) or _truth(v) or _word(v) or isinstance(v, (int,float)) and _number(-v)
 
 def _arch(v):
@@ -282,7 +274,7 @@ def _allowed(cls):
     "What each argument of a class may be"
     params = [p for c in reversed(cls.__mro__) for p in signature(c).parameters.values()]
     notes = {p.name: p.annotation for p in params}
-    kinds = {k: _special.get(k) or _kinds.get(notes[k], _plain) for k in argument_names(cls)}
+    kinds = {k: _special.get(k) or _kinds.get(notes[k], _is_plain) for k in argument_names(cls)}
     if not issubclass(cls, ImageNetEncoder): return kinds
     return {k: v for k,v in kinds.items() if k not in argument_names(ImageNetEncoder)} | _timm
 

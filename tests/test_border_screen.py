@@ -177,7 +177,7 @@ def test_a_plate_map_that_misses_some(plate, capsys):
     assert t[['perturbation', 'control']].values.tolist() == [['X', False], ['Y', True], ['', False]]
 
 @pytest.mark.parametrize('names,said', [
-    (dict(pertubation='gene'), 'No option pertubation: did you mean perturbation'),
+    (dict(pertubation='gene'), 'No option pertubation. Did you mean perturbation'),
     (dict(perturbation='genes'), "No column .'genes'"), (dict(perturbation='dose'), 'Two columns are called dose')])
 def test_names_of_columns_that_are_refused(plate, names, said):
     meta = pd.DataFrame([['A01', 'X', 1, 2]], columns=['well', 'gene', 'dose', 'dose'])
