@@ -402,8 +402,9 @@ def test_a_fingerprint_is_that_of_the_data(tmp_path):
     assert len(set(same)) == 1 and len({same[0], opened().fingerprint(), *[o.fingerprint() for o in other]}) == 5
 
 stop = '''
-import pandas as pd, sys, time
+import pandas as pd, signal, sys, time
 from cellmae.screen import Screen
+signal.signal(signal.SIGINT, signal.default_int_handler) # a process in the background may ignore it
 s = Screen(pd.DataFrame(dict(well=['A01']*9999, site=range(9999), file='x.tif')), ['DNA'])
 Screen._look = lambda self, i: (time.sleep(.005), ([], []))[1]
 print('ready', flush=True); s.check()
