@@ -110,6 +110,7 @@ def plot_history(
 )->Figure: # One panel for the losses, one for each other metric
     "Losses and metrics by epoch"
     df = history if isinstance(history, pd.DataFrame) else pd.read_csv(history)
+    df = df.dropna(axis=1, how='all') # without validation
     x = df['epoch'] if 'epoch' in df else df.index
     other = [k for k in df.select_dtypes('number') if k!='epoch' and not k.endswith('loss')]
     groups = [[k for k in df if k.endswith('loss')], *[[k] for k in other]]

@@ -17,8 +17,8 @@ from tifffile import imwrite
 from .files import moved, progress, read_table, write_whole
 from .labels import (clean, dates_among, did_you_mean, is_control, row_letters,
                             well_name, yes_no)
-from .images import (ImageError, canonical_stain, check_pixels, fit_range, read_image,
-                            to_uint8)
+from .images import (NOT_READ, SUFFIXES, ImageError, canonical_stain, check_pixels,
+                            fit_range, read_image, to_uint8)
 
 # %% ../nbs/03_screen.ipynb #1a93516f
 SITE = ['batch','plate','well','site'] # What a site is known by, everywhere
@@ -282,8 +282,6 @@ def _regex(pattern, well=_any):
     raise ValueError(f'{pattern}: names no {{well}}, nor {{row}} and {{col}}. Add it.')
 
 # %% ../nbs/03_screen.ipynb #778317b6
-_suffixes = ('.tif','.tiff','.png','.jp2','.jpg','.jpeg')
-
 def _closed(e): print(f'{e.filename} is left out: {e.strerror}')
 
 def _folders(root):
@@ -305,7 +303,7 @@ def _images(root):
         way = d.relative_to(root).as_posix()+'/'
         for f in fs:
             name = (way+f).removeprefix('./')
-            if not f.lower().endswith(_suffixes): other[Path(f).suffix] += 1
+            if not f.lower().endswith(SUFFIXES): other[Path(f).suffix] += 1
             elif f.startswith('.') or 'thumb' in f.lower(): passed.append(name)
             else: found.append(name)
     return found,passed,other
@@ -313,10 +311,10 @@ def _images(root):
 # %% ../nbs/03_screen.ipynb #f14b8bc8
 def _no_images(root, other):
     "Why a folder has no images, and what to do"
-    other.pop('', None)
-    kinds = ', '.join(f'{n} {k}' for k,n in other.most_common(4))
-    cure = f'Export or convert what is there: {kinds}' if kinds else 'Check the path.'
-    return f'{root}: no images (of {", ".join(_suffixes)}). {cure}'
+    whose = {k: NOT_READ.get(k.lower()[1:]) for k,_ in other.most_common(4) if k}
+    kinds = ', '.join(f'{other[k]} {k}'+f' ({o})'*bool(o) for k,o in whose.items())
+    cure = f'Export or convert what is there: {kinds}.' if kinds else 'Check the path.'
+    return f'{root}: no images (of {", ".join(SUFFIXES)}). {cure}'
 
 def _no_match(root, pattern, found):
     "Why no image matches a pattern"
@@ -486,13 +484,16 @@ def _guess(found):
 
 def _instrument(f):
     "The pattern for a folder of images in which there is no table `f`, or how to open it"
-    found = _images(f.parent)[0] if f.name=='screen.csv' else []
-    if not found: raise FileNotFoundError(
-        f'{f}: missing. Make it: `Screen.from_pattern(root, pattern).save(folder)`.')
+    if not f.parent.is_dir() or f.name!='screen.csv':
+        raise FileNotFoundError(f'{f}: missing. Check the path.')
+    found,_,other = _images(f.parent)
+    if not found: raise FileNotFoundError(f'{f}: missing. {_no_images(f.parent, other)} {_make}')
     if pattern := _guess(found): print(f'Opened by the names {pattern}'); return pattern
     raise FileNotFoundError(
         f'{f}: missing, but there are {len(found)} images, such as {found[0]}. Say how they are '
         "named: `Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`.")
+
+_make = 'A saved screen is made by `Screen.from_pattern(root, pattern).save(folder)`.'
 
 # %% ../nbs/03_screen.ipynb #c94ef556
 def _by_names(root, pattern, z, t):

@@ -121,7 +121,7 @@ class Lines(Callback):
     def epoch_line(self, row):
         "One line for the row of an epoch"
         named = zip(self.recorder.metric_names[1:], row[1:])
-        said = [(k, f'{v:.4f}' if isinstance(v, float) else v) for k,v in named]
+        said = [(k, f'{v:.4f}' if isinstance(v, float) else v) for k,v in named if v==v]
         values = [f'{k} {v}' for k,v in said if v not in (None,'')]
         print(f'epoch {row[0]+1} of {self.n_epoch}:', ', '.join(values), flush=True)
         self.said = time.monotonic()
@@ -189,7 +189,8 @@ def _do_fit(self:SafeLearner):
 @patch
 def _do_epoch(self:SafeLearner):
     self._do_epoch_train()
-    if len(self.dls.valid): self._do_epoch_validate()
+    if len(self.dls.valid): return self._do_epoch_validate()
+    self.recorder.log += [float('nan')]*len(self.recorder._valid_mets) # nothing to validate on
 
 # %% ../nbs/25_train.ipynb #25308bc1
 @patch
