@@ -298,7 +298,7 @@ def read_table(
     except Exception as e:
         why = e if type(e) is ValueError else f'not a table ({e}). Save it as CSV.'
         raise ValueError(f'{f}: {why}') from e
-    if not len(df): raise ValueError(f'{f}: no rows. Write one row per site.')
+    if not len(df): raise ValueError(f'{f}: no rows. Nothing stands below its titles.')
     return df
 
 # %% ../nbs/00_files.ipynb #e0d134e7
