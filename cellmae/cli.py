@@ -405,6 +405,8 @@ def cellmae_demo(
     **kwargs
 ):
     "From plates, simulated or yours, to a map: check, train, embed, correct, measure, report"
+    ours = [k for k,v in dict(kwargs, relationships=relationships).items() if v]
+    if ours and not screen: raise ValueError(f'--{ours[0]} is of your own plates: add --screen.')
     own = own_screen(screen, **kwargs) if screen else None
     demo(out, own, relationships, seed=seed, epochs=epochs, crop=crop)
 

@@ -212,6 +212,7 @@ wrong = {
     'columns without =': (cellmae_fit, lambda d: images(d, '--columns', 'gene'), 1, 'name=value'),
     'no pairs': (cellmae_demo, lambda d: demo(d, '--relationships', d/'pears.csv'), 1, 'pears.csv'),
     'other pairs': (cellmae_demo, lambda d: demo(d, '--relationships', d/'map.csv'), 1, 'map.csv'),
+    'pairs for the simulation': (cellmae_demo, lambda d: ['--relationships', d/'pairs.csv'], 1, 'add --screen'),
     'small sites': (cellmae_demo, demo, 1, 'crop is 64'),
     'no model': (cellmae_embed, lambda d: [d/'nothing', *images(d)], 1, 'nothing'),
     'a spreadsheet': (cellmae_embed, lambda d: ['a', *images(d, '--out', 'x.xlsx')], 1, '.parquet'),
