@@ -15,7 +15,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated') # as fastai does
 
 # %% ../nbs/50_cli.ipynb #abe2a234
-import inspect, sys
+import sys
 from functools import wraps
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +25,9 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.torch_core import default_device
+from fastcore.basics import str_enum
 from fastcore.meta import delegates
-from fastcore.script import Param, call_parse, store_true
+from fastcore.script import call_parse, store_true
 from .files import write_whole
 from .images import ImageError
 from .embed import LEVELS, embed
@@ -363,11 +364,8 @@ def own_screen(
         raise FileNotFoundError(f'{e} In a command that is --pattern, and --meta.') from e
 
 # %% ../nbs/50_cli.ipynb #c13428b5
-_debug = inspect.Parameter('debug', inspect.Parameter.KEYWORD_ONLY, default=False,
-                           annotation=Param('Show the whole traceback of an error', store_true))
-
 def command(
-    func, # Function of strings and numbers, its comments the help
+    func, # Function of strings and numbers with a flag `debug`, its comments the help
 ):
     "A function as a command: in a terminal its errors and warnings are one line each"
     @wraps(func)
@@ -378,8 +376,6 @@ def command(
             for kind in (DeprecationWarning, FutureWarning): warnings.simplefilter('ignore', kind)
             try: return func(*args, **kwargs)
             except (Exception, KeyboardInterrupt) as e: _stop(func.__name__, e)
-    sig = inspect.signature(func)
-    run.__signature__ = sig.replace(parameters=[*sig.parameters.values(), _debug])
     return call_parse(run)
 
 def _note(message, *args, **kwargs): print(f'note: {_line(message)}', file=sys.stderr)
@@ -402,6 +398,7 @@ def cellmae_demo(
     epochs:int=None, # How long to train: how many times each site is seen
     crop:int=None, # Side of a training crop in pixels
     seed:int=0, # Fixes the simulated screen and the training
+    debug:store_true=False, # Show the whole traceback of an error
     **kwargs
 ):
     "From plates, simulated or yours, to a map: check, train, embed, correct, measure, report"
@@ -424,6 +421,7 @@ def cellmae_fit(
     lr:float=None, # Peak learning rate
     seed:int=0, # Fixes weights, masks and data order
     restart:store_true=False, # Start over, even if the folder holds an unfinished run
+    debug:store_true=False, # Show the whole traceback of an error
     **kwargs
 ):
     "Train a masked autoencoder on a screen. Run the same command again to go on after a stop"
@@ -432,6 +430,7 @@ def cellmae_fit(
     print(f'Model: {Path(out)/"model"}')
 
 # %% ../nbs/50_cli.ipynb #55289777
+_Level = str_enum('Level', *reversed(LEVELS))
 _endings = ('.parquet', '.csv', '.csv.gz', '.tsv', '.feather', '.h5ad')
 
 @command
@@ -440,10 +439,11 @@ def cellmae_embed(
     model:str, # Folder of a trained model, as written by cellmae_fit
     screen:str, # Your plates: a folder of images, a table of sites, or a saved screen
     out:str='profiles.parquet', # Where to write: .parquet, .csv or .h5ad
-    level:Param('One row per well, site or tile', str, choices=list(LEVELS)[::-1])='well',
+    level:_Level='well', # One row per well, site or tile
     pool:str=None, # How tokens become a vector: mean, meanstd or cls; default: the model's choice
     channelwise:bool=False, # One vector per stain, side by side (channel-agnostic models)
     device:str=None, # cpu, cuda or cuda:1; default: the GPU if there is one
+    debug:store_true=False, # Show the whole traceback of an error
     **kwargs
 ):
     "Turn every well of a screen into a vector"
@@ -454,8 +454,7 @@ def cellmae_embed(
     print(f'{profiles.n_obs} rows of {profiles.n_vars} numbers: {out}')
 
 # %% ../nbs/50_cli.ipynb #5eff5583
-_corrections = Param('Batch correction first; tvn needs batch and control', str,
-                     choices=['tvn','none'])
+_Correction = str_enum('Correction', 'tvn', 'none')
 
 @command
 def cellmae_recall(
@@ -463,8 +462,9 @@ def cellmae_recall(
     relationships:str, # CSV of known pairs, columns entity1 and entity2
     out:str=None, # Where to write the table as CSV; default: only print it
     prefix:str=None, # How the names of feature columns begin; default: where that is obvious
-    correct:_corrections='tvn',
+    correct:_Correction='tvn', # Batch correction first: tvn needs batch and control
     seed:int=0, # Fixes bootstrap and permutations
+    debug:store_true=False, # Show the whole traceback of an error
 ):
     "Correct batches, then measure how many known relationships the map finds"
     _read_early(Path(relationships))
