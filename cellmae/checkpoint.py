@@ -24,7 +24,10 @@ from .files import write_whole
 class SeedSteps(Callback):
     "Let crops, masks and drop path of each step depend on `seed` and the number of the step alone"
     run_valid,order = False,-9 # before any other callback draws
-    def __init__(self, seed): self.seed,self.trained = seed,0 # epochs trained so far
+    def __init__(self,
+        seed:int, # With the number of the step decides all randomness
+    ):
+        self.seed,self.trained = seed,0 # the second counts epochs
     def before_train(self): self.dls.train.epoch = self.trained
     def before_batch(self):
         step = self.trained*self.n_iter+self.iter
@@ -35,7 +38,11 @@ class SeedSteps(Callback):
 class Checkpoint(Callback):
     "Save the run to `file` every `seconds`, and go on from there exactly"
     order = 70
-    def __init__(self, file, seconds=30, users=None):
+    def __init__(self,
+        file, # Where the run is kept; the checkpoint before lies beside it as `.old.pth`
+        seconds:float=30, # Between two savings
+        users=None, # Callbacks whose memory is kept too
+    ):
         self.file,self.old = Path(file),Path(file).with_suffix('.old.pth')
         self.seconds,self.users = seconds,listify(users)
         self.settings,self.state,self.intact = {},None,True
@@ -60,7 +67,10 @@ class Checkpoint(Callback):
 
 # %% ../nbs/24_checkpoint.ipynb #c2f90c1f
 @patch
-def save(self:Checkpoint, epoch, batch):
+def save(self:Checkpoint,
+    epoch:int, # From 0
+    batch:int, # Of the epoch, from 0
+):
     "Write the run as it is before a batch of an epoch; of several processes the first writes"
     if rank_distrib(): return
     grads = [p.grad for p in self.model.parameters()]
@@ -116,7 +126,9 @@ def _remind(cbs, memory):
 
 # %% ../nbs/24_checkpoint.ipynb #72ccc55a
 @patch
-def read(self:Checkpoint, settings):
+def read(self:Checkpoint,
+    settings:dict, # What makes this run this run
+):
     "Find the run of these `settings` to go on with, if its folder holds one"
     damage = {}
     for f in (o for o in (self.file, self.old) if o.exists()):
@@ -163,7 +175,10 @@ def _redraw(rec, losses, lrs, iters, values, smooth):
 
 # %% ../nbs/24_checkpoint.ipynb #a83e3cbb
 @patch
-def begin(self:Checkpoint, settings, resume):
+def begin(self:Checkpoint,
+    settings:dict, # What makes this run this run
+    resume:bool, # Go on where a run in the folder stopped?
+):
     "Take up the run of these `settings`, or remove what was there"
     self.settings,self.state = settings,None
     if resume: return self.read(settings)
