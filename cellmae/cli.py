@@ -36,7 +36,7 @@ from .plots import plot_history, plot_map, plot_recall, show_channels
 from .recall import read_relationships, recall
 from .diagnose import plot_correction
 from .report import Aside, write_report
-from .screen import SITE, Screen, open_screen
+from .screen import SITE, Screen, open_screen, place_of_site
 from .stats import intensity_stats, spectrum_stats
 from .synth import synth_screen
 from .train import fit_mae
@@ -198,8 +198,7 @@ def _unfit(screen, i, crop):
     try: h,w = screen[i].shape[-2:]
     except ImageError as e: return str(e)
     if min(h,w)>=crop: return ''
-    place = ', '.join(f'{k} {v}' for k,v in screen.table[SITE].iloc[i].items())
-    return f'{place} has {h}x{w} pixels, and the crop is {crop} (--crop)'
+    return f'{place_of_site(screen, i)} has {h}x{w} pixels, and the crop is {crop} (--crop)'
 
 def usable(
     screen, # Screen

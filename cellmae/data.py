@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 from tifffile import TiffFile
-from torch import Tensor
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.basics import listify, patch, store_attr
-from .screen import WELL, Screen, open_screen, split
+from .screen import WELL, open_screen, split
 
 # %% ../nbs/07_data.ipynb #0ff712ef
 def random_crop(

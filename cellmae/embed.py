@@ -24,7 +24,7 @@ from .classifier import any_channels, crop_size
 from .images import tile
 from .device import has_bf16, memory_kept
 from .labels import clean
-from .screen import SITE, WELL, agreed, disagreeing, open_screen
+from .screen import SITE, WELL, agreed, disagreeing, open_screen, place_of_site
 from .stats import intensity_stats, spectrum_stats
 from .zoo import create_model, list_models, load_model
 
@@ -152,14 +152,12 @@ def weights_hash(
     return h.hexdigest()[:12]
 
 # %% ../nbs/31_embed.ipynb #c04ab66a
-def _place(screen, i): return ', '.join(f'{k} {v}' for k,v in screen.table[SITE].iloc[i].items())
-
 def _tiles(screen, i, order, size):
     "Tiles `(n,C,size,size)` of site `i`"
     x = screen[i][order]
     if not size: return x[None]
     try: return tile(x, size)
-    except ValueError as e: raise ValueError(f'{e} ({_place(screen, i)})') from e
+    except ValueError as e: raise ValueError(f'{e} ({place_of_site(screen, i)})') from e
 
 def tile_batches(
     screen, # Screen
@@ -185,10 +183,11 @@ def _checked(v, encoder, screen, owner):
     v,name = np.asarray(v),f'Encoder {encoder.name}'
     if v.ndim!=2 or len(v)!=len(owner):
         raise ValueError(f'{name} gave an array of shape {v.shape} for {len(owner)} tiles '
-                         f'({_place(screen, owner[0])} and on): give one vector for each, `(B,D)`.')
+                         f'({place_of_site(screen, owner[0])} and on): '
+                         'give one vector for each, `(B,D)`.')
     bad = ~np.isfinite(v).all(1)
     if not bad.any(): return v
-    place = _place(screen, owner[bad.argmax()])
+    place = place_of_site(screen, owner[bad.argmax()])
     raise ValueError(f'{name} gave NaN or infinite numbers for {place}. '
                      'Look at the image of this site; if it is as it should be, mend the encoder.')
 
@@ -270,14 +269,13 @@ def _row_names(obs, level):
 # %% ../nbs/31_embed.ipynb #dedd5a6e
 def _agreed(sites):
     "Sites without a label where those of a well disagree, which is said"
-    labels = agreed(sites)
     bad = sites[disagreeing(sites)]
-    if len(bad):
-        n,one = len(bad[WELL].drop_duplicates()),bad.iloc[0]
-        two = ' and '.join(map(repr, bad.perturbation[(bad[WELL]==one[WELL]).all(axis=1)].unique()))
-        warnings.warn(f'{n} wells have two labels, and so none: {one.well} of plate {one.plate}, '
-                      f'batch {one.batch} has {two}. Correct the plate map.')
-    return labels
+    if not len(bad): return sites
+    n,one = len(bad[WELL].drop_duplicates()),bad.iloc[0]
+    two = ' and '.join(map(repr, bad.perturbation[(bad[WELL]==one[WELL]).all(axis=1)].unique()))
+    warnings.warn(f'{n} wells have two labels, and so none: {one.well} of plate {one.plate}, '
+                  f'batch {one.batch} has {two}. Correct the plate map.')
+    return agreed(sites)
 
 # %% ../nbs/31_embed.ipynb #a7b06417
 def embed(

@@ -7,7 +7,6 @@ __all__ = ['average_precision', 'mean_average_precision', 'consistency', 'activi
            'probe', 'balanced_accuracy']
 
 # %% ../nbs/35_retrieval.ipynb #b6eae888
-import warnings
 import numpy as np, pandas as pd
 from scipy.spatial.distance import cdist
 from scipy.stats import false_discovery_control

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from timm.optim.lion import Lion
 from .files import moved
 from .screen import open_screen, split
-from .device import has_bf16, memory_kept
+from .device import in_bf16, memory_kept
 from .plots import plain
 from .train import given
 from .zoo import Recipe, cost, create_model, list_models, recipe
@@ -103,7 +103,7 @@ def measure_speed(
 )->float: # Operations per second, the median over steps
     "Time real training steps on random images"
     device = torch.device(device or default_device())
-    bf16 = has_bf16(device) if bf16 is None else bf16
+    bf16 = in_bf16(bf16, device)
     flops = training_flops(model, bs, crop, **kwargs)
     if isinstance(model, str): crop,model = crop or recipe(model).crop,create_model(model, **kwargs)
     else: crop,model = crop or model.config['img_size'],copy.deepcopy(model)

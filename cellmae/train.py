@@ -33,8 +33,8 @@ from timm.optim.lion import Lion
 from .checkpoint import Checkpoint, SeedSteps, about_data, about_model, note_lineage
 from .classifier import Classifier
 from .data import CropLoader, check_options, given, screen_dls
-from .device import BF16, has_bf16, memory_kept
-from .files import locked, watched, write_whole
+from .device import BF16, in_bf16, memory_kept
+from .files import locked, moved, watched, write_whole
 from .labels import did_you_mean
 from .plots import show_channels, show_reconstruction
 from .zoo import check_savable, create_model, recipe, save_model
@@ -313,7 +313,7 @@ def mae_learner(
 )->Learner: # Ready to `fit`
     "A fastai `Learner` for a masked autoencoder; `run_whole` makes it one that can be killed"
     check_options(lr=lr, wd=wd, clip=clip, bf16=bf16, n_pictures=n_pictures, save_every=save_every)
-    bf16 = has_bf16(torch.device(dls.device)) if bf16 is None else bf16
+    bf16 = in_bf16(bf16, dls.device)
     cbs = as_list(cbs)
     pictures = [Reconstructions(Path(out)/'reconstructions', n_pictures)]*bool(n_pictures)
     opt = partial(NumbersOnly, opt=Lion, betas=betas, weight_decay=wd)
@@ -454,9 +454,12 @@ def fit_mae(
     dls,r = make_loaders(data, replace(_recipe(model), **given(**asked)),
         dict(kwargs, crop=crop, bs=bs), seed=seed, device=device, **kwargs)
     net = make_model(model, dls.train.sites.panels, r.crop, **objective)
-    bf16 = has_bf16(torch.device(dls.device)) if bf16 is None else bf16
+    bf16 = in_bf16(bf16, dls.device)
     settings = dict(asdict(r), alpha=net.alpha, mask_ratio=net.mask_ratio, seed=seed, bf16=bf16,
         **about_model(model, net, out), **about_data(dls))
     learn = mae_learner(dls, net, out, settings, r.lr, r.wd, r.betas, r.clip, bf16, n_pictures,
                         save_every, cbs)
     return run_whole(learn, settings, resume)
+
+# %% ../nbs/25_train.ipynb #8d0e5f24
+__getattr__ = moved(__name__, has_bf16='device')

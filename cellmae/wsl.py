@@ -25,9 +25,9 @@ from fastcore.meta import delegates
 from .checkpoint import about_data, about_model, short_hash
 from .classifier import Classifier, any_channels, arcface, batch_norms
 from .data import check_options, given, screen_dls
-from .device import has_bf16
+from .device import in_bf16
 from .imagenet import ImageNetEncoder
-from .labels import label as as_label
+from .labels import clean
 from .train import NumbersOnly, SafeLearner, as_list, check_names, guards
 from .train import make_loaders, records, run_whole
 from .zoo import Recipe, check_savable, create_model, list_models, load_model, recipe
@@ -38,7 +38,7 @@ def site_classes(
     label:str='perturbation', # Column to predict
 )->tuple[list,Tensor]: # Names of the classes, and the class of each site `(n,)`, -1 for none
     "Number the values of a column"
-    values = np.array([as_label(v).strip() for v in sites.column(label)])
+    values = clean(sites.column(label)).astype(str)
     names = np.unique(values[values!=''])
     if len(names)<2: raise ValueError(f'All sites have the same {label} ({", ".join(names)}): '
         'there is nothing to tell apart. Name another column, `label=`.')
@@ -188,7 +188,7 @@ def wsl_learner(
 )->ClassLearner: # Ready to `fit`
     "A fastai `Learner` for a classifier; `run_whole` makes it one that can be killed"
     check_options(lr=lr, wd=wd, clip=clip, bf16=bf16, cutmix=cutmix, save_every=save_every)
-    bf16 = has_bf16(torch.device(dls.device)) if bf16 is None else bf16
+    bf16 = in_bf16(bf16, dls.device)
     mix,cbs = [CutMix(cutmix)] if cutmix else [],as_list(cbs)
     opt = partial(NumbersOnly, opt=torch.optim.Adam, betas=betas, weight_decay=wd)
     return ClassLearner(dls, model, loss, opt, lr, path=Path(out), settings=settings,
@@ -237,7 +237,7 @@ def fit_wsl(
         dict(kwargs, crop=crop, bs=bs), seed=seed, apart=apart, device=device, **kwargs)
     dls,names,y = _classes(dls, label, apart)
     net = make_classifier(arch, len(names), _panel(dls.train.sites), r.crop, embed_dim)
-    bf16 = has_bf16(torch.device(dls.device)) if bf16 is None else bf16
+    bf16 = in_bf16(bf16, dls.device)
     settings = _recipe(r) | about_model(arch, net, out) | about_data(dls) | dict(
         architecture=net.name, seed=seed, bf16=bf16, label=label, classes=len(names), share=share,
         cutmix=cutmix, labels=short_hash(y, names))
