@@ -6,12 +6,15 @@
 __all__ = ['Listing']
 
 # %% ../nbs/06_patterns.ipynb #56074780
-import os, re
+import os, re, time
 import pandas as pd
-from collections import Counter
+from collections import Counter, defaultdict
 from fnmatch import translate
+from functools import cached_property
+from fastcore.basics import patch
 from pathlib import Path
 from xml.etree import ElementTree
+from zipfile import ZipFile
 from .files import text_of
 from .planes import NOT_READ, SUFFIXES
 from .sites import KEYS, check_places, choose_plane, wide
@@ -41,51 +44,171 @@ def _regex(pattern, well=_any):
 # %% ../nbs/06_patterns.ipynb #778317b6
 def _closed(e): print(f'{e.filename} is left out: {e.strerror}')
 
-def folders_below(root):
-    "`(folder,files)` below a root: real folders first, then those behind links, each once"
-    seen,tops = set(),[Path(root)]
+_stores = ('.zarr','.ozx','.zip')
+_marks = {'.zgroup','.zattrs','.zarray','zarr.json'} # of a Zarr under whatever name
+
+def is_store(path):
+    "A Zarr or a packed folder: one thing, that is not walked"
+    name = str(path).lower()
+    return name.endswith(_stores) or any(os.path.exists(os.path.join(path, o)) for o in _marks)
+
+def _walked(root):
+    "`(folder,files,hidden folders)` below a root: real folders, then those behind links, each once"
+    seen,tops = set(),[str(root)]
     for top in tops: # grows by the links that are met
         for d,ds,fs in os.walk(top, onerror=_closed):
             if (real := os.path.realpath(d)) in seen: ds.clear(); continue
             seen.add(real)
-            stores = [o for o in ds if o.endswith('.zarr')]
-            ds[:] = sorted(o for o in ds if not o.startswith(('.','@')) and o not in stores)
-            tops += [Path(d, o) for o in ds if os.path.islink(os.path.join(d, o))]
-            yield Path(d),sorted(fs+stores)
+            stores = [o for o in ds if is_store(os.path.join(d, o))]
+            hidden = [o for o in ds if o.startswith(('.','@'))]
+            ds[:] = sorted(set(ds)-set(stores)-set(hidden))
+            tops += [os.path.join(d, o) for o in ds if os.path.islink(os.path.join(d, o))]
+            yield os.path.relpath(d, root).replace(os.sep, '/'),fs+stores,hidden
 
-def images_below(root):
-    "Names of the images below a folder, of those that are passed over, and other kinds of files"
-    found,passed,other = [],[],Counter()
-    for d,fs in folders_below(root):
-        way = d.relative_to(root).as_posix()+'/'
-        for f in fs:
-            name = (way+f).removeprefix('./')
-            if not f.lower().endswith(SUFFIXES): other[Path(f).suffix] += 1
-            elif f.startswith('.') or 'thumb' in f.lower(): passed.append(name)
-            else: found.append(name)
-    return found,passed,other
+# %% ../nbs/06_patterns.ipynb #b00c088c
+def _grouped(names):
+    "`(folder,files,hidden folders)` of a list of names"
+    by = defaultdict(list)
+    for d,_,f in (o.rpartition('/') for o in names if not o.endswith('/')): by[d].append(f)
+    hidden = [d for d in by if re.search(r'(^|/)([.@]|__MACOSX)', d)]
+    return [*((d or '.',fs,[]) for d,fs in by.items() if d not in hidden), ('.',[],hidden)]
 
-# %% ../nbs/06_patterns.ipynb #a2d2d1b6
+def _noted(folders, root, every=20.):
+    "A line now and then while a long list is made"
+    n,said = 0,time.monotonic()
+    for d,fs,hidden in folders:
+        yield d,fs,hidden
+        n += len(fs)
+        if time.monotonic()-said<every: continue
+        said = time.monotonic()
+        print(f'{n:,} files listed below {root}', flush=True)
+
+def _aside(fs):
+    "Which files of a folder are no images of wells: hidden, thumbnails, flat fields of Yokogawa"
+    yokogawa = any(f.endswith('.mlf') for f in fs)
+    return {f for f in fs if f[0]=='.' or 'thumb' in f.lower() and _thumb.search(f)
+            or yokogawa and f.startswith(('DC_','SC_'))}
+
+_thumb = re.compile('(?i)(?<![a-z])thumb')
+
+# %% ../nbs/06_patterns.ipynb #50be1280
 class Listing:
     "Names of the files below a folder, walked once"
-    def __init__(self, root):
-        self.root = Path(root)
-        self.names = [(d.relative_to(root).as_posix()+'/'+f).removeprefix('./')
-                      for d,fs in folders_below(root) for f in fs]
+    def __init__(self,
+        root, # A folder, a file in it, a zip file, or the address of a folder on the web
+    ):
+        self.root,self.lead,folders = _found(root)
+        self.names,self.passed = [],[]
+        for d,fs,hidden in _noted(folders, root):
+            way,aside = '' if d=='.' else d+'/',_aside(fs)
+            self.names += [way+f for f in fs if f not in aside]
+            self.passed += [way+o for o in (*aside,*hidden)]
+        self.names.sort(); self.passed.sort()
 
-    def named(self, *globs):
-        "Names whose last part is like one of `globs`, whatever the case"
-        like = re.compile('|'.join(translate(g.lower()) for g in globs))
-        return [o for o in self.names if like.match(o.rpartition('/')[2].lower())]
+    @cached_property
+    def by_suffix(self):
+        "Names by suffix, in lower case"
+        by = defaultdict(list)
+        for o in self.names: by[os.path.splitext(o)[1].lower()].append(o)
+        return by
 
-    def path(self, name): return self.root/name
-    def text(self, name): return text_of(self.path(name).read_bytes())
+    @cached_property
+    def by_folder(self):
+        "Names by folder"
+        by = defaultdict(list)
+        for o in self.names: by[o.rpartition('/')[0]].append(o)
+        return by
 
-    def xml(self, name):
-        "Root of an XML file, its tags without namespaces"
-        root = ElementTree.fromstring(self.path(name).read_bytes())
-        for o in root.iter(): o.tag = o.tag.rpartition('}')[2]
-        return root
+    @cached_property
+    def images(self):
+        "Names of images"
+        return sorted(o for s in SUFFIXES for o in self.by_suffix.get(s, ()))
+
+    @cached_property
+    def other(self):
+        "How many files have another suffix"
+        rest = [o for s,names in self.by_suffix.items() if s not in SUFFIXES for o in names]
+        return Counter(os.path.splitext(o)[1] for o in rest)
+
+# %% ../nbs/06_patterns.ipynb #3b6191e8
+def _found(root):
+    "The folder of a listing, what leads to a name within it, and what lies there"
+    if '://' in str(root):
+        from cellmae.containers import below
+        return str(root).rstrip('/'),'',_grouped(below(root))
+    root = Path(root)
+    if root.is_file() and root.suffix.lower()=='.zip':
+        with ZipFile(root) as z: return root.parent,f'{root.name}#',_grouped(z.namelist())
+    if root.is_file() or root.is_dir() and is_store(root):
+        return root.parent,'',[('.',[root.name],[])]
+    if root.is_dir(): return root,'',_walked(root)
+    raise ValueError(f'{root}: no such folder. Check the path.')
+
+# %% ../nbs/06_patterns.ipynb #838818f0
+@patch
+def named(self:Listing,
+    *globs, # `'*.HTD'`, `'Index*.xml'`
+)->list: # Names
+    "Names whose last part is like one of `globs`, whatever the case"
+    like = re.compile('|'.join(translate(g.lower()) for g in globs))
+    ends = {os.path.splitext(g)[1].lower() for g in globs}
+    some = any(re.search(r'[*?[]', e) for e in ends) or '' in ends
+    among = self.names if some else [o for e in ends for o in self.by_suffix.get(e, ())]
+    return sorted(o for o in among if like.match(o.rpartition('/')[2].lower()))
+
+@patch
+def beside(self:Listing,
+    name, # Of a file
+)->list: # Names
+    "What lies in the same folder"
+    return self.by_folder[name.rpartition('/')[0]]
+
+@patch
+def path(self:Listing,
+    name, # Of a file
+): # A path, or an address where the files are packed or on the web
+    "Where a file is"
+    if self.lead: return f'{self.root/self.lead}{name}'
+    return f'{self.root}/{name}' if isinstance(self.root, str) else self.root/name
+
+# %% ../nbs/06_patterns.ipynb #e2f2e8e9
+@patch
+def bytes(self:Listing,
+    name, # Of a file
+)->bytes:
+    "Content of a file"
+    if self.lead:
+        with ZipFile(self.root/self.lead[:-1]) as z: return z.read(name)
+    if isinstance(self.root, Path): return self.path(name).read_bytes()
+    from cellmae.containers import local
+    return local(self.path(name)).read_bytes()
+
+@patch
+def text(self:Listing,
+    name, # Of a file
+)->str:
+    "Content of a file in whatever encoding"
+    return text_of(self.bytes(name))
+
+@patch
+def xml(self:Listing,
+    name, # Of a file
+)->ElementTree.Element: # Its root
+    "An XML file, its tags and attributes without namespaces"
+    raw = self.bytes(name)
+    try:
+        try: root = ElementTree.fromstring(raw)
+        except ElementTree.ParseError: root = ElementTree.fromstring(_undeclared(text_of(raw)))
+    except ElementTree.ParseError as e:
+        raise ValueError(f'{self.path(name)}: damaged XML ({e}). Copy it again.') from None
+    for o in root.iter():
+        o.tag = o.tag.rpartition('}')[2]
+        o.attrib = {k.rpartition('}')[2]: v for k,v in o.attrib.items()}
+    return root
+
+def _undeclared(text):
+    "XML whose first line names another encoding than it has"
+    return re.sub(r'^\ufeff?\s*<\?xml.*?\?>', '', text)
 
 # %% ../nbs/06_patterns.ipynb #f14b8bc8
 def _no_images(root, other):
@@ -108,9 +231,9 @@ def _no_match(root, pattern, found):
 def _match_files(root, pattern):
     "A row per image that matches; a word about those that do not"
     strict,loose = _regex(pattern, _well),_regex(pattern)
-    if not Path(root).is_dir(): raise ValueError(f'{root}: no such folder. Check the path.')
-    found,passed,other = images_below(root)
-    if not found: raise ValueError(_no_images(root, other))
+    there = Listing(root)
+    found,passed = there.images,there.passed
+    if not found: raise ValueError(_no_images(root, there.other))
     met = {f: strict.fullmatch(f) or loose.fullmatch(f) for f in found}
     rows = [{**m.groupdict(), 'file':f} for f,m in met.items() if m]
     if not rows: raise ValueError(_no_match(root, pattern, found))
@@ -156,8 +279,10 @@ def instrument_pattern(f):
     "The pattern for a folder of images in which there is no table `f`, or how to open it"
     if not f.parent.is_dir() or f.name!='screen.csv':
         raise FileNotFoundError(f'{f}: missing. Check the path.')
-    found,_,other = images_below(f.parent)
-    if not found: raise FileNotFoundError(f'{f}: missing. {_no_images(f.parent, other)} {_make}')
+    there = Listing(f.parent)
+    found = there.images
+    if not found:
+        raise FileNotFoundError(f'{f}: missing. {_no_images(f.parent, there.other)} {_make}')
     if pattern := _guess(found): print(f'Opened by the names {pattern}'); return pattern
     raise FileNotFoundError(
         f'{f}: missing, but there are {len(found)} images, such as {found[0]}. Say how they are '

@@ -235,7 +235,7 @@ def test_hidden_files_and_thumbnails_are_counted(tmp_path, capsys):
     images(tmp_path, 'P/A01_1.tif', 'P/A02_1.tif', 'P/._A01_1.tif', 'P/A01_thumb_1.tif', 'P/A02_1_Thumb.tif')
     images(tmp_path, '.Trashes/A09_1.tif', '@eaDir/A09_1.tif')
     assert wells(tmp_path, '{plate}/{well}_{channel}.tif') == ['A01', 'A02']
-    assert '3 hidden files and thumbnails are left out' in capsys.readouterr().out
+    assert '5 hidden files and thumbnails are left out' in capsys.readouterr().out
 
 @pytest.mark.parametrize('links', [
     {'all/P2': 'disk/P2'}, {'all/P1/up': 'all'}, {'all/again': 'all/P1'}, {'all/A_first': 'all/P1'},
