@@ -85,7 +85,7 @@ def open_synth(out, size, seed, n_inactive=None):
 def fewer(screen, fraction, seed):
     "Part of the sites of a screen, the same in every batch"
     rng = np.random.default_rng(seed)
-    keep = [rng.permutation(ids)[:round(fraction*len(ids))] for ids in screen.table.groupby('batch').indices.values()]
+    keep = [rng.permutation(ids)[:round(fraction*len(ids))] for ids in screen.table.groupby('batch', observed=True).indices.values()]
     return screen.subset(np.sort(np.concatenate(keep)))
 
 def with_channels(screen, channels):

@@ -53,7 +53,7 @@ def _twice(t):
 def _contradictions(t):
     "Wells whose sites have several perturbations, or are controls and not"
     rows = []
-    for well,g in t[disagreeing(t)].groupby(WELL, sort=False):
+    for well,g in t[disagreeing(t)].groupby(WELL, sort=False, observed=True):
         names = sorted(g['perturbation'].replace('', 'none').unique())
         what = ' and '.join(names[:4]) if len(names)>1 else f'{names[0]}, control and not,'
         rows.append(('two perturbations' if len(names)>1 else 'control and not', *well, '',
@@ -64,7 +64,7 @@ def _contradictions(t):
 def _controls_short(t):
     "Batches with too few controls to learn a correction from"
     rows,cure = [],'Name them with `controls=[...]`, or in a column `control`.'
-    for b,g in t.groupby('batch', sort=False):
+    for b,g in t.groupby('batch', sort=False, observed=True):
         n,plates = len(g[g['control']][WELL].drop_duplicates()),', '.join(g['plate'].unique())
         if n<3: rows.append((_few[n][0], b, plates, '', '', f'Batch {b} {_few[n][1]}. {cure}'))
     return rows

@@ -220,7 +220,7 @@ def describe(screen):
     "How much there is of what"
     w,channels = screen.wells,', '.join(screen.channels)
     named = w.perturbation[(w.perturbation!='')&~w.control].nunique()
-    fewest = w.groupby('batch').control.sum().min()
+    fewest = w.groupby('batch', observed=True).control.sum().min()
     what = [_n(len(screen), 'site'), _n(len(w), 'well'), _n(w.batch.nunique(), 'batch', 'batches'),
             f'{_n(len(screen.channels), "channel")} ({channels})', _n(named, 'perturbation'),
             f'{_n(w.control.sum(), "control well")}, at least {fewest} in each batch']

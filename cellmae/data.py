@@ -247,7 +247,8 @@ def split_panels(
     "Split each screen; one that is a single group goes to training whole"
     def parts(s):
         column = dict(well=WELL, plate=WELL[:2]).get(by, [by])
-        one = len(s.wells)==1 or set(column)<=set(s.table) and s.table.groupby(column).ngroups==1
+        one = len(s.wells)==1 or (set(column)<=set(s.table)
+                                  and len(s.table[column].drop_duplicates())==1)
         return (np.arange(len(s)), np.arange(0)) if one or not valid else split(s, valid, by, seed)
     out = [parts(s) for s in screens]
     if valid and not any(len(held) for _,held in out):

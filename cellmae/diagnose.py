@@ -35,7 +35,7 @@ def batch_leak(
 # %% ../nbs/46_diagnose.ipynb #4400e2e1
 def _within(A, b):
     "Mean of the batch of each row, variances within batches by direction `(D)`, degrees of freedom"
-    M = pd.DataFrame(A).groupby(b).transform('mean').to_numpy()
+    M = pd.DataFrame(A).groupby(b, observed=True).transform('mean').to_numpy()
     n = len(np.unique(b))
     dof = len(A)-n
     if dof<1: raise ValueError(f'{len(A)} controls in {n} batches: at least one batch needs two, '
@@ -95,7 +95,7 @@ def _by_batch(ax, w, title):
 def _every_second(x):
     "Mask of half of the controls of each batch, or a warning where one has less than four"
     w = wells_of(x)
-    c = pd.Series(controls_of(w)).groupby(batches_of(w))
+    c = pd.Series(controls_of(w)).groupby(batches_of(w), observed=True)
     few = c.sum()[c.sum()<4]
     if not len(few): return (c.obj&(c.cumsum()%2==0)).to_numpy()
     warnings.warn(f'{len(few)} batches have less than 4 controls, such as {few.index[0]} with '

@@ -212,7 +212,7 @@ def tile_vectors(
         encoder.adapt(x for x,_ in tiles(some, bs=bs or 256))
         yield from vectors(ids)
     if not encoder.adapt: return _in_order(encoder, vectors(bar(range(len(screen)))))
-    experiments = list(screen.table.groupby('batch', sort=False).indices.values())
+    experiments = list(screen.table.groupby('batch', sort=False, observed=True).indices.values())
     return _in_order(encoder, (o for ids in bar(experiments) for o in adapted(ids)))
 
 # %% ../nbs/41_embed.ipynb #f2bb5830
@@ -237,7 +237,7 @@ def average_up(
 ): # Mean vectors `(m,D)` and metadata `m` rows, with `n_tiles` and `n_sites` behind each
     "Mean of the rows that share a site, or a well"
     below = dict(site='tile', well='site')[level]
-    codes = obs.groupby(LEVELS[level], sort=False).ngroup().to_numpy()
+    codes = obs.groupby(LEVELS[level], sort=False, observed=True).ngroup().to_numpy()
     sums = np.zeros((codes.max()+1, X.shape[1]))
     np.add.at(sums, codes, X)
     n = np.bincount(codes)
@@ -316,7 +316,7 @@ def _sites_to_embed(screen, level, size):
 
 def _averaged(X, obs, level):
     "Vectors and their named rows at a level, from those of tiles"
-    obs['tile'] = obs.groupby(SITE).cumcount()
+    obs['tile'] = obs.groupby(SITE, observed=True).cumcount()
     for up in ['site','well']:
         if level in ('well',up): X,obs = average_up(X, obs, up)
     return X, obs.set_index(ad.utils.make_index_unique(pd.Index(_row_names(obs, level))))

@@ -128,7 +128,8 @@ def _wells(table, value):
     t['well'] = [well_name(o) for o in t['well']]
     t['value'],t['control'] = value,yes_no(table['control']) if 'control' in table else False
     keys = [k for k in ('batch','plate','well') if k in t]
-    t = t.groupby(keys, sort=False, as_index=False).agg(dict(value='mean', control='first'))
+    t = t.groupby(keys, sort=False, as_index=False, observed=True)
+    t = t.agg(dict(value='mean', control='first'))
     t = t[_placed(t['well'])]
     t['row'],t['col'] = row_col(t['well'])
     return t
@@ -174,7 +175,7 @@ def plot_plate(
     t = _wells(table, _numbers(table, value))
     sizes = (8,12),(16,24),(32,48),(t.row.max()+1,t.col.max()+1)
     shape = next(s for s in sizes if t.row.max()<s[0] and t.col.max()<s[1])
-    plates = t.groupby([k for k in ('batch','plate') if k in t], sort=False)
+    plates = t.groupby([k for k in ('batch','plate') if k in t], sort=False, observed=True)
     twins = plates.ngroups > t['plate'].nunique() # plates of the same name in two batches
     lo,hi = np.nanpercentile(t['value'], (1,99))
     cols = min(plates.ngroups, 3); rows = -(-plates.ngroups//cols)
@@ -254,7 +255,7 @@ def plot_recall(
     width = 2+.45*len(panels)*len(groups)*max(len(bars), 2)
     fig,axs = plt.subplots(1, len(panels), figsize=(min(8, width),2.8), sharey=True, squeeze=False,
                            layout='constrained')
-    for ax,(name,p) in zip(axs[0], t.groupby('panel', sort=False)):
+    for ax,(name,p) in zip(axs[0], t.groupby('panel', sort=False, observed=True)):
         _bars(ax, p, groups, bars)
         if len(panels)>1: ax.set_title(plain(name), size=9)
     both = 2*t['low'] # tails

@@ -485,13 +485,13 @@ def _features_of(x, A, features):
 def _agreed(obs, key, by):
     "One row per group, empty where its rows differ, and in how many groups columns do"
     other = [k for k in obs if k not in (*by,'n','control')]
-    g = obs.mask(obs=='').groupby(key)
+    g = obs.mask(obs=='').groupby(key, observed=True)
     n,differ = g.size(),g[other].nunique()>1
     if (n>1).any(): other = [k for k in other if not differ[k][n>1].all()]
-    res = obs.groupby(key)[by].first()
+    res = obs.groupby(key, observed=True)[by].first()
     for k in other: res[k] = _but(g[k].first(), differ[k], obs[k].dtype)
     res['n'] = n
-    if 'control' in obs: res['control'] = obs.groupby(key)['control'].all()
+    if 'control' in obs: res['control'] = obs.groupby(key, observed=True)['control'].all()
     return res,{k:int(v) for k,v in differ.sum().items() if v}
 
 def _but(values, differ, dtype):
@@ -502,13 +502,13 @@ def _but(values, differ, dtype):
 
 # %% ../nbs/40_profiles.ipynb #a98ec86b
 def _mean(A, key):
-    g = pd.DataFrame(A).groupby(key)
+    g = pd.DataFrame(A).groupby(key, observed=True)
     return g.mean(),g.sem()
 
 def _median(A, key):
     "Standard errors from the median distance to the median, as if rows were normal"
-    m = pd.DataFrame(A).groupby(key).median()
-    g = pd.DataFrame(np.abs(A-m.loc[key].to_numpy())).groupby(key)
+    m = pd.DataFrame(A).groupby(key, observed=True).median()
+    g = pd.DataFrame(np.abs(A-m.loc[key].to_numpy())).groupby(key, observed=True)
     n = g.size().to_numpy()[:,None]
     return m,np.where(n>1, 1.2533*1.4826*g.median()/np.sqrt(n), np.nan)
 

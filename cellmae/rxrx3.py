@@ -67,7 +67,8 @@ def _targets(truth, compounds, genes):
     "`(compound, ids of targets, ids of others)` for every compound with a target in the map"
     ids,t = pd.Index(genes),truth[truth.gene_symbol.isin(genes)]
     pool = np.unique(ids.get_indexer(t.gene_symbol))
-    t = t[t.treatment.isin(compounds)].groupby(['treatment','gene_symbol']).nM_value.min()
+    t = t[t.treatment.isin(compounds)].groupby(['treatment','gene_symbol'], observed=True)
+    t = t.nM_value.min()
     for k,nM in t.groupby(level=0):
         at = ids.get_indexer(nM.index.get_level_values(1))
         act,near = at[nM<=1000],at[nM<=10_000]
@@ -139,4 +140,4 @@ def _means(ad):
     "Profiles of type, perturbation and concentration, controls left out"
     ad = ad[~ad.obs.perturbation.str.endswith('_control').to_numpy()]
     by = [ad.obs[k].fillna(0).to_numpy() for k in ('type','perturbation','concentration')]
-    return pd.DataFrame(ad.X).groupby(by).mean()
+    return pd.DataFrame(ad.X).groupby(by, observed=True).mean()

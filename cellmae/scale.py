@@ -236,12 +236,12 @@ def plot_scaling(
         raise ValueError(f'no column {missing[0]!r} (there are {columns})')
     if ax is None: ax = plt.subplots(figsize=(7,3.2), layout='constrained')[1]
     ax.set(xscale='log', xlabel='training FLOPs', ylabel=plain(y))
-    for i,(k,t) in enumerate(table.groupby(family, sort=False)):
+    for i,(k,t) in enumerate(table.groupby(family, sort=False, observed=True)):
         _draw_family(ax, t, k, _fits(t, x, y, group), f'C{i%10}', x, y, low, high)
     ax.legend(loc='center left', bbox_to_anchor=(1.01,.5), fontsize=8, frameon=False)
     _thin_ticks(ax, table[x])
     if label:
-        means = table.groupby([family,label], sort=False)[[x,y]].mean().reset_index()
+        means = table.groupby([family,label], sort=False, observed=True)[[x,y]].mean().reset_index()
         _name_points(ax, means, table, x, y, label)
     return ax.figure
 

@@ -80,7 +80,7 @@ def __repr__(self:Screen):
 @patch(as_prop=True)
 def wells(self:Screen):
     "One row per well, with its number of sites; a well whose sites disagree has no label"
-    g = agreed(self.table).groupby(WELL, sort=False)
+    g = agreed(self.table).groupby(WELL, sort=False, observed=True)
     return g[LABEL].first().assign(sites=g.size()).reset_index()
 
 # %% ../nbs/13_screen.ipynb #c94ef556
@@ -164,7 +164,7 @@ def _sample(self:Screen, n, seed):
     "Images of `n` sites, plate after plate in turn, passing over bad ones"
     if not len(self): raise ValueError(NO_SITES)
     order = np.random.default_rng(seed).permutation(len(self))
-    turn = self.table.iloc[order].groupby(WELL[:2]).cumcount().to_numpy()
+    turn = self.table.iloc[order].groupby(WELL[:2], observed=True).cumcount().to_numpy()
     good,bad = 0,None
     for i in order[np.argsort(turn, kind='stable')][:4*n]:
         if good==n: return
@@ -296,7 +296,8 @@ def split(
     t,fit = screen.table,('well','plate','batch','perturbation')
     if by not in fit:
         raise ValueError(f'Cannot split by {by!r}: sites of one well would leak. Use one of {fit}.')
-    key = t.groupby(dict(well=WELL, plate=WELL[:2]).get(by, [by]), sort=False).ngroup()
+    key = t.groupby(dict(well=WELL, plate=WELL[:2]).get(by, [by]), sort=False,
+                    observed=True).ngroup()
     no_gene = t['control']|(t['perturbation']=='')
     free = ~key.isin(key[no_gene]) if by=='perturbation' else slice(None)
     groups = key[free].unique()

@@ -185,7 +185,7 @@ def _said(df):
 # %% ../nbs/05_sites.ipynb #a0ca2f61
 def disagreeing(t):
     "Which sites are of a well whose sites have two perturbations, or are a control and none"
-    return t.groupby(WELL)[LABEL].transform('nunique').gt(1).any(axis=1)
+    return t.groupby(WELL, observed=True)[LABEL].transform('nunique').gt(1).any(axis=1)
 
 def agreed(
     t:pd.DataFrame, # Table of sites
@@ -228,7 +228,7 @@ def wide(df, pattern):
     every = key+[k for k in ('channel',) if k in df]
     df = _once(df, every+[k for k in ('z',) if k in df], pattern)
     if 'z' in df: # planes of one image, from below
-        df = df.sort_values('z', key=natural).groupby(every)['file'].agg('|'.join).reset_index()
+        df = df.sort_values('z', key=natural).groupby(every, observed=True)['file'].agg('|'.join).reset_index()
     if 'channel' in df:
         df = df.pivot(index=key, columns='channel', values='file').add_prefix('file_').reset_index()
     df.columns.name = None
@@ -300,7 +300,7 @@ def join_plate_map(df, meta, names):
 def _unlabelled(df, lost, cols):
     "Sites that the map does not name: no text, no control, the batch of their plate"
     if 'batch' in cols and 'plate' in df:
-        df['batch'] = df['batch'].fillna(df.groupby('plate')['batch'].transform('first'))
+        df['batch'] = df['batch'].fillna(df.groupby('plate', observed=True)['batch'].transform('first'))
     for k in [k for k in WELL if k in cols]: df[k] = df[k].fillna('unknown')
     df.loc[lost, [c for c in cols if df[c].dtype==object and c not in WELL]] = ''
     if 'control' in cols: df['control'] = df['control'].where(~lost, False).astype(bool)

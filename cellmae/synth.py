@@ -377,7 +377,7 @@ def true_pairs(
     genes:pd.DataFrame, # From `make_genes`
 )->pd.DataFrame: # Columns `entity1,entity2`
     "All pairs of genes of one pathway"
-    groups = genes[genes.pathway!='none'].groupby('pathway').groups.values()
+    groups = genes[genes.pathway!='none'].groupby('pathway', observed=True).groups.values()
     pairs = [(a,b) for g in groups for i,a in enumerate(g) for b in g[i+1:]]
     return pd.DataFrame(pairs, columns=['entity1','entity2'])
 
@@ -485,7 +485,8 @@ def _site_table(wells, sites_per_well):
 
 def _truth(wells, table, sums):
     "Mean parameters of each well"
-    s = pd.DataFrame(sums, columns=['n',*PARAMS.index]).groupby([table.plate,table.well]).sum()
+    s = pd.DataFrame(sums, columns=['n',*PARAMS.index])
+    s = s.groupby([table.plate,table.well], observed=True).sum()
     mean = s[PARAMS.index].div(s.n, axis=0).add_prefix('Truth_').reset_index()
     return wells.merge(mean, on=['plate','well'])
 

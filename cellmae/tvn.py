@@ -23,7 +23,7 @@ from .profiles import table_with, wells_of
 # %% ../nbs/42_tvn.ipynb #c8f90804
 def _enough(controls, batches):
     "Number of controls of each batch, or an error where there are less than two"
-    n = pd.Series(controls).groupby(batches).sum()
+    n = pd.Series(controls).groupby(batches, observed=True).sum()
     if (n>1).all(): return n.to_dict()
     if len(controls)==1: raise ValueError('1 sample is no screen: give wells and their controls')
     few = ', '.join(f'{k} in batch {b}' for b,k in n[n<2].head(3).items())
@@ -36,7 +36,7 @@ def _need_spread(C):
 
 def _rows(batches):
     "Rows of each batch"
-    return pd.Series(range(len(batches))).groupby(batches).indices
+    return pd.Series(range(len(batches))).groupby(batches, observed=True).indices
 
 def _control_means(X, controls, rows): return {k: X[r[controls[r]]].mean(0) for k,r in rows.items()}
 

@@ -9,6 +9,11 @@ sys.path[:0] = [str(root), str(root/'tools')]
 os.environ.setdefault('MPLBACKEND', 'agg')
 
 
+def pytest_configure(config):
+    "Keys are categories: a `groupby` that does not say `observed=True` would make a row of each pair of them"
+    config.addinivalue_line('filterwarnings', 'error:The default of observed=False:FutureWarning')
+
+
 def _folder(var):
     "The folder that environment variable `var` names, or a skip that says so"
     path = os.environ.get(var)
