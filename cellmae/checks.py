@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from .labels import dates_among
 from .files import progress
 from .images import ImageError, check_pixels
-from .planes import paths_of, read_site
 from .sites import LABEL, SITE, WELL, disagreeing, in_words
 
 # %% ../nbs/10_checks.ipynb #2f2bd482
@@ -109,7 +108,7 @@ def ahead(f, n, workers):
 # %% ../nbs/10_checks.ipynb #abc328e9
 def _planes(screen, f, chs):
     "`(len(chs),H,W)` of one address"
-    x = read_site(f if 'file' in screen.table else [f], screen.z, screen.t)
+    x = screen.read_files(f if 'file' in screen.table else [f])
     if len(x)==len(chs): return x
     why = f'{len(x)} planes for {chs}. Name each of them.'
     raise ImageError('wrong channel count', '', why)
@@ -121,7 +120,7 @@ def look_at(screen, i):
     cols = [('file', screen.channels)] if 'file' in t else own
     for col,chs in cols:
         f = t[col].iat[i]
-        try: x = _planes(screen, paths_of(screen.root, f), chs)
+        try: x = _planes(screen, screen.address(f), chs)
         except ImageError as e: bad.append((e.problem, ', '.join(chs), f, e.cure)); continue
         for c,p in zip(chs,x):
             if b := bad_plane(p): bad.append((b[0], c, f, b[1]))

@@ -9,35 +9,46 @@ __all__ = ['Screen', 'place_of_site', 'open_screen', 'write_stack_screen', 'spli
 import copy, hashlib, json, os, re
 import numpy as np, pandas as pd
 from fastcore.basics import patch
+from functools import lru_cache
 from pathlib import Path
-from tifffile import imwrite
 from .files import moved, read_table, write_whole
 from .images import ImageError, check_pixels, fit_range, to_uint8
 from .planes import paths_of, read_site
 from .sites import (AWAY, KEYS, LABEL, SITE, WELL, about, agreed, arranged, at_home,
                            file_columns, filled, in_words, join_plate_map, name_channels, tidy)
-from .patterns import instrument_pattern, sites_by_names
+from .layouts import Plates, find_plates, leftovers, plates_by_names
+from . import exchange, instruments # they register their layouts
 from .checks import NO_SITES, check_sites
-from .overview import write_overview
 
 # %% ../nbs/13_screen.ipynb #dd510dd5
-def _saved(f):
-    "What was saved beside the table `f`"
-    js = f.with_suffix('.json')
+def _kept(folder):
+    "The table that was saved in a folder, and what was saved with it; `(None,{})` if none was"
+    there,saved = [f for o in ('screen.parquet','screen.csv') if (f := folder/o).exists()],{}
+    js = folder/'screen.json'
     try: saved = json.loads(js.read_text(encoding='utf-8')) if js.exists() else {}
     except ValueError as e: raise ValueError(f'{js}: damaged. Delete it, or save again.') from e
-    return saved if 'channels' in saved else {} # else another's file
+    if 'channels' not in saved: saved = {} # another's file
+    own = folder/saved.get('table', 'screen.csv')
+    if saved and own in there: return own,saved
+    if len(there)>1:
+        raise ValueError(f'{folder}: screen.parquet and screen.csv, and no screen.json that says '
+                         'which it belongs to. Delete one of them.')
+    return (there[0] if there else None),{}
 
-def _opened(x, **given):
-    "A table, and how to read its images: as given, else as `screen.json` beside it says"
-    if isinstance(x, pd.DataFrame): return x,{**given, 'root': given['root'] or '.'}
-    f = Path(x)/'screen.csv' if Path(x).is_dir() else Path(x)
-    if not f.exists():
-        df,left = sites_by_names(f.parent, instrument_pattern(f), given['z'], given['t'])
-        return df,{**given, 'root':f.parent, **left}
-    df,saved = read_table(f),_saved(f)
+def _from_table(f, saved, given):
+    "A table, and how to read its images: as given, else as saved with it"
+    root = f.parent/saved.pop('root', '')
     if given['channels']: saved.pop('ranges', None) # they belong to the channels saved
-    return df,{**given, 'root':f.parent, **saved, **{k:v for k,v in given.items() if v is not None}}
+    return read_table(f),{**given, 'root':root, **saved,
+                          **{k:v for k,v in given.items() if v is not None}}
+
+def _opened(x, given, **options):
+    "A table, and how to read its images: as given, as saved, or as it was found"
+    if isinstance(x, pd.DataFrame): return x,{**given, 'root': given['root'] or '.'}
+    f,saved = _kept(Path(x)) if Path(x).is_dir() else (Path(x),{})
+    if f and f.is_file(): return _from_table(f, saved, given)
+    found = find_plates(x, z=given['z'], t=given['t'], **options)
+    return found.table,{**given, 'root':found.root, 'still':found.still, 'found':found}
 
 # %% ../nbs/13_screen.ipynb #4aee4c8a
 class Screen:
@@ -50,17 +61,28 @@ class Screen:
         ranges=None, # `(C,2)` intensities that become 0 and 255; default: `fit_ranges` when needed
         z=None, # Of stacks, this plane, or `'max'` or `'mean'` of all
         t=None, # Of time series, this point
+        illum=None, # Divide by the illumination functions of the columns `illum_<channel>`?
+        replace=None, # `{'/their/folder': 'my/folder'}`, for paths of another machine
         **names, # Columns under another name: `perturbation='gene'`
     ):
+        given = dict(channels=channels, root=root, ranges=ranges, z=z, t=t, illum=illum,
+                     replace=replace)
         with about(table):
-            df,how = _opened(table, channels=channels, root=root, ranges=ranges, z=z, t=t)
-            df,self.root = filled(tidy(df, names)).reset_index(drop=True),Path(how['root'])
-            files = file_columns(df)
-            new = name_channels(files, how['channels'])
-            self.channels,self.z,self.t = list(new.values()),how['z'],how['t']
-            if 'file' not in files: files = {f'file_{n}': files[r] for r,n in new.items()}
-            files = at_home(files, self.root)
-            self.table = arranged(df, files, controls, self.root.resolve().name)
+            df,how = _opened(table, given)
+            self._fill(df, how, controls, names)
+        if 'found' in how: _tell(self, how['found'], z=z, t=t, controls=controls)
+
+    def _fill(self, df, how, controls, names):
+        df,self.root = filled(tidy(df, names)).reset_index(drop=True),Path(how['root'])
+        files = file_columns(df)
+        new = name_channels(files, how['channels'])
+        self.channels,self.z,self.t = list(new.values()),how['z'],how['t']
+        self.illum,self.replace = bool(how['illum']),how['replace']
+        self._still = tuple(how.get('still', (self.z,self.t))) # to choose within the files
+        if 'file' not in files: files = {f'file_{n}': files[r] for r,n in new.items()}
+        files = at_home(files, self.root)
+        self.table = arranged(df, files, controls, self.root.resolve().name)
+        self._raw = new # as the files call them
         self._whole,self._ranges = self,how['ranges']
         if self._ranges is not None: self._ranges = np.float32(self._ranges)
 
@@ -93,13 +115,66 @@ def from_pattern(cls:Screen,
     controls=None, # Perturbations that are controls
     z=None, # This one of the planes `{z}`, or of those in a file; or `'max'` or `'mean'` of all
     t=None, # This one of the points `{time}`, or of those in a file
+    illum=None, # Divide by illumination functions?
+    replace=None, # `{'/their/folder': 'my/folder'}`, for paths of another machine
     **names, # Columns of `meta` under another name: `perturbation='gene'`
 )->Screen:
     "Open a screen by the names of its files"
-    df,left = sites_by_names(root, pattern or instrument_pattern(Path(root)/'screen.csv'), z, t)
-    if meta is not None: df = join_plate_map(df, meta, names)
-    elif names: raise ValueError(f'{names} name columns of `meta`. Give `meta` too.')
-    return cls(df, channels, root, controls, **left)
+    if names and meta is None:
+        raise ValueError(f'{names} name columns of `meta`. Give `meta` too.')
+    found = plates_by_names(root, pattern, z, t)
+    how = dict(root=root, channels=channels, ranges=None, z=z, t=t, illum=illum, replace=replace,
+               still=found.still)
+    return _mapped(cls, found.table, how, meta, controls, names)
+
+def _mapped(cls, df, how, meta, controls, names):
+    "A screen with its plate map"
+    if meta is not None: df,names = join_plate_map(df, meta, names),{}
+    s = cls.__new__(cls)
+    s._fill(df, how, controls, names)
+    return s
+
+# %% ../nbs/13_screen.ipynb #6cc34fba
+@patch(cls_method=True)
+def open(cls:Screen,
+    path, # A folder, a table, a Zarr, a file, or the address of one on the web
+    layout:str=None, # Key in `LAYOUTS`, where several fit
+    channels=None, # Names in order, or `{raw: name}`; default: as the files have them
+    meta=None, # Plate map, a table or its path: `well`, maybe `plate`, and whatever is known of it
+    controls=None, # Perturbations that are controls
+    z=None, # This plane of stacks, or `'max'` or `'mean'` of all
+    t=None, # This point of time series
+    illum=None, # Divide by the illumination functions that the files come with?
+    replace=None, # `{'/their/folder': 'my/folder'}`, for paths of another machine
+    plate_shape=None, # Rows and columns, `(16,24)`, where wells are running numbers
+    well:str=None, # The well of all images, where their names have none
+    root=None, # Folder that the names in a table are relative to; default: the table's
+    **names, # Columns under another name: `perturbation='gene'`
+)->Screen:
+    "Open plates as they are, and say what they were taken for"
+    given = dict(channels=channels, root=root, ranges=None, z=z, t=t, illum=illum, replace=replace)
+    options = {k:v for k,v in dict(plate_shape=plate_shape, well=well).items() if v is not None}
+    with about(path):
+        df,how = _opened(path, given, layout=layout, **options)
+        s = _mapped(cls, df, how, meta, controls, names)
+    call = f'Screen.open({str(path)!r}'
+    found = how.get('found') or Plates(df, root, (z,t), 'A table of sites', call)
+    _tell(s, found, meta=meta, controls=controls, z=z, t=t, illum=illum, replace=replace, **options,
+          **names)
+    return s
+
+# %% ../nbs/13_screen.ipynb #be9058e5
+def _tell(screen, found, **more):
+    "Say what a folder was taken for, in numbers, and the call that does the same"
+    t,places = screen.table,[SITE[:2],WELL,SITE]
+    n = [f'{len(t[k].drop_duplicates()):,} {k[-1]}s' for k in places]
+    print(f"{found.what}: {', '.join(n)}")
+    print(f"Channels: {', '.join(screen.channels)}")
+    for o in found.said: print(o)
+    for o in leftovers(found.left): print(f'Left out: {o}')
+    own = dict(channels=screen._raw, **more)
+    own = ''.join(f', {k}={v!r}' for k,v in own.items() if v is not None)
+    print(f'The same: {found.call}{own})')
 
 # %% ../nbs/13_screen.ipynb #77128033
 @patch(cls_method=True)
@@ -110,24 +185,34 @@ def from_csv(cls:Screen,
     controls=None, # Perturbations that are controls
     z=None, # Of stacks, this plane, or `'max'` or `'mean'` of all
     t=None, # Of time series, this point
+    illum=None, # Divide by the illumination functions of the columns `illum_<channel>`?
+    replace=None, # `{'/their/folder': 'my/folder'}`, for paths of another machine
     **names, # Columns under another name: `perturbation='gene'`
 )->Screen:
     "Open a screen that is listed in a table"
-    return cls(path, channels, root, controls, z=z, t=t, **names)
+    return cls(path, channels, root, controls, None, z, t, illum, replace, **names)
 
 # %% ../nbs/13_screen.ipynb #0f357e88
 @patch
 def files(self:Screen,
     i:int, # Row of the table
-): # A path per channel, or the one that holds all; a tuple where planes lie in several files
-    "The files of site `i`"
+): # An address per channel, or the one that holds all
+    "The addresses of site `i`"
     t = self.table
-    if 'file' in t: return paths_of(self.root, t['file'].iat[i])
+    if 'file' in t: return self.address(t['file'].iat[i])
     fs = {c:t['file_'+c].iat[i] for c in self.channels}
     gone = [c for c,f in fs.items() if not f]
-    if not gone: return [paths_of(self.root, f) for f in fs.values()]
+    if not gone: return [self.address(f) for f in fs.values()]
     why = f'No file of {gone}. Add it to the table, or leave the site out.'
     raise ImageError('missing', '', f'{why} {self._where(i)}')
+
+@patch
+def address(self:Screen,
+    names:str, # As in the table: of a file, or of planes joined by `|`
+)->str:
+    "Where files of the table are, as seen from here"
+    lead = '' if str(self.root)=='.' else f'{self.root}/'
+    return '|'.join(f if AWAY.match(f) else lead+f for f in names.split('|'))
 
 def place_of_site(screen, i):
     "Where site `i` is, in all the words of `SITE`"
@@ -149,14 +234,37 @@ def _bad(self:Screen, i, problem, why):
 @patch
 def read(self:Screen,
     i:int, # Row of the table
-)->np.ndarray: # `(C,H,W)`, as stored
+)->np.ndarray: # `(C,H,W)`, as stored; flat if `illum`
     "The pixels of site `i` before any scaling"
     fs,n = self.files(i),len(self.channels)
-    try: x = read_site(fs, self.z, self.t)
+    try: x = self.read_files(fs)
     except ImageError as e: raise ImageError(e.problem, e.file, f'{e.cure} {self._where(i)}') from e
-    if len(x)==n: return x
+    if len(x)==n: return self._flat(i, x) if self.illum else x
     why = f'{len(x)} planes for {self.channels}. Name each of them.'
     raise self._bad(i, 'wrong channel count', why)
+
+@patch
+def read_files(self:Screen,
+    files, # Addresses as `files` gives them
+)->np.ndarray: # `(C,H,W)`, as stored
+    "Pixels of addresses, with the planes and times of this screen"
+    path = lambda o: paths_of(Path(), o)
+    files = [path(o) for o in files] if isinstance(files, list) else path(files)
+    return read_site(files, *self._still)
+
+# %% ../nbs/13_screen.ipynb #57dfdbef
+@lru_cache(maxsize=64)
+def _illumination(address):
+    "What the illumination of a channel looks like, `(H,W)`"
+    return np.float32(read_site([paths_of(Path(), address)], None, None)[0])
+
+@patch
+def _flat(self:Screen, i, x):
+    "Pixels divided by the illumination of their channels, in their own type"
+    fs = [self.table[f'illum_{c}'].iat[i] for c in self.channels]
+    y = x/np.stack([_illumination(self.address(f)) for f in fs])
+    if x.dtype.kind=='f': return y
+    return np.clip(np.rint(y), 0, np.iinfo(x.dtype).max).astype(x.dtype)
 
 # %% ../nbs/13_screen.ipynb #443d98da
 @patch
@@ -218,34 +326,42 @@ def subset(self:Screen,
 def save(self:Screen,
     folder, # Made where it does not exist
 )->Path: # `folder`
-    "Write `screen.csv` and `screen.json`"
-    folder,t = Path(folder),self.table.copy()
-    how = dict(channels=self.channels, ranges=self.fit_ranges().tolist(), z=self.z, t=self.t)
+    "Write `screen.parquet` and `screen.json`"
+    folder,t = Path(folder),self.table.rename(columns=str)
+    for c in t.columns[t.dtypes==object]: t[c] = t[c].astype(str)
+    how = dict(table='screen.parquet', root=_way(self.root, folder), channels=self.channels,
+               ranges=self.fit_ranges().tolist(), z=self.z, t=self.t, still=self._still,
+               illum=self.illum, replace=self.replace)
     how = json.dumps(how, indent=1, default=int)
-    way = os.path.relpath(self.root.resolve(), folder.resolve())
-    lead = lambda f: Path(way, f).as_posix() if f and not AWAY.match(f) else f
-    for c in self._file_cols(): t[c] = ['|'.join(map(lead, fs.split('|'))) for fs in t[c]]
     (folder/'screen.json').unlink(missing_ok=True) # it must not be seen beside another table
-    write_whole(folder/'screen.csv', lambda f: t.to_csv(f, index=False))
+    write_whole(folder/'screen.parquet', lambda f: t.to_parquet(f, index=False))
     write_whole(folder/'screen.json', lambda f: f.write_text(how))
     return folder
+
+def _way(root, folder):
+    "The way from a folder to the images"
+    return Path(os.path.relpath(root.resolve(), folder.resolve())).as_posix()
 
 # %% ../nbs/13_screen.ipynb #c0674650
 @patch
 def fingerprint(self:Screen)->str: # 12 hex digits
     "Short hash of channels in order, planes, sites, labels and files, wherever these lie"
-    sites = self.table[KEYS].to_numpy().tolist()
-    h = hashlib.sha256(json.dumps([self.channels, self.z, self.t, sites], default=int).encode())
-    files = [f for c in self._file_cols() for names in self.table[c] for f in names.split('|')]
-    for i,f in enumerate(files): h.update(_seal(self.root/f, look=i%(1+len(files)//64)==0))
+    how = [self.channels, self.z, self.t, self.illum]
+    h = hashlib.sha256(json.dumps(how, default=int).encode())
+    for c in KEYS: h.update('\\0'.join(map(str, self.table[c])).encode())
+    files = [f for c in self._file_cols() for f in self.table[c]]
+    h.update('\\0'.join(f.rpartition('/')[2] for names in files for f in names.split('|')).encode())
+    for f in files[::1+len(files)//1000]: h.update(_seal(self.address(f)))
     return h.hexdigest()[:12]
 
-def _seal(f, look):
-    "Name of a file and, if it is there, its size, and how it begins if we `look`"
-    try: seal = f'{f.name} {f.stat().st_size}'.encode()
-    except OSError: return f.name.encode()
-    if not look or f.is_dir(): return seal
-    with open(f, 'rb') as o: return seal+o.read(2**16)
+def _seal(address):
+    "Size of a file and how it begins, as far as it is there"
+    out = b''
+    for f in address.split('|'):
+        try:
+            with open(f, 'rb') as o: out += str(os.path.getsize(f)).encode()+o.read(2**16)
+        except OSError: pass
+    return out
 
 # %% ../nbs/13_screen.ipynb #8f0c9ccb
 def open_screen(
@@ -262,6 +378,7 @@ def write_stack_screen(
     folder:Path, # To make, for the images
 )->Screen:
     "Write each image as a multi-page TIFF, and open them as a screen"
+    from tifffile import imwrite
     folder.mkdir(parents=True)
     files = [f'{i:04d}.tif' for i in range(len(images))]
     for f,x in zip(files, images): imwrite(folder/f, x, photometric='minisblack')
@@ -283,6 +400,7 @@ def report(self:Screen,
     n:int|None=200, # Sites to look at, spread over the plates; None: all
 )->Path: # The file
     "One HTML page: plates as pictures, thumbnails, what is wrong"
+    from cellmae.overview import write_overview
     return write_overview(self, path, n)
 
 # %% ../nbs/13_screen.ipynb #6ca68902

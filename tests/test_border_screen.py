@@ -307,7 +307,7 @@ def test_paths_that_lead_nowhere_are_mentioned(tmp_path, capsys):
 
 def test_paths_of_this_machine_stay(tmp_path):
     t = load_data({'P1': str(images(tmp_path/'here', 'a.tif'))})
-    assert Screen(t, root=images(tmp_path/'other', 'a.tif')).files(0) == [tmp_path/'here/a.tif']
+    assert Screen(t, root=images(tmp_path/'other', 'a.tif')).files(0) == [str(tmp_path/'here/a.tif')]
 
 @pytest.mark.parametrize('columns', [('Metadata_Well', 'Well'), ('Image_Metadata_Well',), ('well_position',), (' WELL ',)])
 def test_columns_under_the_names_of_others(columns):
@@ -386,10 +386,10 @@ def test_what_is_saved_is_of_one_screen(tmp_path, monkeypatch):
     images(tmp_path, 'A01_DNA.tif')
     s = Screen.from_pattern(tmp_path, '{well}_{channel}.tif')
     s.save(tmp_path/'out')
-    monkeypatch.setattr(pd.DataFrame, 'to_csv', lambda *a, **k: 1/0)
+    monkeypatch.setattr(pd.DataFrame, 'to_parquet', lambda *a, **k: 1/0)
     with pytest.raises(ZeroDivisionError): s.save(tmp_path/'out')
     with pytest.raises(ZeroDivisionError): s.save(tmp_path/'new')
-    assert [f.name for f in (tmp_path/'out').iterdir()] == ['screen.csv']
+    assert [f.name for f in (tmp_path/'out').iterdir()] == ['screen.parquet']
     assert not (tmp_path/'new/screen.json').exists()
 
 def test_a_fingerprint_is_that_of_the_data(tmp_path):
