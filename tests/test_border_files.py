@@ -327,7 +327,7 @@ def test_renamed(tmp_path):
     tiff(tmp_path/'b.tif', x8).rename(tmp_path/'b.png')
     assert (read_image([tmp_path/'a.tif', tmp_path/'b.png']) == x8).all()
 
-@pytest.mark.parametrize('name', ['a.nd2', 'a.czi', 'a.lif', 'a.ims', 'a.stk', 'a.C01', 'a.FLEX', 'a.zarr', 'a.npy', 'a.h5'])
+@pytest.mark.parametrize('name', ['a.nd2', 'a.czi', 'a.lif', 'a.ims', 'a.C01', 'a.FLEX', 'a.zarr', 'a.npy', 'a.h5'])
 def test_formats_that_are_not_read(name, tmp_path):
     (tmp_path/name).mkdir() if name.endswith('zarr') else (tmp_path/name).write_bytes(bytes(99))
     with pytest.raises(ImageError, match=r'not read\. .*Export .* TIFF') as e: read_image(tmp_path/name)
