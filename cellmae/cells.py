@@ -6,7 +6,7 @@
 __all__ = ['centres_of', 'cell_crop', 'Cells', 'rows_of', 'site_sizes', 'find_cells', 'as_cells']
 
 # %% ../nbs/15_cells.ipynb #c1a00a0f
-import json, re, time
+import os, re, time
 import numpy as np, pandas as pd
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +24,10 @@ from tifffile import TiffFile
 from .screen import open_screen, place_of_site
 
 # %% ../nbs/15_cells.ipynb #5c0e11a5
+def _one_value(m):
+    "Is there only one number besides 0?"
+    return m.max(initial=0)==m.min(where=m>0, initial=m.max(initial=0))
+
 def _binary_as_labels(m):
     "A number for each part of a mask that has one value where there are cells"
     from scipy.ndimage import label
@@ -38,11 +42,9 @@ def _labels(mask):
         raise ValueError(f'{m.dtype} of shape {m.shape} is no mask. Save the numbers of cells '
                          'as one plane of whole numbers, 0 where there is none.')
     m = m.astype(np.int64)
-    values = m[m>0]
-    few = len(values)==0 or values.min()==values.max()
-    if few and len(values)==m.size>0 or len(values)==m.size>0 and len(np.unique(values))==2:
+    if m.all() and len(np.unique(m))<3:
         raise ValueError('The mask has no background. Save it with 0 where there is no cell.')
-    return _binary_as_labels(m) if few else m
+    return _binary_as_labels(m) if _one_value(m) else m
 
 # %% ../nbs/15_cells.ipynb #5c0e11a6
 def centres_of(
@@ -152,8 +154,9 @@ def save(self:Cells,
 
 # %% ../nbs/15_cells.ipynb #5c0e11c1
 _position = re.compile(
-    r'(?:(?P<what>\w+?)_)?(?P<kind>location_|areashape_|)(?:cent(?:er|re|roid)|position)_(?P<a>[xy01])(?P<um>_um|)'
-    r'|(?P<b>[xy])(?:_(?:cent(?:er|re|roid)|px|pixels?))?(?P<um2>_um|)')
+    r'(?:(?P<what>\w+?)_)??(?P<kind>location_|areashape_|)(?:cent(?:er|re|roid)|position)_'
+    r'(?P<a>[xy01])(?:_px|(?P<um>_um))?'
+    r'|(?P<b>[xy])(?:_(?:cent(?:er|re|roid)|px|pixels?))?(?P<um2>_um)?')
 _rank = ['','nuclei','nucleus','cells','cell','cytoplasm']
 
 def _lower(c):
@@ -196,19 +199,24 @@ def _keys(df, names):
     keys = df[[*said]].rename(columns=said)
     return keys.loc[:,~keys.columns.duplicated()]
 
+def _images(screen):
+    "Each file of the screen, as the table has it, and its row"
+    for c in (c for c in screen.table if re.match('file(_|$)', str(c))):
+        for i,files in enumerate(screen.table[c]):
+            for f in files.split('|'): yield f,i
+
+def _last(f): return re.split(r'[\\/]', str(f))[-1]
+
 def _image_names(screen):
     "The row of the screen's table by the name of each image; -1 for a name of several sites"
     rows = {}
-    for c in (c for c in screen.table if re.match('file(_|$)', str(c))):
-        for i,f in enumerate(screen.table[c]):
-            for one in f.split('|'):
-                name = re.split(r'[\\/]', one)[-1]
-                if rows.setdefault(name, i)!=i: rows[name] = -1
+    for f,i in _images(screen):
+        if rows.setdefault(_last(f), i)!=i: rows[_last(f)] = -1
     return rows
 
 # %% ../nbs/15_cells.ipynb #5c0e11c7
-_no_site = ('Which site a cell is on is not said: the table has {}. Add a column `well` (and `site`, '
-            '`plate` where there are several)')
+_no_site = ('Which site a cell is on is not said: the table has {}. Add a column `well` (and '
+            '`site`, `plate` where there are several)')
 _by_number = ("; CellProfiler's `ImageNumber` means nothing without its table of images: "
               "`cells.merge(pd.read_csv('Image.csv'), on='ImageNumber')`")
 
@@ -220,7 +228,7 @@ def _rows(screen, df, names):
     if not files: raise ValueError(_no_site.format([*df][:12])+_by_number*('ImageNumber' in df)+'.')
     codes,found = pd.factorize(df[files[0]])
     by = _image_names(screen)
-    return np.array([by.get(re.split(r'[\\/]', str(f))[-1], -1) for f in found]+[-1])[codes]
+    return np.array([by.get(_last(f), -1) for f in found]+[-1])[codes]
 
 def _rows_by_keys(screen, keys):
     code = keys.groupby([*keys], sort=False, dropna=False, observed=True).ngroup().to_numpy()
@@ -272,13 +280,14 @@ def _read_centres(f, names):
     from pyarrow.parquet import read_schema
     return pd.read_parquet(f, columns=[c for c in read_schema(f).names if _wanted(c, names)])
 
-_locations = re.compile(r'(?:.*/)?(?P<plate>[^/]+)/(?P<well>[A-Za-z]{1,2}\d+)-(?P<site>[^/-]+)-\w+\.csv')
+_locations = re.compile(r'(?:.*/)?(?P<plate>[^/]+)/(?P<well>[A-Z]+\d+)-(?P<site>[^/-]+)-\w+\.csv')
 
 def _read_locations(folder):
     "All tables of DeepProfiler's folder as one"
     if (f := Path(folder)/'cells.parquet').exists(): return _read_centres(f, {})
-    there = Listing(folder)
-    met = {f: m for f in there.named('*.csv') if (m := _locations.fullmatch(f'{Path(folder).name}/{f}'))}
+    there,name = Listing(folder),Path(folder).name
+    met = {f: _locations.fullmatch(f'{name}/{f}') for f in there.named('*.csv')}
+    met = {f: m for f,m in met.items() if m}
     if not met: raise ValueError(f'{folder} has neither `cells.parquet` nor tables like '
                                  '`<plate>/<well>-<site>-Nuclei.csv`. Give the path of one table.')
     read = lambda f: pd.read_csv(there.path(f)).assign(**met[f].groupdict())
@@ -299,15 +308,15 @@ def _site_of(stem, images):
     parts = {stem[a:b] for a in starts for b in ends if a<b}
     return next((images[o] for o in sorted(parts, key=len, reverse=True) if o in images), -1)
 
-def _stem(f): return re.sub(r'(\.ome)?\.\w+$', '', re.split(r'[\\/]', str(f))[-1], flags=re.I)
+def _stem(f): return re.sub(r'(\.ome)?\.\w+$', '', _last(f), flags=re.I)
 
 def _by_image(screen, folder, like):
     "`{file: row}` of masks that are called as images are"
-    there,own = Listing(folder),_image_names(screen)
-    files = [f for f in there.images if fnmatch(f.lower(), like.lower() or '*')]
-    stems = {_stem(f): i for f,i in own.items()}
-    beside = Path(folder).resolve()==Path(screen.root).resolve()
-    found = {f: _site_of(_stem(f), stems) for f in files if not (beside and f.split('/')[-1] in own)}
+    there,stems = Listing(folder),{_stem(f): i for f,i in _image_names(screen).items()}
+    own = {os.path.abspath(Path(screen.root, f)) for f,_ in _images(screen)}
+    files = [f for f in there.images if fnmatch(f.lower(), like.lower() or '*')
+             and os.path.abspath(there.path(f)) not in own]
+    found = {f: _site_of(_stem(f), stems) for f in files}
     return {there.path(f): i for f,i in found.items() if i>=0},[f for f,i in found.items() if i<0]
 
 # %% ../nbs/15_cells.ipynb #5c0e11d4
@@ -333,13 +342,16 @@ def _mask_files(screen, masks):
 # %% ../nbs/15_cells.ipynb #5c0e11d6
 def _one_each(screen, found, left, masks):
     "Refuse no mask at all, and two for one site"
+    which = f'masks={str(masks)!r}'
+    if not found and not left: raise ValueError(f'{which}: no images there. Check the path.')
     if not found: raise ValueError(
-        f'masks={str(masks)!r}: {len(left)} masks, none named like an image ({left[:1]}, '
-        f'{[*_image_names(screen)][:1]}). Give a pattern: `masks="masks/{{well}}_{{site}}_*.tif"`.')
+        f'{which}: {len(left)} masks, none named like an image (the first is {left[0]}; the first '
+        f'image {next(_images(screen))[0]}). Give a pattern: `"masks/{{well}}_{{site}}.tif"`.')
     by = pd.Series(found).reset_index().set_axis(['file','row'], axis=1)
     two = by[by['row'].duplicated(keep=False)].sort_values('row')
-    if len(two): raise ValueError(f'masks={str(masks)!r}: two for {place_of_site(screen, two["row"].iloc[0])}, '
-        f'{" and ".join(Path(f).name for f in two["file"][:2])}. Choose: `masks="masks/*_nuclei.tif"`.')
+    if len(two): raise ValueError(
+        f'{which}: two for {place_of_site(screen, two["row"].iloc[0])}, '
+        f'{" and ".join(map(_last, two["file"][:2]))}. Choose: `masks="masks/*_nuclei.tif"`.')
     if left: print(f'{len(left)} masks are of no site of the screen, such as {left[0]}')
 
 def _of_mask(screen, i, f):
@@ -351,7 +363,7 @@ def _of_mask(screen, i, f):
         if m.shape!=size: raise ValueError(f'a mask of {m.shape} for an image of {size} '
             f'({place_of_site(screen, i)}). Save it at the scale of the image.')
         t = centres_of(m)
-        return t.assign(row=i, share=t['area']/m.size*(m[m>0].max(initial=0)==m[m>0].min(initial=m.max())))
+        return t.assign(row=i, share=t['area']/m.size if _one_value(m) else 0.)
 
 # %% ../nbs/15_cells.ipynb #5c0e11d7
 def _from_masks(screen, masks):
@@ -362,8 +374,8 @@ def _from_masks(screen, masks):
         parts = pool.map(partial(_of_mask, screen), found.values(), found)
         t = pd.concat(progress(parts, total=len(found), what='masks'), ignore_index=True)
     if len(t) and t['share'].max()>.05:
-        print(f'One cell covers {t["share"].max():.0%} of its image: where cells touch, a mask without '
-              'numbers takes them for one. Better are masks of nuclei, or with a number per cell.')
+        print(f'One cell covers {t["share"].max():.0%} of its image: where cells touch, a mask '
+              'without numbers takes them for one. Take nuclei, or a number per cell.')
     return t
 
 # %% ../nbs/15_cells.ipynb #5c0e11e1
@@ -380,7 +392,8 @@ def site_sizes(
     workers:int=16, # Threads
 )->np.ndarray: # `(n,2)` height and width in pixels, NaN where it was not seen or cannot be said
     "The sizes of sites from the headers of their files, of as many as there is time for"
-    sizes,todo,end = np.full((len(screen),2), np.nan),iter(_in_turn(screen)),time.monotonic()+seconds
+    sizes,todo = np.full((len(screen),2), np.nan),iter(_in_turn(screen))
+    end = time.monotonic()+seconds
     def look():
         for i in todo:
             if time.monotonic()>end: return
@@ -425,7 +438,8 @@ def _tell(cells, screen):
     "Say how many there are"
     n = cells.counts
     some = n[n>0]
-    print(f'{len(cells):,} cells on {len(some):,} of {len(n):,} sites, {some.min()} to {some.max()} each')
+    print(f'{len(cells):,} cells on {len(some):,} of {len(n):,} sites, '
+          f'{some.min()} to {some.max()} each')
     if len(some)<len(n): print(f'{len(n)-len(some):,} sites have none, such as '
                                f'{place_of_site(screen, int(np.argmin(n)))}')
     return cells
@@ -433,7 +447,7 @@ def _tell(cells, screen):
 # %% ../nbs/15_cells.ipynb #5c0e11e5
 def find_cells(
     screen, # `Screen`, or what `open_screen` takes
-    masks=None, # Label images: a folder, `'masks/*_nuclei.tif'`, a pattern, or a column of the table
+    masks=None, # Label images: folder, `'masks/*_nuclei.tif'`, pattern, or column of the table
     table=None, # Or centres: a table or its path, or a folder with one for each site
     pixel_size:float=None, # um, for a table in um; default: the screen's, if it knows it
     **names, # Columns of `table` that are to be used: `x='Cells_AreaShape_Center_X'`
