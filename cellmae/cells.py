@@ -17,11 +17,9 @@ from pathlib import Path
 from .files import progress, read_table, write_whole
 from .labels import clean, well_name
 from .patterns import Listing, sites_by_names
-from .planes import read_image
+from .planes import read_plane, size_of
 from .sites import SITE, WELL, about, in_words, tidy
-from PIL import Image
-from tifffile import TiffFile
-from .screen import open_screen, place_of_site
+from .screen import open_screen
 
 # %% ../nbs/15_cells.ipynb #5c0e11a5
 def _one_value(m):
@@ -73,11 +71,6 @@ def cell_crop(
 # %% ../nbs/15_cells.ipynb #5c0e11t0
 def site_key(table): return SITE+['t']*('t' in table)
 
-def size_of(f):
-    if str(f).lower().endswith(('.tif','.tiff')):
-        with TiffFile(f) as t: return t.pages[0].imagelength, t.pages[0].imagewidth
-    with Image.open(f) as im: return im.size[::-1]
-
 # %% ../nbs/15_cells.ipynb #5c0e11b6
 class Cells:
     "Where the cells of a screen are; see `find_cells`"
@@ -116,6 +109,8 @@ def _spelt(keys, on):
     "Keys in one spelling"
     return pd.DataFrame({k: keys[k].astype(str).map({s: _number(s) if k in ('site','t') else s
                          for s in keys[k].astype(str).unique()}).to_numpy() for k in on})
+
+def _place(screen, i): return in_words(screen.table.iloc[int(i)])
 
 def rows_of(
     screen, # `Screen`
@@ -350,7 +345,7 @@ def _one_each(screen, found, left, masks):
     by = pd.Series(found).reset_index().set_axis(['file','row'], axis=1)
     two = by[by['row'].duplicated(keep=False)].sort_values('row')
     if len(two): raise ValueError(
-        f'{which}: two for {place_of_site(screen, two["row"].iloc[0])}, '
+        f'{which}: two for {_place(screen, two["row"].iloc[0])}, '
         f'{" and ".join(map(_last, two["file"][:2]))}. Choose: `masks="masks/*_nuclei.tif"`.')
     if left: print(f'{len(left)} masks are of no site of the screen, such as {left[0]}')
 
@@ -359,9 +354,9 @@ def _of_mask(screen, i, f):
     with about(f):
         if str(f).lower().endswith(('.jpg','.jpeg')): raise ValueError(
             'JPEG changes the numbers of cells. Save masks as PNG or TIFF.')
-        m,size = read_image([f])[0],tuple(size_of(listify(screen.files(i))[0]))
+        m,size = read_plane(str(f)),size_of(listify(screen.files(i))[0])
         if m.shape!=size: raise ValueError(f'a mask of {m.shape} for an image of {size} '
-            f'({place_of_site(screen, i)}). Save it at the scale of the image.')
+            f'({_place(screen, i)}). Save it at the scale of the image.')
         t = centres_of(m)
         return t.assign(row=i, share=t['area']/m.size if _one_value(m) else 0.)
 
@@ -417,7 +412,7 @@ def _inside(screen, t):
     if not out.any(): return t
     one = t[out].iloc[0]
     where = (f'{out.sum()} of {len(t)} cells lie outside of their images, such as y={one.y:.0f}, '
-             f'x={one.x:.0f} on {place_of_site(screen, int(one.row))} '
+             f'x={one.x:.0f} on {_place(screen, one.row)} '
              f'({"x".join(f"{o:.0f}" for o in sizes[int(one.row)])})')
     if out.mean()<.5: print(f'{where}; they are left out'); return t[~out]
     turned = _beyond(t.rename(columns=dict(x='y', y='x')), sizes).mean()<.1
@@ -441,7 +436,7 @@ def _tell(cells, screen):
     print(f'{len(cells):,} cells on {len(some):,} of {len(n):,} sites, '
           f'{some.min()} to {some.max()} each')
     if len(some)<len(n): print(f'{len(n)-len(some):,} sites have none, such as '
-                               f'{place_of_site(screen, int(np.argmin(n)))}')
+                               f'{_place(screen, np.argmin(n))}')
     return cells
 
 # %% ../nbs/15_cells.ipynb #5c0e11e5

@@ -18,8 +18,8 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.basics import listify, patch, store_attr
 from .cells import as_cells, cell_crop, site_sizes
-from .screen import open_screen, place_of_site, split
-from .sites import WELL
+from .screen import open_screen, split
+from .sites import WELL, in_words
 
 # %% ../nbs/18_data.ipynb #0ff712ef
 def flipped(
@@ -77,7 +77,8 @@ class Sites:
         return x
     def name(self, i):
         "Where site number `i` is, for messages"
-        return place_of_site(*self.where(i))
+        screen,j = self.where(i)
+        return in_words(screen.table.iloc[j])
 
 def _cells_of(screens, cells):
     "The cells of each screen"
@@ -160,7 +161,7 @@ def cut(self:CropLoader, i, rng=None):
     one = centre_crop if rng is None else partial(random_crop, rng=rng)
     return [one(x, self.size) for _ in range(self.crops)]
 
-# %% ../nbs/18_data.ipynb #0e34a482
+# %% ../nbs/18_data.ipynb #c98b8b73
 def _at_cells(x, centres, size, n, rng):
     "`n` windows at cells: drawn, moved a little and mirrored by `rng`, or those in the middle"
     if rng is None:
@@ -277,7 +278,7 @@ def split_panels(
                       'All sites are trained on; add wells, or split by something smaller.')
     return out
 
-# %% ../nbs/18_data.ipynb #eec0d959
+# %% ../nbs/18_data.ipynb #116f22ac
 def _peopled(sites, parts):
     "Of each part the sites that have cells"
     if not sites.cells: return parts
