@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPENERS', 'Stored', 'opener', 'opener_of', 'is_remote', 'cache_folder', 'local', 'below', 'held', 'open_npy',
-           'open_npz', 'open_h5', 'open_zarr']
+           'open_npz', 'open_h5', 'open_zarr', 'open_zip', 'open_parquet', 'open_nd2', 'open_lif', 'open_czi']
 
 # %% ../nbs/03_containers.ipynb #3e107185
 import json, os, re, shutil
 import numpy as np
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from hashlib import sha256
 from importlib import import_module
@@ -34,11 +34,11 @@ class Stored(NamedTuple):
     read:Callable # `read(z=3, c=0)`: the array without the axes that were chosen
 
 # %% ../nbs/03_containers.ipynb #4a4af01f
-OPENERS = {} # Suffix -> function `(path,inner,at)` that gives `Stored`; `'picture'`: of bytes
+OPENERS = {} # Suffix -> function `(path,inner,at)`
 
 def opener(
     *suffixes, # In lower case, with the dot: `'.h5'`
-): # Of a function `(path,inner,at)->Stored`; `at`: numbers behind the `#`, which it may use up
+): # Of `(path,inner,at)->Stored`, or the bytes of a picture; it takes from `at` what it uses
     "Register what opens files with these suffixes"
     def register(f): OPENERS.update(dict.fromkeys(suffixes, f)); return f
     return register
@@ -164,7 +164,8 @@ class _Shelf:
 
     def drop(self, o):
         o.kept = False
-        if not o.users and hasattr(o.it, 'close'): o.it.close()
+        if o.users or not hasattr(o.it, 'close'): return
+        with suppress(Exception): o.it.close() # its end is no trouble of who reads another
 
 # %% ../nbs/03_containers.ipynb #c0a10014
 _shelves = {} # (process, most) -> shelf
@@ -237,7 +238,7 @@ def _array(get, x, at, where, axes=None, names=None):
     "An array as `Stored`, of which `get` reads an index"
     shape,axes,first = tuple(x.shape),at.pop('axes', axes),()
     if 'i' in at:
-        first = _chosen(at, 'i', len(x), where, 'images'),
+        first = _chosen(at, 'i', shape[0], where, 'images'),
         axes = axes[1:] if axes and len(axes)==len(shape) else axes
         shape = shape[1:]
     axes = _axes(axes, shape, where)
@@ -256,11 +257,12 @@ def _read_npz(path, key, index):
     with held(path, _member, key, most=4) as x: return np.array(x[index])
 
 def _one_of(held, key, where):
-    "The name of an array, which may be left out where there is only one"
+    "The name of what is inside, which may be left out where there is only one"
     if key in held or not key and len(held)==1: return key or next(iter(held))
     some = ', '.join(f'`#{k}`' for k in [*held][:6])+', ...'*(len(held)>6)
-    why = f'There is no {key}.' if key else f'{len(held)} arrays.'
-    raise ImageError('missing' if key else 'several series', where, f'{why} It holds {some}.')
+    if not held: raise ImageError('no image', where, 'It holds nothing that could be one.')
+    why = f'There is no {key}. It holds' if key else 'Choose one of'
+    raise ImageError('missing' if key else 'several series', where, f'{why} {some}.')
 
 # %% ../nbs/03_containers.ipynb #c0a1001e
 @opener('.npy')
@@ -324,8 +326,9 @@ def open_h5(
 
 # %% ../nbs/03_containers.ipynb #c0a10029
 def _packed_store(path):
+    from zarr.core.sync import sync
     from zarr.storage import FsspecStore, ZipStore
-    if not is_remote(path): return ZipStore(path, read_only=True)
+    if not is_remote(path): return sync(ZipStore.open(path, mode='r'))
     options = _file_system(path)[0].storage_options
     return FsspecStore.from_url(path, read_only=True, storage_options=options)
 
@@ -379,19 +382,28 @@ def _new_group(path, node):
     return import_module('zarr').open_group(_store(path), path=node, mode='r')
 
 # %% ../nbs/03_containers.ipynb #c0a1002c
-def _absent(a, index, x):
-    "Chunks of an array that were read as its fill value since they do not exist"
+def _lost(a, index, x, blank):
+    "Chunks of an array that do not exist, or are shorter than they say"
     from zarr.core.sync import sync
     size,kept = a.shards or a.chunks,[isinstance(i, slice) for i in index]
     cells = [range(-(-n//s)) if k else [i//s] for i,n,s,k in zip(index, a.shape, size, kept)]
     for cell in product(*cells):
         part = x[tuple(slice(j*s, j*s+s) for j,s,k in zip(cell, size, kept) if k)]
-        if not _filled(part, a.fill_value or 0): continue
-        if not sync((a.store_path/a.metadata.encode_chunk_key(cell)).exists()): yield cell
+        key = a.store_path/a.metadata.encode_chunk_key(cell)
+        if not _filled(part, a.fill_value or 0) or sync(key.exists()): lost = _cut(a, key)
+        else: lost = not blank
+        if lost: yield cell
 
 def _filled(x, value):
     same = lambda x: x==value if value==value else x!=x
     return bool(same(x.flat[0]) and same(x).all())
+
+def _cut(a, key):
+    "Is a file shorter than Blosc says in its head? The decoder would go on in other memory"
+    if 'blosc' not in str(a.compressors).lower() or not hasattr(key.store, 'root'): return False
+    f = key.store.root/key.path
+    with open(f, 'rb') as o: head = o.read(16)
+    return int.from_bytes(head[12:], 'little')>f.stat().st_size or len(head)<16
 
 def _open_array(path, node):
     return import_module('zarr').open_array(_store(path), path=node, mode='r')
@@ -404,15 +416,19 @@ def _held_array(path, node):
 def _read_zarr(path, node, blank, index):
     with _held_array(path, node) as a:
         x = np.asarray(a[index])
-        if blank or not (lost := [*_absent(a, index, x)]): return x
-        cure = (f'{len(lost)} chunks do not exist, such as {lost[0]}. Copy the store again; if its '
-                'writer left out what is blank, write `#blank=1` behind the address.')
+        lost = [*_lost(a, index, x, blank)]
+        if not lost: return x
+        cure = (f'{len(lost)} chunks do not exist or are cut short, such as {lost[0]}. Copy the '
+                'store again; if its writer left out what is blank, add `#blank=1` to the address.')
         raise ImageError('missing', f'{path}/{node}', cure)
 
 # %% ../nbs/03_containers.ipynb #c0a1002d
 def _zarr_array(path, node, attrs, at, axes=None, names=None):
     "An array of a store, as `Stored`"
     blank = at.pop('blank', 0) or 'image-label' in attrs
+    if not _node(path, node)[1]:
+        cure = 'Its .zarray or zarr.json is not there: half-copied. Copy it again, or leave it out.'
+        raise ImageError('missing', f'{path}/{node}', cure)
     with _held_array(path, node) as a:
         dims = getattr(a.metadata, 'dimension_names', None) or a.attrs.get('_ARRAY_DIMENSIONS')
         axes = axes or (dims if dims and all(dims) else None)
@@ -444,8 +460,202 @@ def open_zarr(
     if is_array: return _zarr_array(path, node, image, at)
     if 'multiscales' in image:
         level,axes,names = _described(image, f'{path}/{node}')
-        level = f'{node}/{level}'.strip('/')
-        _node(path, level) # is it there?
-        return _zarr_array(path, level, image, at, axes, names)
+        return _zarr_array(path, f'{node}/{level}'.strip('/'), image, at, axes, names)
     if 'series' not in at: _refuse_group(path, node, image)
     return open_zarr(path, f'{node}/{at.pop("series")}', at)
+
+# %% ../nbs/03_containers.ipynb #c0a10034
+@opener('.zip')
+def open_zip(
+    path, # Or a URL
+    inner, # Name of a picture in it; not needed if there is one
+    at:dict, # Nothing
+)->bytes: # Of the picture
+    "A picture in a zip file"
+    path = local(path)
+    with held(path, ZipFile) as z:
+        if inner not in z.NameToInfo:
+            inside = [o for o in z.namelist() if o[-1]!='/' and '__MACOSX' not in o]
+            inner = _one_of(inside, inner, path)
+        return z.read(inner)
+
+# %% ../nbs/03_containers.ipynb #c0a10037
+def _parquet(path): return import_module('pyarrow.parquet').ParquetFile(path)
+
+def _rows(path, column, group):
+    with held(path, _parquet) as f:
+        return f.read_row_group(group, columns=[column], use_threads=False).column(0)
+
+def _group_of(about, row):
+    "Number of the row group that a row is in, and its place there"
+    for g in range(about.num_row_groups):
+        if row<(n := about.row_group(g).num_rows): return g,row
+        row -= n
+
+def _of_pictures(field):
+    "Does a column hold pictures: bytes, or bytes with a path?"
+    if hasattr(field.type, 'fields'): return any(o.name=='bytes' for o in field.type.fields)
+    return 'binary' in str(field.type)
+
+# %% ../nbs/03_containers.ipynb #c0a10038
+@opener('.parquet')
+def open_parquet(
+    path, # Or a URL
+    inner, # Column; not needed if only one holds pictures
+    at:dict, # `row`
+)->bytes: # Of the picture
+    "A picture in a row of a table"
+    path = local(path)
+    with held(path, _parquet) as f:
+        column = _one_of([o.name for o in f.schema_arrow if _of_pictures(o)], inner, path)
+        row = _chosen(at, 'row', f.metadata.num_rows, path, 'rows')
+        group,place = _group_of(f.metadata, row)
+    with held(path, _rows, column, group, most=4) as rows: cell = rows[place].as_py()
+    raw = cell.get('bytes') if isinstance(cell, dict) else cell
+    if raw: return raw
+    cure = f'No picture in this row, only {cell}. Leave the site out, or read the file it names.'
+    raise ImageError('missing', f'{path}#{column},row={row}', cure)
+
+# %% ../nbs/03_containers.ipynb #c0a1003c
+def _vendor(name, path):
+    "A library of the extra `vendor`"
+    try: return import_module(name)
+    except ImportError as e:
+        cure = f'{Path(path).suffix.lower()[1:]} files: `pip install cellmae[vendor]`.'
+        raise ImageError('not read', path, cure) from e
+
+def _stacked(plane, axes, shape, /, **at):
+    "Planes, read one by one along the axes that nobody chose"
+    for k,n in zip(axes.lower(), shape):
+        if k in 'yxs' or k in at: continue
+        return np.stack([_stacked(plane, axes, shape, **at, **{k:i}) for i in range(n)])
+    return plane(**at)
+
+def _planewise(plane, sizes, dtype, names, where):
+    "What is read plane by plane, as `Stored`; axes of other names than ours are unknown"
+    axes = ''.join(k if k in 'TZCYXS' else 'I' for k in sizes)
+    if axes.count('I')>1 or not {*'YX'}<={*axes}:
+        raise ImageError('not read', where, f'Axes {", ".join(sizes)}: no image. Export as TIFF.')
+    shape,n = tuple(sizes.values()),sizes.get('C', 1)
+    names = names if names and len(names)==n and all(names) else None
+    return Stored(axes, shape, np.dtype(dtype), names, partial(_stacked, plane, axes, shape))
+
+def _blank(where, what):
+    return ImageError('missing', where, f'{what} holds nothing: the microscope was stopped, or the '
+                      'copy is cut short. Leave the site out, or copy it again.')
+
+# %% ../nbs/03_containers.ipynb #c0a1003d
+def _nd2(path): return _vendor('nd2', path).ND2File(path)
+
+def _nd2_plane(path, series, **at):
+    "A plane of Nikon's file, whose frames hold all channels"
+    with held(path, _nd2) as f:
+        want = dict({k.upper():i for k,i in at.items()}, P=series)
+        loops = {k:n for k,n in f.sizes.items() if k not in 'CYXS'}
+        frame = 0
+        for k,n in loops.items(): frame = frame*n+want.get(k, want.get('I', 0))
+        x = f.read_frame(frame)
+        if x.shape!=tuple(n for k,n in f.sizes.items() if k in 'CYXS'): raise ValueError(x.shape)
+        if not x.any(): raise _blank(f'{path}#series={series}', f'Frame {frame}')
+        return np.array(x[at['c']] if 'c' in at else x)
+
+# %% ../nbs/03_containers.ipynb #c0a1003e
+@opener('.nd2')
+def open_nd2(
+    path, # Or a URL
+    inner, # Nothing
+    at:dict, # `series`: number of the position
+)->Stored:
+    "A position in a file of Nikon"
+    path = local(path)
+    with held(path, _nd2) as f:
+        sizes = dict(f.sizes)
+        series = _chosen(at, 'series', sizes.pop('P', 1), path, 'positions')
+        names = [o.channel.name for o in getattr(f.metadata, 'channels', None) or []]
+        return _planewise(partial(_nd2_plane, path, series), sizes, f.dtype, names, path)
+
+# %% ../nbs/03_containers.ipynb #c0a1003f
+def _lif(path): return _vendor('liffile', path).LifFile(path)
+
+def _lif_plane(path, series, **at):
+    "A plane of Leica's file"
+    with held(path, _lif) as f:
+        image = f.images[series]
+        names = {('i' if k not in 'TZCYXS' else k.lower()):k for k in image.sizes}
+        where = {names[k]:i for k,i in at.items()}
+        if image.frames.frame_dims[:2]==('Y','X'): return image.frame(**where)
+        return image.asarray()[tuple(where.get(k, slice(None)) for k in image.dims)]
+
+def _lif_names(image):
+    "Dyes of the channels, or the colours they were shown in if these differ"
+    found = []
+    for o in image.xml_element.iter('ChannelDescription'):
+        said = {p.findtext('Key'):p.findtext('Value') for p in o.iter('ChannelProperty')}
+        found.append((said.get('DyeName'), o.get('LUTName')))
+    dyes,colours = zip(*found) if found else ((),())
+    return [*dyes] if all(dyes) else [*colours] if len({*colours})==len(colours) else None
+
+# %% ../nbs/03_containers.ipynb #c0a10040
+@opener('.lif')
+def open_lif(
+    path, # Or a URL
+    inner, # Nothing
+    at:dict, # `series`: number of the image; `i`: of the tile, if it has some
+)->Stored:
+    "An image in a file of Leica"
+    path = local(path)
+    with held(path, _lif) as f:
+        series = _chosen(at, 'series', len(f.images), path, 'images')
+        image = f.images[series]
+        names = _lif_names(image)
+        return _planewise(partial(_lif_plane, path, series), image.sizes, image.dtype, names, path)
+
+# %% ../nbs/03_containers.ipynb #c0a10041
+_zeiss = dict(Gray8='u1', Gray16='u2', Gray32Float='f4', Bgr24='u1', Bgr48='u2', Bgr96Float='f4')
+
+def _czi(path): return _vendor('pylibCZIrw.czi', path).CziReader(str(path))
+
+def _scenes(f):
+    "Number and place of each scene; a file of one image may have none"
+    scenes = sorted(f.scenes_bounding_rectangle_no_pyramid.items())
+    return scenes or [(None,f.total_bounding_rectangle_no_pyramid)]
+
+def _czi_plane(path, series, **at):
+    "A plane of Zeiss's file"
+    with held(path, _czi) as f:
+        scene,place = _scenes(f)[series]
+        plane,there = {k.upper():i for k,i in at.items()},[]
+        x = f.read(roi=place, plane=plane, scene=scene)
+        if not x.any():
+            f.enumerate_subblocks_subset(lambda i,_: there.append(i), plane or None, place, True)
+        if not x.any() and not there: raise _blank(f'{path}#series={series}', f'Plane {plane}')
+        return x[...,0] if x.shape[-1]==1 else x[...,::-1] # blue comes first
+
+# %% ../nbs/03_containers.ipynb #c0a10042
+def _czi_about(f):
+    "Sizes along the axes of a file of Zeiss, its types of pixels, and names of channels"
+    from xml.etree import ElementTree
+    sizes = {k:b-a for k,(a,b) in f.total_bounding_box.items() if b-a>1 and k not in 'XY'}
+    root = ElementTree.fromstring(f.raw_metadata)
+    names = [o.get('Name') for o in root.findall('.//Image/Dimensions/Channels/Channel')]
+    return sizes,sorted(set(f.pixel_types.values())),names
+
+# %% ../nbs/03_containers.ipynb #c0a10043
+@opener('.czi')
+def open_czi(
+    path, # Or a URL
+    inner, # Nothing
+    at:dict, # `series`: number of the scene
+)->Stored:
+    "A scene in a file of Zeiss"
+    path = local(path)
+    with held(path, _czi) as f:
+        sizes,types,names = _czi_about(f)
+        scenes = _scenes(f)
+        series = _chosen(at, 'series', len(scenes), path, 'scenes')
+        if len(types)>1 or types[0] not in _zeiss:
+            raise ImageError('not read', path, f'Pixels of {", ".join(types)}. Export as TIFF.')
+        sizes.update(Y=scenes[series][1].h, X=scenes[series][1].w)
+        if 'Bgr' in types[0]: sizes['S'] = 3
+        plane = partial(_czi_plane, path, series)
+        return _planewise(plane, sizes, _zeiss[types[0]], names, path)
