@@ -34,11 +34,11 @@ class Stored(NamedTuple):
     read:Callable # `read(z=3, c=0)`: the array without the axes that were chosen
 
 # %% ../nbs/03_containers.ipynb #4a4af01f
-OPENERS = {} # Suffix -> function `(path,inner,at)`
+OPENERS = {} # Suffix -> function `(path,inner,at)`; `'picture'`: function `(bytes,None,at)`
 
 def opener(
     *suffixes, # In lower case, with the dot: `'.h5'`
-): # Of `(path,inner,at)->Stored`, or the bytes of a picture; it takes from `at` what it uses
+): # Of `(path,inner,at)->Stored`; from `at`, the numbers behind the `#`, it takes what it uses
     "Register what opens files with these suffixes"
     def register(f): OPENERS.update(dict.fromkeys(suffixes, f)); return f
     return register
@@ -225,7 +225,8 @@ def _axes(told, shape, where):
     axes = _letters(told) if told else {2:'YX', 3:'IYX'}.get(len(shape))
     if axes and len(axes)==len(shape) and 'YX'==re.sub('[^YX]', '', axes): return axes
     doubt = f'`{told}`' if told else 'unknown'
-    cure = f'{len(shape)} axes, {_size(shape)}, {doubt}. Name them: `#axes=ZCYX`, `I`: unknown.'
+    cure = (f'{len(shape)} axes, {_size(shape)}, {doubt}. Name them, Y before X, as in '
+            '`#axes=ZCYX`; `I` is one you do not know.')
     raise ImageError('unknown axes', where, cure)
 
 # %% ../nbs/03_containers.ipynb #c0a1001b
@@ -406,7 +407,10 @@ def _cut(a, key):
     return int.from_bytes(head[12:], 'little')>f.stat().st_size or len(head)<16
 
 def _open_array(path, node):
-    return import_module('zarr').open_array(_store(path), path=node, mode='r')
+    try: return import_module('zarr').open_array(_store(path), path=node, mode='r')
+    except FileNotFoundError as e:
+        cure = 'Its .zarray or zarr.json is not there: half-copied. Copy it again, or leave it out.'
+        raise ImageError('missing', '/'.join(filter(None, [path, node])), cure) from e
 
 def _held_array(path, node):
     "An array of a folder is a store of its own, which tells when it was written anew"
@@ -426,9 +430,6 @@ def _read_zarr(path, node, blank, index):
 def _zarr_array(path, node, attrs, at, axes=None, names=None):
     "An array of a store, as `Stored`"
     blank = at.pop('blank', 0) or 'image-label' in attrs
-    if not _node(path, node)[1]:
-        cure = 'Its .zarray or zarr.json is not there: half-copied. Copy it again, or leave it out.'
-        raise ImageError('missing', f'{path}/{node}', cure)
     with _held_array(path, node) as a:
         dims = getattr(a.metadata, 'dimension_names', None) or a.attrs.get('_ARRAY_DIMENSIONS')
         axes = axes or (dims if dims and all(dims) else None)
@@ -469,15 +470,16 @@ def open_zarr(
 def open_zip(
     path, # Or a URL
     inner, # Name of a picture in it; not needed if there is one
-    at:dict, # Nothing
-)->bytes: # Of the picture
+    at:dict, # What is for pictures
+)->Stored:
     "A picture in a zip file"
     path = local(path)
     with held(path, ZipFile) as z:
         if inner not in z.NameToInfo:
             inside = [o for o in z.namelist() if o[-1]!='/' and '__MACOSX' not in o]
             inner = _one_of(inside, inner, path)
-        return z.read(inner)
+        raw = z.read(inner)
+    return OPENERS['picture'](raw, None, at)
 
 # %% ../nbs/03_containers.ipynb #c0a10037
 def _parquet(path): return import_module('pyarrow.parquet').ParquetFile(path)
@@ -502,8 +504,8 @@ def _of_pictures(field):
 def open_parquet(
     path, # Or a URL
     inner, # Column; not needed if only one holds pictures
-    at:dict, # `row`
-)->bytes: # Of the picture
+    at:dict, # `row`, and what is for pictures
+)->Stored:
     "A picture in a row of a table"
     path = local(path)
     with held(path, _parquet) as f:
@@ -512,7 +514,7 @@ def open_parquet(
         group,place = _group_of(f.metadata, row)
     with held(path, _rows, column, group, most=4) as rows: cell = rows[place].as_py()
     raw = cell.get('bytes') if isinstance(cell, dict) else cell
-    if raw: return raw
+    if raw: return OPENERS['picture'](raw, None, at)
     cure = f'No picture in this row, only {cell}. Leave the site out, or read the file it names.'
     raise ImageError('missing', f'{path}#{column},row={row}', cure)
 

@@ -19,9 +19,12 @@ def refuses(words, f, *args, **kw):
     with pytest.raises(ImageError) as e: f(*args, **kw)
     assert words in str(e.value), str(e.value)
 
+def plain(raw, inner, at): return raw
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('CELLMAE_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setitem(OPENERS, 'picture', plain) # planes decode it
     below.cache_clear()
 
 # Zarr
@@ -151,7 +154,7 @@ def test_zarr_plain_arrays(tmp_path, version):
     g = zarr.open_group(p, mode='w', zarr_format=version)
     for k,x in dict(two=X[0,0,0], three=X[0,0], five=X).items(): g.create_array(k, data=x)
     assert open_zarr(p, 'two', {}).axes=='YX' and open_zarr(p, 'three', {}).axes=='IYX'
-    refuses('5 axes, 2x3x4x32x24, unknown. Name them: `#axes=', open_zarr, p, 'five', {})
+    refuses('5 axes, 2x3x4x32x24, unknown. Name them, Y before X, as in `#axes=', open_zarr, p, 'five', {})
     o = open_zarr(p, 'five', dict(axes='TCZYX'))
     assert (o.read(t=1, c=2, z=3)==X[1,2,3]).all()
     o = open_zarr(p, 'five', dict(i=1, axes='czyx'))
@@ -385,7 +388,7 @@ def test_vendor_is_an_extra(tmp_path, monkeypatch, end, module):
     (tmp_path/f'x{end}').write_bytes(b'1')
     refuses(f'{end[1:]} files: `pip install cellmae[vendor]`', OPENERS[end], tmp_path/f'x{end}', None, {})
 
-@pytest.mark.parametrize('end', sorted(OPENERS))
+@pytest.mark.parametrize('end', sorted(o for o in OPENERS if o[0]=='.'))
 def test_damage_is_told_with_the_file(tmp_path, end):
     f = tmp_path/f'x{end}'
     refuses('missing. No such file', OPENERS[end], f, 'a', dict(row=0, series=0))
@@ -434,6 +437,7 @@ def test_threads(tmp_path):
     assert fds(tmp_path)<=64
 
 def hammer(fs, seed, said):
+    OPENERS['picture'] = plain # in a process of its own
     order = np.random.default_rng(seed).integers(0, len(fs), 500)
     said.put([number(fs[i]) for i in order]==order.tolist())
 
