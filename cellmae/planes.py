@@ -7,10 +7,10 @@ __all__ = ['SUFFIXES', 'NOT_READ', 'Address', 'address', 'box_in', 'parse_addres
            'read_site', 'read_image', 'read_plane', 'size_of', 'names_of', 'paths_of']
 
 # %% ../nbs/04_planes.ipynb #6d9a4058
-import re
+import os, re
 import imagecodecs, numpy as np
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from io import BytesIO
 from math import prod
 from operator import index
@@ -19,7 +19,7 @@ from PIL import Image
 from tifffile import TiffFile
 from typing import NamedTuple
 from xml.etree import ElementTree
-from .containers import OPENERS, Stored
+from .containers import OPENERS, Stored, held, local
 from .images import ImageError
 
 # %% ../nbs/04_planes.ipynb #30a47bb7
@@ -39,14 +39,21 @@ def address(
     return f'{path}#{tail}' if tail else str(path)
 
 # %% ../nbs/04_planes.ipynb #4c53ab09
-def box_in(path):
-    "Suffix of the first container in a path or an address, and where it ends; `(None,0)`: none"
-    kinds = '|'.join(map(re.escape, OPENERS))
-    m = re.search(rf'\.zarr(?=[/\\])|({kinds})(?=$|[#?])', str(path), re.I) if kinds else None
+@lru_cache
+def _boxes(suffixes):
+    kinds = '|'.join(re.escape(o) for o in suffixes if o[0]=='.')
+    return re.compile(rf'\.zarr(?=[/\\])|({kinds or "$^"})(?=$|[#?])', re.I)
+
+def box_in(
+    path, # Or a URL, or an address
+)->tuple: # `(None,0)` where there is none
+    "Suffix of the first container in a path, and where it ends"
+    m = _boxes(tuple(OPENERS)).search(path)
     return (m[0].lower(),m.end()) if m else (None,0)
 
 # %% ../nbs/04_planes.ipynb #a9ef02cb
 _choice = r'[A-Za-z]\w*=-?(?:\d[\d.]*|\w*)'
+_tail = re.compile(rf'(.*?)((?:(?:^|[,#]){_choice})*)', re.S)
 
 def _numbers(choices, s):
     "`c=1,z=2` as a dictionary"
@@ -57,14 +64,18 @@ def _numbers(choices, s):
                      '`page` or `row` once, as a number from 0, such as `#c=1,z=2`.')
 
 def parse_address(
-    s, # `path`, `path#c=1,z=2`, `box.h5#/inner/path`, `box.npz#key,i=3`, with numbers from 0
+    s, # `path`, `path#c=1,z=2`, `box.h5#/inner/path`, `box.npz#key,i=3`, `box.zarr/inner/path#c=0`
 )->Address:
     "Take an address apart; a `#` that is part of a file's name stays there"
-    s,(box,end) = str(s),box_in(s)
+    s = str(s)
+    box,end = box_in(s)
+    if not box and '#' not in s: return Address(s)
     path,_,tail = s[end:].partition('#') if box else s.rpartition('#')
-    inner,choices = re.fullmatch(rf'(.*?)((?:(?:^|[,#]){_choice})*)', tail, re.S).groups()
-    if not box and (inner or not choices): return Address(s, None, {})
-    return Address(s[:end]+path, inner or None, _numbers(choices, s))
+    inner,choices = _tail.fullmatch(tail).groups()
+    if not box and (inner or not choices): return Address(s)
+    below,_,query = path.partition('?') if box else ('','','')
+    inner = '/'.join(filter(None, [below.strip('/\\'), inner]))
+    return Address(s[:end]+path[len(below):], inner or None, _numbers(choices, s))
 
 # %% ../nbs/04_planes.ipynb #2a134d9d
 def _size(shape): return 'x'.join(map(str, shape))
@@ -73,6 +84,7 @@ def _planewise(axes, shape, dtype, plane, lead, names=None):
     "What `plane(i)` reads one by one, numbered along the first `lead` axes"
     def read(**at):
         want = tuple(at.get(k, slice(None)) for k in axes.lower())
+        if not lead: return plane(0)[want]
         ids = np.arange(prod(shape[:lead])).reshape(shape[:lead])[want[:lead]]
         xs = [plane(i)[want[lead:]] for i in ids.flat]
         return np.stack(xs).reshape(ids.shape+xs[0].shape) if ids.ndim else xs[0]
@@ -84,74 +96,78 @@ def _without(s, k, read):
     return s._replace(axes=s.axes.replace(k, ''), shape=s.shape[:i]+s.shape[i+1:], read=read)
 
 # %% ../nbs/04_planes.ipynb #7c2295d4
-def _page_axes(p):
-    "Axes of a page of a TIFF: samples are colours if they say so, else channels"
+def _own_axes(p, axes):
+    "Axes of a page of a TIFF: its samples are colours if they say so, else channels"
     n,alpha = p.samplesperpixel,{1,2} & set(p.extrasamples)
     colours = p.photometric in (2,6) and (n<4 or alpha) or n==2 and alpha
-    return p.axes if colours else p.axes.replace('S', 'C')
+    return axes if colours else axes.replace('S', 'C')
 
-def _paged(lead, sizes, page, p, names=None):
+def _paged(lead, sizes, page, p, own=None, names=None):
     "Pages like `p`, of which `page(i)` reads one, numbered along the axes `lead`"
     more = [(k,n) for k,n in zip(lead, sizes) if n>1]
     axes,shape = ''.join(k for k,n in more),(*(n for k,n in more),*p.shape)
-    own = p.axes if 'C' in axes else _page_axes(p)
+    own = own or p.axes
+    if 'S' in own and 'C' not in axes: own = _own_axes(p, own)
     plane = page if p.photometric!=3 else lambda i: _shades(page(i), p.colormap.T)
     thin = axes in ('I','Q') and own=='YX' and shape[-1]<min(10, *shape[:2])
     return _planewise('YXC' if thin else axes+own, shape, p.dtype, plane, len(more), names)
 
 # %% ../nbs/04_planes.ipynb #55534500
-def _one_of(found, i):
-    "Number `i` of several images in a file, or the only one"
-    held = ', '.join(f'{i}: {o.axes} {_size(o.shape)}' for i,o in enumerate(found[:6]))
-    if i is None and len(found)==1: return found[0]
-    if i is None: raise ImageError('several series', '', f'It holds {held}. Choose with `series=`, '
-                                   'or save each by itself.')
-    if i<len(found): return found[i]
-    raise ImageError('several series', '', f'There is no series {i}. It holds {held}.')
+def _one_of(n, i, image):
+    "Number `i` of `n` images in a file, or the only one; `image(i)` looks into it"
+    if i is None and n==1: i = 0
+    if i is not None and i<n: return image(i)
+    some = ((j,image(j)) for j in range(min(n, 6)))
+    held = 'It holds ' + ', '.join(f'{j}: {o.axes} {_size(o.shape)}' for j,o in some)
+    raise ImageError('several series', '', f'{held}. Choose with `series=`, or save each by itself.'
+                     if i is None else f'There is no series {i}. {held}.')
 
 def _row_of(t, s):
     "A series of pages"
     p,lead = s.keyframe,len(s.shape)-len(s.keyframe.shape)
+    axes,sizes = s.axes[:lead],s.shape[:lead]
     if s.shape[lead:]!=p.shape or s.transform:
         return _planewise(s.axes, s.shape, s.dtype, lambda i: s.asarray(), 0)
     def page(i):
         if s.dataoffset is None: return s[i].asarray()
-        at = s.dataoffset+i*p.nbytes # one after the other, in whatever number of directories
-        x = t.filehandle.read_array(t.byteorder+s.dtype.char, p.size, at)
-        return x.reshape(p.shape)
-    return _paged(s.axes[:lead], s.shape[:lead], page, p, _labels(t, s.axes[:lead], s.shape[:lead]))
+        at = s.dataoffset+i*p.nbytes # one after the other, whatever the number of directories
+        return t.filehandle.read_array(t.byteorder+p.dtype.char, p.size, at).reshape(p.shape)
+    return _paged(axes, sizes, page, p, s.axes[lead:], _labels(t, axes, sizes))
 
 def _series(t, i):
     "Series `i`, or the only one besides thumbnails, or pages that were appended one by one"
     found = t.series
     if t.is_imagej and found[0].kind in ('uniform','generic'):
         raise ImageError('unreadable', '', 'Cut short: ImageJ wrote more. Copy it again.')
-    if i is not None: return _row_of(t, _one_of(found, i))
     full = [o for o in found if not o.keyframe.is_reduced] or found
-    pages = all(o.axes=='YX' for o in full) and len({(o.shape,o.dtype) for o in full})==1
-    if len(full)==1 or not pages: return _row_of(t, full[0] if len(full)==1 else _one_of(found, i))
-    return _paged('I', (len(full),), lambda i: full[i][0].asarray(), full[0].keyframe)
+    if i is None and len(full)==1: return _row_of(t, full[0])
+    if i is None and all(o.axes=='YX' for o in full) and len({(o.shape,o.dtype) for o in full})==1:
+        return _paged('I', (len(full),), lambda i: full[i][0].asarray(), full[0].keyframe)
+    return _one_of(len(found), i, lambda i: _row_of(t, found[i]))
 
 # %% ../nbs/04_planes.ipynb #ab63ad99
-def xml_of(text):
-    "Root of an XML text, its tags without namespaces"
+def xml_of(
+    text, # Or bytes
+)->ElementTree.Element: # Its root
+    "An XML text, its tags without namespaces, which differ by version"
     root = ElementTree.fromstring(text)
     for o in root.iter(): o.tag = o.tag.rpartition('}')[2]
     return root
 
 def _companion(t, only):
-    "What describes a TIFF that says its description is elsewhere, or None"
-    folder = Path(t.filehandle.dirname)
-    named = [folder/only.get('MetadataFile', ''), *folder.glob('*.companion.ome')]
-    for g in filter(Path.is_file, named):
-        text = g.read_bytes() if g.suffix=='.ome' else TiffFile(g).ome_metadata
-        root = xml_of(text)
+    "What describes a TIFF that says its description is elsewhere"
+    folder,name = Path(t.filehandle.dirname),only.get('MetadataFile', '')
+    for g in filter(Path.is_file, [folder/name, *folder.glob('*.companion.ome')]):
+        with open(g, 'rb') as o:
+            root = xml_of(o.read() if g.suffix=='.ome' else TiffFile(o).ome_metadata)
         if any(u.text==only.get('UUID') for u in root.iter('UUID')): return root
+    raise ImageError('missing', '', f'{name}, which says what its pages are, is not beside it. '
+                     'Copy it, or choose `page=`.')
 
 def _ome(t):
-    "Root of the OME-XML that describes a TIFF, and the id it has there; None if there is none"
+    "Root of the OME-XML that describes a TIFF, and the id by which it calls this file"
     try: root = xml_of(t.ome_metadata)
-    except ElementTree.ParseError: return None,None
+    except ElementTree.ParseError: return ElementTree.Element('OME'),None
     only = root.find('BinaryOnly')
     if only is not None: return _companion(t, only),only.get('UUID')
     files = {u.text: u.get('FileName', '').lower() for u in root.iter('UUID')}
@@ -160,44 +176,55 @@ def _ome(t):
     return root,root.get('UUID') or (named or [None])[0]
 
 # %% ../nbs/04_planes.ipynb #87715b15
-def _whole(o, k, default): return int(o.get(k, default))
+def _is_own(data, own):
+    "Is a `TiffData` about the file of this id?"
+    u = data.find('UUID')
+    return u is None or u.text==own
+
+def _first(data, order, sizes):
+    "Number of the first plane of a `TiffData`"
+    at = [int(data.get(f'First{k}', 0)) for k in order]
+    if all(i<n for i,n in zip(at, sizes)): return int(np.ravel_multi_index(at, sizes))
+    raise ImageError('unreadable', '', f'Its OME-XML has {_size(sizes)} planes along {order}, and '
+                     f'names one at {at}. Write it anew.')
 
 def _pages_of(px, order, own, samples, n):
     "Page of each plane of an image along the axes `order`; -1: in none of the `n` of this file"
-    sizes = [max(1, _whole(px, f'Size{k}', 1)//(samples if k=='C' else 1)) for k in order]
-    pages,elsewhere = np.full(prod(sizes), -1),False
-    for d in px.iterfind('TiffData'):
-        u = d.find('UUID')
-        if u is not None and u.text!=own: elsewhere = True; continue
-        at = np.ravel_multi_index([_whole(d, f'First{k}', 0) for k in order], sizes, mode='clip')
-        many = _whole(d, 'PlaneCount', d.get('NumPlanes', 1 if 'IFD' in d.keys() else n))
-        part = pages[at:at+many]
-        part[:] = _whole(d, 'IFD', 0)+np.arange(len(part))
-    pages = pages.reshape(sizes)
-    there = [np.unique(i) for i in np.nonzero(pages>=0)] if elsewhere else map(np.arange, sizes)
-    return pages,[*there]
+    sizes = [max(1, int(px.get(f'Size{k}', 1))//(samples if k=='C' else 1)) for k in order]
+    pages = np.full(prod(sizes), -1)
+    for d in (o for o in px.iterfind('TiffData') if _is_own(o, own)):
+        many = int(d.get('PlaneCount', d.get('NumPlanes', 1 if 'IFD' in d.keys() else n)))
+        part = pages[_first(d, order, sizes):][:many]
+        part[:] = int(d.get('IFD', 0))+np.arange(len(part))
+    return pages.reshape(sizes)
 
-def _names_of(px, there):
-    "Names of those channels that are there"
-    names = [c.get('Name') or c.get('Fluor') for c in px.iterfind('Channel')]
-    if len(names)<=max(there, default=-1): return
-    names = [names[c] for c in there]
-    return names if any(names) else None
+def _those_here(px, pages, own):
+    "Which numbers along each axis are in this file, if the image has several"
+    if all(_is_own(o, own) for o in px.iterfind('TiffData')): return [*map(np.arange, pages.shape)]
+    return [*map(np.unique, np.nonzero(pages>=0))]
 
+def _names_of(px, here):
+    "Names of those channels that are here"
+    names = dict(enumerate(c.get('Name') or c.get('Fluor') for c in px.iterfind('Channel')))
+    names = [names.get(c) for c in here]
+    return names if all(names) else None
+
+# %% ../nbs/04_planes.ipynb #bd12d094
 def _ome_image(t, px, own):
     "The planes of an image that are in this file"
-    order,p = px.get('DimensionOrder', 'XYZCT')[:1:-1],t.pages.first
-    pages,there = _pages_of(px, order, own, p.samplesperpixel, len(t.pages))
-    if (pages<0).all(): return
-    pages = pages[np.ix_(*there)]
-    p = t.pages[pages[pages>=0][0]]
-    names = _names_of(px, there[order.index('C')])
-    return _paged(order, pages.shape, partial(_ome_page, t, pages, order), p, names)
+    order,n = px.get('DimensionOrder', 'XYZCT')[:1:-1],len(t.pages)
+    pages = _pages_of(px, order, own, t.pages.first.samplesperpixel, n)
+    here = _those_here(px, pages, own)
+    pages = pages[np.ix_(*here)]
+    p = t.pages[min(n-1, pages[pages>=0].flat[0])].aspage()
+    names = _names_of(px, here[order.index('C')])
+    return _paged(order, pages.shape, partial(_ome_page, t, pages, order), p, names=names)
 
 def _ome_page(t, pages, order, i):
-    "Page number `i`, which may be missing"
-    if 0<=(n := pages.flat[i])<len(t.pages): return t.pages[n].asarray()
-    at = ', '.join(f'{k.lower()}={j}' for k,j in zip(order, np.unravel_index(i, pages.shape)))
+    "Page of plane number `i`, which may be missing"
+    if 0<=(n := pages.flat[i])<len(t.pages): return t.pages[int(n)].asarray()
+    at = zip(order.lower(), np.unravel_index(i, pages.shape), pages.shape)
+    at = ', '.join(f'{k}={j}' for k,j,n in at if n>1)
     raise ImageError('missing', '', f'The plane {at} is not in the file, though its description '
                      'names it. Copy it again, or leave the site out.')
 
@@ -209,9 +236,10 @@ def _labels(t, axes, shape):
     labels = (t.imagej_metadata or {}).get('Labels', []) if t.is_imagej else []
     if len(labels)==prod(shape):
         first = np.take(np.moveaxis(np.reshape(labels, shape), c, 0).reshape(shape[c], -1), 0, 1)
-        names = [re.sub(r'^(\w:\d+/\d+ )*(- )?', '', o) for o in first]
+        names = [re.sub(r'^(\w:\d+/\d+\s*)+(- )?', '', o) for o in first]
         if all(names) and len(set(names))==len(names): return names
-    names = t.micromanager_metadata['Summary'].get('ChNames') if t.is_micromanager else None
+    told = t.micromanager_metadata if t.is_micromanager else None
+    names = (told or {}).get('Summary', {}).get('ChNames')
     return names if names and len(names)==shape[c] else None
 
 def _said(t):
@@ -221,24 +249,47 @@ def _said(t):
     return [name] if name else None
 
 # %% ../nbs/04_planes.ipynb #577fbdf7
+class _Tiff:
+    "An open TIFF whose first page is not all"
+    def __init__(self, f):
+        self.file = TiffFile(f, _multifile=False)
+        self.close = self.file.close
+
+    @cached_property
+    def ome(self):
+        "Those images of its OME-XML that are in this file, and the file's id there"
+        if not self.file.is_ome: return [],None
+        root,own = _ome(self.file)
+        here = lambda px: any(_is_own(o, own) for o in px.iterfind('TiffData'))
+        return [*filter(here, root.iterfind('Image/Pixels'))],own
+
+    def image(self, at):
+        "The page or the series that `at` chooses"
+        t,page,i = self.file,at.pop('page', None),at.pop('series', None)
+        if page is not None: return _page(t, page)
+        images,own = self.ome
+        if not images: return _series(t, i)
+        return _one_of(len(images), i, lambda i: _ome_image(t, images[i], own))
+
+def _page(t, i):
+    "One page by its number"
+    if i>=len(t.pages): raise _no_page(i, len(t.pages))
+    p = t.pages[i].aspage()
+    return _paged('', (), lambda _: p.asarray(), p)
+
+def _no_page(i, n):
+    return ImageError('wrong channel count', '', f'It has no page {i}, but {n}, counted from 0.')
+
+# %% ../nbs/04_planes.ipynb #2c33de50
 _more = re.compile('"axes"|images=|truncated') # the first page is not all, or not what it seems
 
-def _tiff(o, at, told):
-    "Images in a TIFF; `told`: with the names of channels even if it takes longer"
+def _quick(o, at, told):
+    "The one page of a plain TIFF, None if there is more to it; `told`: with its channel's name"
     t = TiffFile(o, _multifile=False)
-    page,i,p,n = at.pop('page', None),at.pop('series', None),t.pages.first,len(t.pages)
-    if page is not None and page>=n: raise _no_page(page, n)
-    more = i is not None or n>1 or p.is_stk or _more.search(p.description) or told and t.is_ome
-    if page is not None or not more:
-        p = t.pages[page or 0]
-        return _paged('', (), lambda _: p.asarray(), p, _said(t) if told else None)
-    root,own = _ome(t) if t.is_ome else (None,None)
-    found = [] if root is None else [_ome_image(t, px, own) for px in root.iterfind('Image/Pixels')]
-    found = [o for o in found if o]
-    return _one_of(found, i) if found else _series(t, i)
-
-def _no_page(page, n):
-    return ImageError('wrong channel count', '', f'It has no page {page}, but {n}, from 0.')
+    p = t.pages.first
+    if at.keys() & {'page','series'} or told and t.is_ome or p.is_stk or len(t.pages)>1: return
+    if _more.search(p.description): return
+    return _paged('', (), lambda _: p.asarray(), p, names=_said(t) if told else None)
 
 # %% ../nbs/04_planes.ipynb #5d73a897
 _exact = {
@@ -282,8 +333,8 @@ def _intensities(im):
 def _shades(x, palette):
     "Intensities of the pixels of a palette picture"
     palette = palette[:int(x.max())+1].astype(int)
-    if palette.max()>255: palette >>= 8
-    if (palette==palette[:,:1]).all(): return palette[x,0].astype(np.uint8)
+    if palette.max()>np.iinfo(x.dtype).max: palette >>= 8
+    if (palette==palette[:,:1]).all(): return palette[x,0].astype(x.dtype)
     if (np.diff(palette, axis=0)>=0).all(): return x
     raise ImageError('in colours', '', f'A palette of colours, no grey levels. {_cure}')
 
@@ -304,7 +355,8 @@ def _fixed(s, at):
         axis = next((o for o in _stands.get(k, k.upper()) if o in s.axes and o not in 'YX'), None)
         n = s.shape[s.axes.index(axis)] if axis else 1
         if not axis and k not in _stands: raise ImageError('bad address', '', _allowed(k, s))
-        if i>=n: raise ImageError('a stack', '', f'It has no {k}={i}, but {n}, counted from 0.')
+        if i>=n: raise ImageError('wrong channel count' if k=='c' else 'a stack', '',
+                                  f'It has no {k}={i}, but {n}, counted from 0.')
         if axis=='C' and s.names: s = s._replace(names=[s.names[i]])
         if axis: s = _without(s, axis, partial(s.read, **{axis.lower(): i}))
     return s
@@ -313,54 +365,78 @@ def _allowed(k, s):
     axes = [f'`{a.lower()}=0` to `{n-1}`' for a,n in zip(s.axes, s.shape) if a not in 'YX' and n>1]
     return f'`{k}=` means nothing here. It takes {", ".join([*axes, "`series=`", "`page=`"])}.'
 
-# %% ../nbs/04_planes.ipynb #4d817cc1
+# %% ../nbs/04_planes.ipynb #c6791610
 SUFFIXES = ('.tif','.tiff','.stk','.png','.jp2','.j2k','.jxl','.jxr','.jpg','.jpeg','.bmp','.dib')
 
 NOT_READ = dict(
-    nd2='Nikon', czi='Zeiss', lsm='Zeiss', zvi='Zeiss', lif='Leica', xlef='Leica', ims='Imaris',
-    oib='Olympus', oif='Olympus', oir='Olympus', vsi='Olympus', flex='Opera', c01='Cellomics',
-    dv='DeltaVision', zarr='OME-Zarr', ozx='OME-Zarr', h5='HDF5', hdf5='HDF5',
-    npy='NumPy', npz='NumPy', zip='zip') # suffixes, and whose they are
+    lsm='Zeiss', zvi='Zeiss', xlef='Leica', lof='Leica', ims='Imaris', dv='DeltaVision',
+    oib='Olympus', oif='Olympus', oir='Olympus', vsi='Olympus', flex='Opera',
+    c01='Cellomics') # suffixes, and whose they are
 
-def _there(path):
-    "A file that is there, of a format that is not one of `NOT_READ`"
-    f = Path(path)
-    if f.exists() and (whose := NOT_READ.get(f.suffix.lower()[1:])):
-        raise ImageError('not read', '', f'{whose} files are not read. Export them as TIFF, from '
-                         'the program they belong to or from Fiji.')
-    if f.is_file(): return f
-    raise ImageError('missing', '', 'No such file. Check the path, or leave the site out.')
+def _refuse(path):
+    "Say of a format that is not read what to do with it"
+    whose = NOT_READ.get(path.rpartition('.')[2].lower())
+    if not whose or not os.path.exists(path): return
+    raise ImageError('not read', '', f'{whose} files are not read. Convert them to OME-Zarr with '
+                     'bioformats2raw, or export them as TIFF from the program they belong to.')
+
+# %% ../nbs/04_planes.ipynb #4d817cc1
+_TIFF = b'II*\0',b'MM\0*',b'II+\0',b'MM\0+'
 
 def _picture(o, at, told):
-    "What is in an open file that is no container"
-    sign = o.read(4)
-    o.seek(0)
-    if sign in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'): return _tiff(o, at, told)
+    "What is in an open file that is no container; None: a TIFF that holds more than a page"
     head = o.read(26)
     o.seek(0)
+    if head[:4] in _TIFF: return _quick(o, at, told)
     decode = _decoder(head)
     return _decoded(decode(o.read())) if decode else _pillow(o, at)
+
+def _nameless(folder):
+    "The kind of container that a folder is, whatever it is called"
+    if {'zarr.json','.zattrs','.zarray','.zgroup'} & {*os.listdir(folder)}: return '.zarr'
+    raise ImageError('missing', '', 'A folder, no image. Name a file in it.')
+
+def _boxed(a, box, at, told):
+    "What a container holds, which may be the bytes of a picture"
+    s = OPENERS[box](a.path, a.inner, at)
+    if not isinstance(s, bytes): return s
+    return _picture(BytesIO(s), at, told) or _Tiff(BytesIO(s)).image(at)
+
+@contextmanager
+def _found(a, at, told):
+    "What is at the path of an address"
+    box,_ = box_in(a.path)
+    if not box and os.path.isdir(a.path): box = _nameless(a.path)
+    if box: yield _boxed(a, box, at, told)
+    else:
+        _refuse(a.path)
+        path = local(a.path) if '://' in a.path else a.path
+        with open(path, 'rb') as o:
+            s = _picture(o, at, told)
+            if s: yield s
+        if s: return
+        with held(path, _Tiff) as t: yield t.image(at)
+
+# %% ../nbs/04_planes.ipynb #f8cde20d
+def _error(e, f):
+    "What an error means"
+    if isinstance(e, (FileNotFoundError,NotADirectoryError)):
+        return ImageError('missing', f, 'No such file. Check the path, or leave the site out.')
+    if isinstance(e, PermissionError):
+        return ImageError('no permission', f, 'Ask its owner for the right to read it.')
+    return ImageError('unreadable', f, f'Cut short, or no image ({e}). Copy it again, or leave the '
+                      'site out.')
 
 @contextmanager
 def _opened(f, told=False):
     "What is at an address, as long as it is needed; errors say where"
     try:
-        a,(box,_) = parse_address(f),box_in(f)
-        if box: yield _boxed(a, OPENERS[box], told)
-        else:
-            with open(_there(a.path), 'rb') as o:
-                at = dict(a.at)
-                yield _fixed(_picture(o, at, told), at)
+        a = parse_address(f)
+        at = dict(a.at)
+        with _found(a, at, told) as s: yield _fixed(s, at)
     except (MemoryError,ImportError): raise
     except ImageError as e: raise e if e.file else ImageError(e.problem, f, e.cure) from e
-    except Exception as e: raise ImageError('unreadable', f, f'Cut short, or no image ({e}). Copy '
-                                            'it again, or leave the site out.') from e
-
-def _boxed(a, opener, told):
-    "What is at an address inside a container, which may give the bytes of a picture"
-    at = dict(a.at)
-    s = opener(a.path, a.inner, at)
-    return _fixed(_picture(BytesIO(s), at, told) if isinstance(s, bytes) else s, at)
+    except Exception as e: raise _error(e, f) from e
 
 # %% ../nbs/04_planes.ipynb #be05abd5
 def look_into(
@@ -394,14 +470,14 @@ def projected(
     how:str, # `'max'` or `'mean'`
 )->np.ndarray: # In their type
     "The largest or the mean of planes"
-    planes = iter(planes)
-    first = next(planes)
-    y,n = first.astype(first.dtype if how=='max' else float),1
-    for x in planes:
-        if x.shape!=y.shape: raise ImageError('wrong size', '', 'Planes of several sizes.')
-        y,n = np.maximum(y, x, out=y) if how=='max' else np.add(y, x, out=y),n+1
+    y,n,add = None,0,np.maximum if how=='max' else np.add
+    for n,x in enumerate(planes, 1):
+        if y is None: y,dtype = x.astype(x.dtype if how=='max' else float),x.dtype
+        elif x.shape==y.shape: add(y, x, out=y)
+        else: raise ImageError('wrong size', '', 'Planes of several sizes.')
     if how=='max': return y
-    return (y/n if first.dtype.kind=='f' else np.rint(y/n)).astype(first.dtype)
+    y /= n
+    return (y if dtype.kind=='f' else np.rint(y, out=y)).astype(dtype)
 
 # %% ../nbs/04_planes.ipynb #5743b434
 def _along(s, letters, how):

@@ -327,10 +327,10 @@ def test_renamed(tmp_path):
     tiff(tmp_path/'b.tif', x8).rename(tmp_path/'b.png')
     assert (read_image([tmp_path/'a.tif', tmp_path/'b.png']) == x8).all()
 
-@pytest.mark.parametrize('name', ['a.nd2', 'a.czi', 'a.lif', 'a.ims', 'a.C01', 'a.FLEX', 'a.zarr', 'a.npy', 'a.h5'])
+@pytest.mark.parametrize('name', ['a.ims', 'a.C01', 'a.FLEX', 'a.oib', 'a.vsi'])
 def test_formats_that_are_not_read(name, tmp_path):
-    (tmp_path/name).mkdir() if name.endswith('zarr') else (tmp_path/name).write_bytes(bytes(99))
-    with pytest.raises(ImageError, match=r'not read\. .*Export .* TIFF') as e: read_image(tmp_path/name)
+    tiff(tmp_path/name, D[0]) # some are TIFFs inside, whose pages only their own program knows
+    with pytest.raises(ImageError, match=r'not read\. .*bioformats2raw.* TIFF') as e: read_image(tmp_path/name)
     assert 'Copy it again' not in str(e.value)
 
 def test_other_pictures(tmp_path):
