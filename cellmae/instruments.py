@@ -37,7 +37,8 @@ def home_of(name): return name.rpartition('/')[0]
 # %% ../nbs/08_instruments.ipynb #ae2ae725
 def fields_of(elements, **tags):
     "A row per XML element, a column per child that has text: `site='FieldID'`"
-    rows = [[o.findtext(tag) for tag in tags.values()] for o in elements]
+    text = lambda o, tag: (o.findtext(tag) or '').strip() or None
+    rows = [[text(o, tag) for tag in tags.values()] for o in elements]
     return pd.DataFrame(rows, columns=list(tags), dtype=object).dropna(axis=1, how='all')
 
 def attributes_of(elements, **keys):
@@ -86,7 +87,7 @@ def names_agreed(
     odd = [k for k in met if len(met[k])>1]
     names = {v if k in odd else k: v for k in met for v in met[k]}
     which = ', '.join(f'{k} is {" or ".join(met[k])}' for k in odd)
-    said = f'Numbers of channels mean other things on other plates, {which}: go by names.'
+    said = f'Numbers of channels differ by plate, so go by their names: {which}.'
     return names, [said]*bool(odd)
 
 # %% ../nbs/08_instruments.ipynb #273efe13
@@ -117,6 +118,11 @@ def located(
 # %% ../nbs/08_instruments.ipynb #1166c699
 _everywhere = re.compile(r'(?i)(?:^|/)(?:images?|data|projection|timepoint_?\d+)$') # names no plate
 
+def _long(table, *more):
+    "Columns of a table of images, in this order"
+    order = 'batch plate well site channel z t file illum'.split()
+    return [k for k in (*order, *more) if k in table]
+
 def _place(home):
     "A folder without what every plate has in it"
     while _everywhere.search(home): home = _everywhere.sub('', home)
@@ -124,11 +130,12 @@ def _place(home):
 
 def _rows(part, names, root):
     "The rows of a part, under names that hold for all"
-    table = part.table.drop_duplicates('file')
+    table = part.table
     file = table['file'].fillna('').str.replace('\\', '/').str.removeprefix('./')
     known = dict(home=part.home, file=file, channel=table['channel'].map(names))
-    plate = part.plate or _place(part.home).rpartition('/')[2] or Path(root).name
-    return table.assign(plate=plate, **known)
+    plate = part.plate or _place(f'{root}/{part.home}'.rstrip('/')).rpartition('/')[2]
+    table = table.assign(plate=plate, **known)
+    return table[_long(table, 'home')].drop_duplicates()
 
 def _batches(table):
     "Plates of one name from several folders are told apart by their folders"
@@ -145,19 +152,22 @@ def joined(
     parts, # What each metadata file says
 )->Scan:
     "All plates as one table, without the images that are absent"
+    said = [s for p in parts for s in p.said]
     parts = [p for p in parts if len(p.table)]
-    if not parts: raise ValueError(f'{listing.root}: its metadata name no images. Export it again.')
+    why = ' '.join(['its metadata name no images.', *said, 'Export it again.'])
+    if not parts: raise ValueError(f'{listing.root}: {why}')
     each = [names_once(p.table['channel'], p.names) for p in parts]
-    rows = [_rows(p, n, listing.root) for p,n in zip(parts, each)]
+    root = str(listing.root) if '://' in str(listing.root) else Path(listing.root).absolute()
+    rows = [_rows(p, n, root) for p,n in zip(parts, each)]
     table = pd.concat(rows, ignore_index=True).dropna(axis=1, how='all').fillna('1')
-    names,said = names_agreed(each)
+    names,odd = names_agreed(each)
     table,batches = _batches(table)
     table,absent = _present(listing, table)
+    table = _one_image_each(table)
     left = sorted(set(listing.images).difference(table['file']))
-    about,odd = _about(parts)
-    said = dict.fromkeys([s for p in parts for s in p.said] + absent + said + batches + odd)
-    order = [k for k in ('batch','plate','well','site','channel','z','t','file') if k in table]
-    return Scan(table[order+['illum']*('illum' in table)], names, left, [*said], about)
+    about,apart = _about(parts)
+    said = dict.fromkeys(said+absent+odd+batches+apart)
+    return Scan(table[_long(table)], names, left, [*said], about)
 
 # %% ../nbs/08_instruments.ipynb #647942e4
 def _present(listing, table):
@@ -168,10 +178,20 @@ def _present(listing, table):
     if not len(gone): return table, []
     such = gone.iloc[0]
     what = f'{such["file"] or "one without a name"} (plate {such["plate"]}, well {such["well"]})'
-    if len(table): return table, [f'{len(gone)} of {len(gone)+len(table)} images that the metadata '
-                                  f'name are not there, such as {what}.']
-    raise ValueError(f'{listing.root}: none of the {len(gone)} images that the metadata name is '
-                     f'there, such as {what}. Copy the images to where they say.')
+    n = len(gone)+len(table)
+    said = f'Named but not there: {len(gone)} of {n} images, such as {what}.'
+    if len(table): return table, [said]
+    raise ValueError(f'{listing.root}: of {n} images that the metadata name none is there, such as '
+                     f'{what}. Copy the images to where they are said to be.')
+
+def _one_image_each(table):
+    "Refuse one file for two images"
+    twice = table[table.duplicated('file', keep=False)].sort_values('file')
+    if not len(twice): return table
+    keys = [k for k in ('plate','well','site','channel','z','t') if k in twice]
+    both = twice[keys].agg(' '.join, axis=1).iloc[:2]
+    raise ValueError(f'{twice["file"].iloc[0]}: two images by the metadata, {" and ".join(both)}. '
+                     'Export a file for each image.')
 
 def _about(parts):
     "What holds for all plates, and a word about what differs"
@@ -241,6 +261,13 @@ def open_flatfield(
 _image = dict(file='URL', row='Row', col='Col', site='FieldID', channel='ChannelID', z='PlaneID',
               t='TimepointID', fast='SequenceID', name='ChannelName', state='State')
 
+def _of_harmony(listing):
+    "Indexes of Harmony; another `Index.xml` is none"
+    found = listing.named('Index.idx.xml', 'Index.xml')
+    sure = [o for o in found if o.lower().endswith('.idx.xml')]
+    if sure or not found or b'EvaluationInputData' in listing.bytes(found[0])[:2000]: return found
+    return []
+
 def _harmony(listing, index):
     "What one index of Harmony says"
     root = listing.xml(index)
@@ -280,8 +307,9 @@ def _written(table, index):
     bad = ~table['state'].fillna('Ok').str.fullmatch('(?i)ok|')
     if not bad.any(): return table, []
     such = table[bad].iloc[0]
-    return table[~bad], [f'{bad.sum()} images of {index} were not taken well and are left out: '
-                         f'well {such["well"]}, field {such["site"]} is {such["state"]!r}.']
+    where = f'well {such["well"]}, field {such["site"]} ({such["state"]})'
+    return table[~bad], [f'Not taken well, and left out: {bad.sum()} of {len(bad)} images of '
+                         f'{index}, such as {where}.']
 
 _um = dict(m=1e6, mm=1e3, um=1., nm=1e-3)
 
@@ -292,11 +320,11 @@ def _harmony_measures(root):
     return measures(pixel.text, *shape, um=_um[pixel.get('Unit', 'm')])
 
 # %% ../nbs/08_instruments.ipynb #d4869243
-@layout('phenix', 'Opera Phenix or Operetta', 'Index.idx.xml', 'Index.xml')
+@layout('phenix', 'Opera Phenix or Operetta', _of_harmony)
 def phenix(listing, found)->Scan:
     "Plates that Harmony exported; of a folder with two indexes the older form counts"
     first = {home_of(o): o for o in reversed(found)}
-    return joined(listing, [_harmony(listing, o) for o in first.values()])
+    return joined(listing, [_harmony(listing, o) for o in sorted(first.values())])
 
 # %% ../nbs/08_instruments.ipynb #9cb5abc7
 _guid = '[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}'
@@ -310,19 +338,38 @@ def _steps(folder):
         folder,at[m[2].lower()] = m[1] or '',m[3]
     return dict(home=folder, t=at.get('timepoint'), z=at.get('zstep'))
 
-def _named(listing):
+def _named(names):
     "A row per image whose name is one of MetaXpress"
-    met = [(o, m) for o in listing.images if (m := _metaxpress.fullmatch(o.rpartition('/')[2]))]
+    met = [(o, m) for o in names if (m := _metaxpress.fullmatch(o.rpartition('/')[2]))]
     steps = {d: _steps(d) for d in {home_of(o) for o,_ in met}}
-    table = pd.DataFrame([dict(m.groupdict(), **steps[home_of(o)], file=o) for o,m in met])
-    return table.fillna(dict(plate='', site='1', channel='1'))
+    rows = [dict(m.groupdict(), **steps[home_of(o)], file=o) for o,m in met]
+    return pd.DataFrame(rows).fillna(dict(plate='', site='1', channel='1'))
 
 # %% ../nbs/08_instruments.ipynb #b7a4eac2
+def _in_database(listing):
+    "Names of images that end in a GUID"
+    hyphens = (o for o in listing.images if o.count('-', -42)>3) # quick: most have none
+    return [o for o in hyphens if (m := _metaxpress.fullmatch(o.rpartition('/')[2])) and m['guid']]
+
 def _of_metaxpress(listing):
     "Tables of MetaXpress, or else images called as in its database"
-    images = (o for o in listing.images if o.count('-', -42)>3) # quick: most have no GUID
-    return listing.named('*.htd') or [o for o in images if (
-        m := _metaxpress.fullmatch(o.rpartition('/')[2])) and m['guid']]
+    return listing.named('*.htd') or _in_database(listing)
+
+# %% ../nbs/08_instruments.ipynb #9577e223
+def _stem(o): return Path(o).stem.lower()
+
+def _table_of(tables, home, plate):
+    "The table of a plate: of its name, in its folder or the next above, or None"
+    over = {o: _steps(home_of(o))['home'] for o in tables}
+    own = [o for o,h in over.items() if not h or f'{home}/'.startswith(f'{h}/')]
+    return max(own, key=lambda o: (_stem(o)==plate.lower(), len(over[o])), default=None)
+
+def _plates_of(table, tables):
+    "`(home,plate,its table)` -> images; where there are tables, only plates that have one"
+    by = table.groupby(['home','plate'], observed=True)
+    plates = {(*k, _table_of(tables, *k)): o for k,o in by}
+    own = {k: o for k,o in plates.items() if k[2]}
+    return {k: o for k,o in own.items() if _stem(k[2])==k[1].lower()} or own or plates
 
 # %% ../nbs/08_instruments.ipynb #e9cc060e
 def htd(
@@ -354,36 +401,30 @@ def _unseen(told, seen):
     wells = {f'{row_letters(r-1)}{c:02d}' for r,v in rows.items()
              for c,on in enumerate(v, 1) if on.strip().upper()=='TRUE'}
     gone = sorted(wells.difference(seen))
-    return [f'{len(gone)} selected wells have no image, such as {gone[0]}.'] if gone else []
+    return [f'Selected but without an image: {len(gone)} of {len(wells)} wells, such as {gone[0]}.'
+            ] if gone else []
 
-def _settings(listing, tables, home, plate):
-    "Name and content of the table of a plate: of its name, in its folder or the next above"
-    over = {o: _steps(home_of(o))['home'] for o in tables}
-    own = [o for o,h in over.items() if not h or f'{home}/'.startswith(f'{h}/')]
-    of_it = lambda o: (Path(o).stem.lower()==plate.lower(), len(over[o]))
-    best = max(own, key=of_it, default=None)
-    return (Path(best).stem, htd(listing.text(best))) if best else ('', {})
-
-def _metaxpress_part(listing, tables, home, plate, table):
+def _metaxpress_part(listing, home, plate, own, table):
     "What is known of the images of one plate in one folder"
-    stem,told = _settings(listing, tables, home, plate)
+    told = htd(listing.text(own)) if own else {}
     names = {k[8:]: v for k,v in told.items() if k.startswith('WaveName')}
     files = dict(zip(table['channel'][::-1], table['file'][::-1]))
     dyes,size = _in_images(listing, dict([*files.items()][:1]) if names else files)
-    about = measures(told.get('PixelSizeUM', size), told.get('YWells'), told.get('XWells'))
     if told.get('ZProjection', '').upper()=='TRUE': table['z'] = table['z'].replace('0', None)
     if table['z'].notna().any(): table['z'] = table['z'].fillna('projection')
     table['file'] = table['file'].str[len(home)+1 if home else 0:]
-    return Part(home, table, names or dyes, plate or stem, _unseen(told, table['well']), about)
+    about = measures(told.get('PixelSizeUM', size), told.get('YWells'), told.get('XWells'))
+    plate = plate or Path(own or '').stem
+    return Part(home, table, names or dyes, plate, _unseen(told, table['well']), about)
 
 # %% ../nbs/08_instruments.ipynb #7eaa2df5
 @layout('imagexpress', 'ImageXpress', _of_metaxpress)
 def imagexpress(listing, found)->Scan:
     "Plates of MetaXpress, exported with a table or as they lie in its database"
-    plates = _named(listing).groupby(['home','plate'], observed=True)
     tables = [o for o in found if o.lower().endswith('.htd')]
-    parts = [_metaxpress_part(listing, tables, *k, table.copy()) for k,table in plates]
-    return joined(listing, parts)
+    table = _named(listing.images if tables else found)
+    plates = _plates_of(table, tables) if len(table) else {}
+    return joined(listing, [_metaxpress_part(listing, *k, o.copy()) for k,o in plates.items()])
 
 # %% ../nbs/08_instruments.ipynb #d080f2ab
 _record = dict(type='Type', row='Row', col='Column', site='FieldIndex', t='TimePoint', z='ZIndex',
@@ -408,8 +449,8 @@ def _by_action(table, names):
     often = table.groupby('channel', observed=True)['action'].nunique()
     both = 'A'+table['action'].str.zfill(2)+'_C'+table['channel'].str.zfill(2)
     channel = both.where(table['channel'].map(often)>1, table['channel'])
-    number = dict(sorted(zip(channel, table['channel'])))
-    return table.assign(channel=channel), {k: names.get(c) for k,c in number.items()}
+    number = sorted({*zip(channel, table['channel'])}, key=lambda o: (int(o[1]), o[0]))
+    return table.assign(channel=channel), {k: names.get(c) for k,c in number}
 
 def _projections(table):
     "Planes that were made from others are called so"
@@ -431,8 +472,8 @@ def _measurement(listing, mlf):
     if not len(table): return Part(home_of(mlf), table)
     bad = table['type'].ne('IMG')
     lost = table[bad]
-    said = [f'{len(lost)} of {len(table)} records of {mlf} are errors, without an image, such as '
-            f'in well {wells_of(lost["row"], lost["col"])[0]}.'] if len(lost) else []
+    said = [f'Errors without an image: {len(lost)} of {len(table)} records of {mlf}, such as in '
+            f'well {wells_of(lost["row"], lost["col"])[0]}.'] if len(lost) else []
     table = table[~bad]
     names,plate,about = _setting(listing, mlf)
     table,names = _by_action(table.assign(well=wells_of(table['row'], table['col'])), names)
