@@ -401,26 +401,28 @@ def test_damage_is_told_with_the_file(tmp_path, end):
 def fds(root): return sum(os.path.realpath(f'/proc/self/fd/{o}').startswith(str(root)) for o in os.listdir('/proc/self/fd'))
 
 def many(root, n):
-    "Containers of four kinds, each with its number in it"
+    "Containers of six kinds, each with its number in it"
     out = []
     for i in range(n):
-        f = root/(f'{i}'+('.h5','.npy','.npz','.zip')[i%4])
-        x = np.full((2,8,8), i, 'u2')
-        if i%4==0:
+        end = ('.h5','.npy','.npz','.zip','.parquet','.zarr')[i%6]
+        f = root/f'{i}{end}'
+        x = np.full((2,8,8), i+1, 'u2')
+        if end=='.h5':
             with h5py.File(f, 'w') as o: o['a'] = x
-        elif i%4==1: np.save(f, x)
-        elif i%4==2: np.savez(f, a=x)
+        elif end=='.npy': np.save(f, x)
+        elif end=='.npz': np.savez(f, a=x)
+        elif end=='.parquet': pq.write_table(pa.table(dict(a=[str(i+1).encode()])), f)
+        elif end=='.zarr': zarr.create_array(f, name='a', data=x)
         else:
-            with ZipFile(f, 'w') as o: o.writestr('a', str(i))
+            with ZipFile(f, 'w') as o: o.writestr('a', str(i+1))
         out.append(f)
     return out
 
 def number(f):
     o = opener_of(f)(f, None if f.suffix=='.npy' else 'a', {})
-    if isinstance(o, bytes): return int(o)
-    x = o.read(i=1)
+    x = np.array(int(o)) if isinstance(o, bytes) else o.read(i=1)
     assert (x==x.flat[0]).all()
-    return int(x.flat[0])
+    return int(x.flat[0])-1
 
 def test_two_hundred_containers_keep_64_open(tmp_path):
     for i,f in enumerate(many(tmp_path, 200)):
@@ -462,13 +464,13 @@ def test_a_container_in_use_is_not_closed(tmp_path):
     fs = many(tmp_path, 200)
     with held(fs[3], ZipFile) as z:
         for f in fs[4:]: number(f)
-        assert z.read('a')==b'3'
+        assert z.read('a')==b'4'
 
 def test_a_changed_file_is_opened_again(tmp_path):
     f = tmp_path/'x.h5'
     for i in (1,2):
         if i==2: f.unlink()
-        with h5py.File(f, 'w') as o: o['a'] = np.full((2,8,8), i)
+        with h5py.File(f, 'w') as o: o['a'] = np.full((2,8,8), i+1)
         assert number(f)==i
     f.unlink()
     refuses('missing. No such file', number, f)
@@ -477,7 +479,7 @@ def test_an_error_does_not_stay(tmp_path):
     f = tmp_path/'x.npy'
     f.write_bytes(b'')
     refuses('unreadable', number, f)
-    np.save(f, np.full((2,8,8), 5, 'u2'))
+    np.save(f, np.full((2,8,8), 6, 'u2'))
     assert number(f)==5
 
 @pytest.mark.skipif(os.name=='nt' or os.geteuid()==0, reason='root may read everything')
