@@ -223,7 +223,7 @@ def test_wells_that_are_no_place_are_mentioned(tmp_path, capsys):
     assert wells(images(tmp_path, '01_POS002_D.tif', '01_A01_D.tif'), '01_{well}_{channel}.tif') == ['A01', 'POS002']
     assert '1 of 2 wells are no place on a plate, such as POS002' in capsys.readouterr().out
 
-@pytest.mark.parametrize('end', ['C01', 'nd2', 'czi', 'lif', 'flex', 'xyz'])
+@pytest.mark.parametrize('end', ['C01', 'flex', 'xyz'])
 def test_folders_of_other_formats_are_told_from_empty_ones(tmp_path, end):
     for w in ('A01', 'A02'): (tmp_path/f'{w}.{end}').write_bytes(b'x')
     with pytest.raises(ValueError, match=rf'no images.*2 \.{end}( \(\w+\))?\.$'): Screen.from_pattern(tmp_path, '{well}.'+end)
@@ -262,7 +262,7 @@ def test_planes_and_times_must_be_chosen(tmp_path, kw):
     images(tmp_path, 'A01_z01_DNA.tif', 'A01_z02_DNA.tif')
     with pytest.raises(ValueError, match=r"\{z\} is one of \['01', '02'\].*z=1.*z='max'"):
         Screen.from_pattern(tmp_path, '{well}_z{z}_{channel}.tif', **kw)
-    with pytest.raises(ValueError, match=r'\{time\} is one of.*t=1'):
+    with pytest.raises(ValueError, match=r'\{t\} is one of.*t=1'):
         Screen.from_pattern(tmp_path, '{well}_z{time}_{channel}.tif')
     assert len(Screen.from_pattern(tmp_path, '{well}_z{time}_{channel}.tif', t=2)) == 1
 
