@@ -18,6 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import rank_distrib
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
+from .data import how_read
 from .files import write_whole
 
 # %% ../nbs/34_checkpoint.ipynb #99ad8778
@@ -186,7 +187,8 @@ def begin(self:Checkpoint,
 
 # %% ../nbs/34_checkpoint.ipynb #695bfdf9
 _words = dict(images='other images', ranges='other ranges of intensity', labels='other labels',
-    start='other starting weights', split='other sites for validation')
+    start='other starting weights', split='other sites for validation', cells='other cells')
+_make_pixels = 'panels','z','t','illum','pixel_size' # other ones make other images
 
 def check_same(
     folder, # Of the run
@@ -195,7 +197,8 @@ def check_same(
 ):
     "Refuse to go on with a run of other data or settings, and say what differs"
     differs = [k for k in {**old, **new} if old.get(k)!=new.get(k)]
-    if 'panels' in differs: differs = [k for k in differs if k not in ('images','ranges')]
+    if {*_make_pixels}&{*differs}:
+        differs = [k for k in differs if k not in ('images','ranges')]
     plain = lambda k: f'{k}={old.get(k)!r} there and {new.get(k)!r} now'
     text = {k:_words.get(k) or plain(k) for k in differs}
     if 'panels' in text:
@@ -226,7 +229,13 @@ def about_data(
         order=dl.seed, processes=1, split=short_hash(dl.ids.tolist(), dls.valid.ids.tolist()),
         panels=[', '.join(s.channels) for s in screens],
         ranges=[s.fit_ranges().tolist() for s in screens],
-        images=[s.fingerprint() for s in screens])
+        images=[s.fingerprint() for s in screens], **how_read(screens), **_about_cells(dl.sites))
+
+def _about_cells(sites):
+    "A hash of where cells are, if crops are cut at them"
+    if not sites.cells: return {}
+    parts = (torch.from_numpy(o) for c in sites.cells for o in (c.yx, c.starts))
+    return dict(cells=short_hash(*parts))
 
 def about_model(
     source, # Name of a model, a model, or the folder of one

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flipped', 'random_crop', 'centre_crop', 'Sites', 'CropLoader', 'check_options', 'given', 'check_size', 'split_panels',
-           'screen_dls']
+           'how_read', 'screen_dls']
 
 # %% ../nbs/18_data.ipynb #785c4aa4
 import copy, warnings
@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.basics import listify, patch, store_attr
-from .cells import as_cells, cell_crop, site_sizes
+from .cells import as_cells, cell_crop, site_sizes, with_cells
 from .screen import open_screen, split
 from .sites import WELL, in_words
 
@@ -279,14 +279,13 @@ def split_panels(
     return out
 
 # %% ../nbs/18_data.ipynb #116f22ac
-def _peopled(sites, parts):
-    "Of each part the sites that have cells"
-    if not sites.cells: return parts
-    has = np.concatenate([c.counts for c in sites.cells])>0
-    if not has.any(): raise ValueError('No site has a cell. Look at what `find_cells` says.')
-    if n := (~has).sum(): warnings.warn(f'{n:,} of {len(has):,} sites have no cells, '
-                                        'and are left out.')
-    return [rows[has[rows]] for rows in parts]
+def how_read(
+    screens, # List of screens
+)->dict: # `z`, `t`, `illum`, `pixel_size` in um, if set or known: a value, or one for each screen
+    "How the images of screens come to be, beside their files"
+    said = {k: [getattr(s, k, None) for s in screens] for k in ('z','t','illum','pixel_size')}
+    said = {k: v for k,v in said.items() if any(o is not None and o is not False for o in v)}
+    return {k: v[0] if len(set(v))==1 else v for k,v in said.items()}
 
 # %% ../nbs/18_data.ipynb #a8421779
 def screen_dls(
@@ -310,7 +309,8 @@ def screen_dls(
     check_size(sites, size)
     parts = split_panels(sites.screens, valid, by, seed)
     parts = [np.concatenate([p[k]+o for p,o in zip(parts, sites.starts)]) for k in (0,1)]
-    rows,held = _peopled(sites, parts)
+    has = with_cells(sites.cells) if sites.cells else np.ones(len(sites), bool)
+    rows,held = (ids[has[ids]] for ids in parts)
     same = dict(size=size, bs=bs, seed=seed, apart=apart, num_workers=num_workers, device=device)
     train = CropLoader(sites, rows, crops=crops, **same)
     return DataLoaders(train, CropLoader(sites, held, train=False, **same), device=device)

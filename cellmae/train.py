@@ -366,6 +366,7 @@ def run_whole(
         keep.begin(settings, resume)
         try: fit_cycle(learn, settings['epochs'], learn.records)
         finally: note_lineage(learn.model, out, settings.get('start'))
+        learn.model.provenance = {**settings, **provenance} # as `load_model` gives it
         if first: save_model(learn.model, out/'model', **settings, **provenance)
     return learn
 
