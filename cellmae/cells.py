@@ -172,7 +172,9 @@ def _pairs(columns):
 # %% ../nbs/15_cells.ipynb #5c0e11c2
 def _positions(columns):
     "The columns of `y` and `x`, what they are the centres of, and whether they are in um"
-    pairs = _pairs(columns)
+    pairs,deep = _pairs(columns),[c for c in columns if re.fullmatch('centroid_2', _lower(c))]
+    if deep: raise ValueError(f'Positions have three numbers, of which the first is z: name the '
+                              f"other two, `y='centroid-1'`, `x={deep[0]!r}`.")
     place = lambda k: (_rank.index(k[0]) if k[0] in _rank else 9, k[1], k[2]!='location_')
     if not pairs: raise ValueError(
         f'No columns of positions among {[*columns][:12]}. Name them: `y=...`, `x=...`.')
@@ -183,8 +185,9 @@ def _positions(columns):
     return pairs[best],best[0],best[1]
 
 # %% ../nbs/15_cells.ipynb #5c0e11c6
-_aliases = dict(field='site', fov='site', field_id='site', time='t', timepoint='t', frame='t')
-_places = [*SITE,'t','row','col','column','well_position',*_aliases]
+_aliases = dict(field='site', fov='site', field_id='site', time='t', timepoint='t', frame='t',
+                column='col', well_position='well')
+_places = [*SITE,'t','row','col',*_aliases]
 
 def _keys(df, names):
     "What each row says of its site, under our names"
@@ -223,13 +226,27 @@ def _rows(screen, df, names):
     if not files: raise ValueError(_no_site.format([*df][:12])+_by_number*('ImageNumber' in df)+'.')
     codes,found = pd.factorize(df[files[0]])
     by = _image_names(screen)
-    return np.array([by.get(_last(f), -1) for f in found]+[-1])[codes]
+    rows = np.array([by.get(_last(f), -1) for f in found]+[-1])
+    _check_met(rows, len(df), f'images {_three(found)}', f'{_three(by)}')
+    return rows[codes]
 
 def _rows_by_keys(screen, keys):
     code = keys.groupby([*keys], sort=False, dropna=False, observed=True).ngroup().to_numpy()
     first = np.unique(code, return_index=True)[1]
-    each = tidy(keys.iloc[first].astype(str), {})
-    return rows_of(screen, _one_time(screen, each))[code]
+    each = _one_time(screen, tidy(keys.iloc[first].astype(str), {}))
+    rows,places = rows_of(screen, each),screen.table[site_key(screen.table)]
+    said = lambda o: _three(map(in_words, o.head(3).to_dict('records')), '; ')
+    _check_met(rows, len(code), said(each), said(places))
+    return rows[code]
+
+def _three(o, mark=', '): return mark.join(str(k) for k,_ in zip(o, range(3)))
+
+def _check_met(rows, n, said, there):
+    "Refuse a table of which no row is on a site of the screen"
+    if len(rows)==0 or (rows>=0).any(): return
+    raise ValueError(f'None of {n} cells is on a site of the screen. The table says {said}; the '
+                     f'screen has {there}. Correct one of them; a column that all cells share can '
+                     'be left out.')
 
 def _one_time(screen, keys):
     "Keys of one time, unless the screen has times too"

@@ -375,7 +375,7 @@ def _versions(): return {p:version(p) for p in ('cellmae','torch','timm')}
 # %% ../nbs/41_embed.ipynb #b3b260ee
 def _unlike(k, a, b):
     "Do two choices make different pixels? Nothing is known of None"
-    if k=='illum': return set(listify(a or False))!={bool(b)}
+    if k=='illum': return bool(b) not in map(bool, listify(a or False))
     if a is None or b is None: return False
     if k=='pixel_size': return all(abs(o/b-1)>.05 for o in listify(a) if o)
     return b not in listify(a)
