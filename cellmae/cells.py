@@ -17,7 +17,7 @@ from pathlib import Path
 from .files import progress, read_table, write_whole
 from .labels import clean, well_name
 from .patterns import Listing, sites_by_names
-from .planes import read_plane, size_of
+from .planes import SUFFIXES, read_plane, size_of
 from .sites import SITE, WELL, about, in_words, tidy
 from .screen import open_screen
 
@@ -212,6 +212,26 @@ def _image_names(screen):
         if rows.setdefault(_last(f), i)!=i: rows[_last(f)] = -1
     return rows
 
+# %% ../nbs/15_cells.ipynb #5c0e1c61
+def _three(o, mark=', '): return mark.join(str(k) for k,_ in zip(o, range(3)))
+
+def _say_unmet(rows, words, there):
+    "Refuse a table of which no row is on a site of the screen, and count those that are on none"
+    lost,n = np.flatnonzero(rows<0),f'{len(rows):,}'
+    if not len(lost): return
+    such = _three(dict.fromkeys(map(words, lost[:1000])), '; ')
+    if len(lost)==len(rows): raise ValueError(
+        f'None of {n} cells is on a site of the screen. The table says {such}; the screen has '
+        f'{there}. Correct one of them, or leave a column out that is the same for all cells.')
+    print(f'{len(lost):,} of {n} cells are on no site of the screen, such as {such}')
+
+def _one_time(screen, keys):
+    "Keys of one time, unless the screen has times too"
+    times = keys['t'].unique() if 't' in keys else []
+    if len(times)<2 or 't' in screen.table: return keys
+    raise ValueError(f'Cells of {len(times)} times ({_three(times)}, ...), and the screen shows '
+                     "one. Keep the rows of this one, or open the screen with `t='all'`.")
+
 # %% ../nbs/15_cells.ipynb #5c0e11c7
 _no_site = ('Which site a cell is on is not said: the table has {}. Add a column `well` (and '
             '`site`, `plate` where there are several)')
@@ -226,34 +246,18 @@ def _rows(screen, df, names):
     if not files: raise ValueError(_no_site.format([*df][:12])+_by_number*('ImageNumber' in df)+'.')
     codes,found = pd.factorize(df[files[0]])
     by = _image_names(screen)
-    rows = np.array([by.get(_last(f), -1) for f in found]+[-1])
-    _check_met(rows, len(df), f'images {_three(found)}', f'{_three(by)}')
-    return rows[codes]
+    rows = np.array([by.get(_last(f), -1) for f in found]+[-1])[codes]
+    _say_unmet(rows, lambda i: f'image {df[files[0]].iloc[i]}', f'{_three(by)}')
+    return rows
 
 def _rows_by_keys(screen, keys):
-    code = keys.groupby([*keys], sort=False, dropna=False, observed=True).ngroup().to_numpy()
-    first = np.unique(code, return_index=True)[1]
+    code = keys.groupby([*keys], sort=False, dropna=False, observed=True).ngroup()
+    _,first,code = np.unique(code, return_index=True, return_inverse=True)
     each = _one_time(screen, tidy(keys.iloc[first].astype(str), {}))
-    rows,places = rows_of(screen, each),screen.table[site_key(screen.table)]
-    said = lambda o: _three(map(in_words, o.head(3).to_dict('records')), '; ')
-    _check_met(rows, len(code), said(each), said(places))
-    return rows[code]
-
-def _three(o, mark=', '): return mark.join(str(k) for k,_ in zip(o, range(3)))
-
-def _check_met(rows, n, said, there):
-    "Refuse a table of which no row is on a site of the screen"
-    if len(rows)==0 or (rows>=0).any(): return
-    raise ValueError(f'None of {n} cells is on a site of the screen. The table says {said}; the '
-                     f'screen has {there}. Correct one of them; a column that all cells share can '
-                     'be left out.')
-
-def _one_time(screen, keys):
-    "Keys of one time, unless the screen has times too"
-    times = keys['t'].unique() if 't' in keys else []
-    if len(times)<2 or 't' in screen.table: return keys
-    raise ValueError(f'Cells of {len(times)} times ({", ".join(times[:3])}, ...), and the screen '
-                     'shows one. Keep the rows of this one, or open the screen with `t="all"`.')
+    rows,there = rows_of(screen, each)[code],screen.table[site_key(screen.table)]
+    _say_unmet(rows, lambda i: in_words(each.iloc[code[i]]),
+               _three(map(in_words, there.head(3).to_dict('records')), '; '))
+    return rows
 
 # %% ../nbs/15_cells.ipynb #5c0e11c8
 def _column(df, pattern, what):
@@ -326,7 +330,8 @@ def _by_image(screen, folder, like):
     "`{file: row}` of masks that are called as images are"
     there,stems = Listing(folder),{_stem(f): i for f,i in _image_names(screen).items()}
     own = {os.path.abspath(Path(screen.root, f)) for f,_ in _images(screen)}
-    files = [f for f in there.images if fnmatch(f.lower(), like.lower() or '*')
+    files = [f for f in there.names if f.lower().endswith((*SUFFIXES,'.npy'))
+             and fnmatch(f.lower(), like.lower() or '*')
              and os.path.abspath(there.path(f)) not in own]
     found = {f: _site_of(_stem(f), stems) for f in files}
     return {there.path(f): i for f,i in found.items() if i>=0},[f for f,i in found.items() if i<0]
@@ -443,7 +448,6 @@ def _placed(screen, t):
     if not len(t): raise ValueError('There is no cell in the table.')
     none,lost = t[['y','x']].isna().any(axis=1),t['row']<0
     if none.any(): print(f'{none.sum()} of {len(t)} rows have no position, and are left out')
-    if lost.any(): print(f'{lost.sum()} of {len(t)} cells are on no site of the screen')
     return t[~none&~lost]
 
 def _tell(cells, screen):
