@@ -98,7 +98,7 @@ def test_planes_of_every_kind(kind, tmp_path):
 
 deep = g.integers(0, 4000, (40, 1, 256, 256)).astype(np.uint16)
 
-@pytest.mark.parametrize('z,planes', [(3, 3.5), (39, 3.5), ('mid', 3.5), ('max', 5.5), ('mean', 8.5)])
+@pytest.mark.parametrize('z,planes', [(3, 5), (39, 5), ('mid', 5), ('max', 7), ('mean', 9.5)])
 def test_no_more_is_held_than_needed(kind, z, planes, tmp_path):
     "Of 40 planes one, or a few at a time"
     name,write = kind
@@ -248,6 +248,21 @@ def test_metamorph_stacks(tmp_path):
     f.write_bytes(whole[:at+x[0].nbytes]+x[1:].astype('<u2').tobytes()+whole[at+x[0].nbytes:])
     s = look_into(f)
     assert (s.axes, s.shape) == ('ZYX', (5, 24, 36)) and (read_plane(f, z=3) == x[3]).all() and (read_site([f], 'max')[0] == x.max(0)).all()
+
+@pytest.mark.parametrize('c', [1, 3])
+def test_confocal_stacks_of_zeiss(c, tmp_path):
+    "A thumbnail behind every plane"
+    info = np.zeros((), [(k or f'gap{i}', kind) for i,(k,kind) in enumerate(tifffile.TIFF.CZ_LSMINFO)])
+    told = dict(MagicNumber=67127628, StructureSize=info.nbytes, DimensionX=36, DimensionY=24, DimensionZ=5, DimensionChannels=c, DimensionTime=1)
+    for k,v in told.items(): info[k] = v
+    x = X.reshape(5, 6, 24, 36)[:,:c].squeeze()
+    with tifffile.TiffWriter(tmp_path/'a.lsm', byteorder='<') as o:
+        for i in range(5):
+            o.write(x[i], photometric='minisblack', planarconfig='separate' if c>1 else None, metadata=None, extratags=[(34412, 1, info.nbytes, info.tobytes(), True)][i:])
+            o.write(np.zeros((6, 9, 3), 'u1'), photometric='rgb', subfiletype=1, metadata=None)
+    f = tmp_path/'a.lsm'
+    assert look_into(f).axes == ('ZYX' if c==1 else 'ZCYX') and (read_plane(f'{f}#c={c-1}', z=3) == x.reshape(5, c, 24, 36)[3,-1]).all()
+    assert (read_site(f, 'max') == x.reshape(5, c, 24, 36).max(0)).all()
 
 def test_imagej_cut_short(tmp_path):
     "The first plane is not taken for all"
