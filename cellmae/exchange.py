@@ -4,17 +4,25 @@
 
 # %% auto #0
 __all__ = ['numbered', 'absent', 'known', 'placed', 'together', 'stores_that_say', 'ome_zarr', 'ome_xml', 'ome_places',
-           'ome_channels', 'ome_planes', 'ome_tiff']
+           'ome_channels', 'ome_planes', 'ome_tiff', 'tables_of', 'tables_with', 'listed_table', 'fullest', 'tidied',
+           'load_data', 'rxrx_labels', 'rxrx', 'rxrx3_core', 'channel_rows', 'arrays', 'bioformats2raw']
 
 # %% ../nbs/09_exchange.ipynb #0ae27774
-import json, os, re
+import csv, gzip, json, os, re
 import numpy as np, pandas as pd
 from collections import Counter
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from tifffile import TiffFile
 from xml.etree import ElementTree
 from zipfile import BadZipFile, ZipFile
+from .files import read_table, text_of
+from .images import PANELS
 from .layouts import Scan, layout
+from .patterns import Listing
 from .planes import SUFFIXES
+from .sites import ELSEWHERE, file_columns, illum_columns, join_plate_map, tidy, wide
 
 # %% ../nbs/09_exchange.ipynb #9e010003
 _packed,_marks = ('.ozx','.zip'),('zarr.json','.zattrs','.zgroup')
@@ -30,9 +38,11 @@ class _Zarr:
             tops = [o.rpartition('/')[0] for o in z.namelist() if o.endswith(_marks)]
             self.lead = min(tops, key=len, default='')
 
+    def inner(self, *way): return '/'.join(filter(None, (self.lead, *way)))
+
     def json(self, *way):
         "Content of a file; None if it is not there"
-        f = '/'.join(filter(None, (self.lead, *way)))
+        f = self.inner(*way)
         try: return json.loads(self.get(f))
         except (FileNotFoundError,NotADirectoryError,KeyError): return
         except ValueError as e:
@@ -51,7 +61,7 @@ class _Zarr:
 
     def address(self, way, *marks):
         "Where the room `planes` finds an image, or a channel of it"
-        inner = '/'.join(filter(None, (self.lead, way)))
+        inner = self.inner(way)
         if self.name.lower().endswith(_packed): head,marks = self.name,(inner,*marks)
         else: head = '/'.join(filter(None, (self.name, inner)))
         return '#'.join(filter(None, (head, ','.join(filter(None, marks)))))
@@ -64,13 +74,13 @@ def numbered(
     many = Counter(names := list(names))
     return [f'{n} {i}' if many[n]>1 else n for i,n in enumerate(names)]
 
-def _channels(store, way, seen):
+def _channels(store, way, names, seen):
     "`{name: its part of an address}` of the channels of an image; none if it is not there"
     a = store.attrs(way) or {}
     if not a.get('multiscales'): return {}
     m = a['multiscales'][0]
     axes = tuple(o['name'] if isinstance(o, dict) else o for o in m.get('axes', 'tczyx'))
-    labels = tuple(o.get('label') for o in a.get('omero', {}).get('channels', ()))
+    labels = tuple(o.get('label') for o in a.get('omero', {}).get('channels', ())) or tuple(names)
     if (axes,labels) not in seen:
         if not (shape := store.shape(way, m['datasets'][0]['path'])): return {}
         seen[axes,labels] = shape[axes.index('c')] if 'c' in axes else 1
@@ -94,7 +104,7 @@ def _by_channel(store, rows):
     "A row per channel of each image, and the paths of images that are not there"
     out,gone,seen = [],[],{}
     for o in rows:
-        channels = _channels(store, way := o.pop('way'), seen)
+        channels = _channels(store, way := o.pop('way'), o.pop('names', ()), seen)
         if not channels: gone.append(way)
         out += [{**o, 'channel':c, 'file':store.address(way, at)} for c,at in channels.items()]
     return out,gone
@@ -213,11 +223,13 @@ def stores_that_say(listing, *keys):
     plain = sorted(o for s,names in listing.by_suffix.items() if s not in SUFFIXES for o in names)
     tops = [o for o in plain if _is_store(listing.path(o))]
     if ome := [o for o in tops if _says(listing.path(o), *keys)]: return ome
-    groups = [o for o in tops if os.path.isdir(listing.path(o))]
-    held = [f'{o}/{p}' for o in groups for p in sorted(os.listdir(listing.path(o)))]
+    rest = {o:listing.path(o) for o in tops if not _says(listing.path(o), *_ome)}
+    held = [f'{o}/{f}' for o,p in rest.items() if os.path.isdir(p) for f in sorted(os.listdir(p))]
     return [o for o in held if _says(listing.path(o), *keys)]
 
-def _ome_stores(listing): return stores_that_say(listing, 'plate', 'multiscales')
+_ome = ('plate','multiscales','bioformats2raw.layout')
+
+def _ome_stores(listing): return stores_that_say(listing, *_ome[:2])
 
 @layout('ome_zarr', 'OME-Zarr', _ome_stores)
 def ome_zarr(listing, found, acquisition=None, **options):
@@ -403,3 +415,392 @@ def ome_tiff(listing, found, **options):
                                   'the companion, or the file that describes the set, beside it.')
     return Scan(_one_table(rows), said=said, left=[o for o in left if o not in done],
                 about=known(pixel_size=size and float(size)))
+
+# %% ../nbs/09_exchange.ipynb #9e010051
+_tables = ('.csv','.tsv','.txt','.csv.gz','.tsv.gz','.txt.gz','.parquet')
+
+def _titles(listing, name):
+    "Titles of the columns of a table, none if it is no table"
+    path = listing.path(name)
+    if name.lower().endswith('.parquet'): return _schema(path)
+    if not isinstance(path, Path): head = listing.text(name)[:2**16]
+    else:
+        with (gzip.open if name.lower().endswith('.gz') else open)(path, 'rb') as o:
+            head = text_of(o.read(2**16))
+    line = head.partition('\n')[0].strip('\r')
+    return next(csv.reader([line], delimiter=max('\t;,', key=line.count)), [])
+
+def _schema(path):
+    "Names of the columns of a parquet file, none if it is damaged"
+    if not isinstance(path, Path): return []
+    from pyarrow import ArrowException, parquet
+    try: return parquet.read_schema(path).names
+    except ArrowException: return []
+
+def tables_of(
+    listing:Listing, # Of a folder
+)->dict: # Name of a table -> titles of its columns, in lower case
+    "Tables of a listing by their titles, looked up once"
+    if '_tables' not in vars(listing):
+        names = [o for o in listing.names if o.lower().endswith(_tables)]
+        own = [o for o in names if not o.rpartition('/')[2].startswith('screen.')]
+        listing._tables = {o: [c.strip().lower() for c in _titles(listing, o)] for o in own}
+    return listing._tables
+
+def tables_with(
+    listing:Listing, # Of a folder
+    *columns, # Each a title in lower case, or several of which one must be there
+)->list: # Names of tables
+    "Tables that have these columns"
+    asked = [{c} if isinstance(c, str) else set(c) for c in columns]
+    return [o for o,titles in tables_of(listing).items() if all(c & set(titles) for c in asked)]
+
+def listed_table(
+    listing:Listing, # Of a folder
+    name, # Of a table in it
+)->pd.DataFrame: # As text
+    "A table of a listing, which may be packed or on the web"
+    path = listing.path(name)
+    if isinstance(path, Path): return read_table(path)
+    with TemporaryDirectory() as d:
+        (f := Path(d)/name.rpartition('/')[2]).write_bytes(listing.bytes(name))
+        return read_table(f)
+
+# %% ../nbs/09_exchange.ipynb #9e010053
+def fullest(
+    names, # Of tables
+)->list: # One of those that differ only in suffix or in `_with_illum`
+    "Each table once"
+    rank = lambda o: [o.lower().endswith(e) for e in _tables[::-1]]
+    poor = lambda o: ('_with_illum' not in o.lower(), rank(o))
+    bare = lambda o: re.sub(r'(?i)(_with_illum)?(\.(csv|tsv|txt|parquet|gz))+$', '', o)
+    best = {}
+    for o in sorted(names, key=poor): best.setdefault(bare(o), o)
+    return sorted(best.values())
+
+# %% ../nbs/09_exchange.ipynb #9e010056
+def _load_tables(listing):
+    "LoadData tables: they name files of channels that are no illumination functions"
+    named = re.compile('^(image_)?(filename|url)_(?!illum)')
+    return [o for o,titles in tables_of(listing).items() if any(map(named.match, titles))]
+
+def _beside(files, folder):
+    "Names of files as they are from the root, those without a folder of their own beside the table"
+    lead = f'{folder}/' if folder else ''
+    return [f if not f or '/' in f else lead+f for f in files]
+
+def tidied(
+    df, # A table with columns such as `Metadata_Well`
+)->pd.DataFrame: # The same with `batch,plate,well,site`, as far as they are there
+    "Columns of places under our names"
+    return tidy(df, {}) if {'well','well_position','row'} & {_short(c) for c in df} else df
+
+def _gallery(name):
+    "Batch and plate of a table, from the folders of the Cell Painting Gallery"
+    m = re.search(r'(?:^|/)load_data_csv/(?:([^/]+)/)?([^/]+)/[^/]+$', name)
+    return known(batch=m[1], plate=m[2]) if m else {}
+
+def _load_data_of(listing, name):
+    "One table: a row per site, `file_` and `illum_` by channel"
+    df,folder = listed_table(listing, name),name.rpartition('/')[0]
+    has = {_short(c) for c in df}
+    more = {k:v for k,v in _gallery(name).items() if k not in has}
+    own = df[[c for c in df if not re.match(ELSEWHERE, c)]].assign(**more)
+    for lead,found in dict(file_=file_columns(df), illum_=illum_columns(df)).items():
+        own = own.assign(**{lead+c: _beside(fs, folder) for c,fs in found.items()})
+    return tidied(own)
+
+def _short(title): return re.sub('^(image_)?metadata_', '', title.lower())
+
+# %% ../nbs/09_exchange.ipynb #9e010057
+def _illum_of(names, batch, plate):
+    "`{stain: file}` of the illumination functions of a plate"
+    own = [o for o in names if o.rpartition('/')[2].startswith(f'{plate}_Illum')]
+    own = [o for o in own if f'/{batch}/' in f'/{o}'] or own
+    return {o[:-4].rpartition('_Illum')[2]: o for o in own}
+
+def _add_illum(df, listing):
+    "Illumination functions that lie in a folder `illum` and that the table does not name"
+    names = listing.named('*_Illum*.npy')
+    if any(c.startswith('illum_') for c in df) or 'plate' not in df or not names: return df
+    places = [*zip(df.get('batch', df['plate']), df['plate'])]
+    found = {p: _illum_of(names, *p) for p in set(places)}
+    stains = sorted({c for o in found.values() for c in o} & {c[5:] for c in df})
+    return df.assign(**{f'illum_{c}': [found[p].get(c, '') for p in places] for c in stains})
+
+@layout('load_data', "CellProfiler's LoadData", _load_tables)
+def load_data(listing, found, **options):
+    "Tables of CellProfiler, one or one per plate"
+    use = fullest(found)
+    df = pd.concat([_load_data_of(listing, o) for o in use], ignore_index=True).fillna('')
+    said = [f'{len(use)} tables, from {use[0]} to {use[-1]}'] if len(use)>1 else []
+    return Scan(_add_illum(df, listing), said=said, left=[o for o in found if o not in use])
+
+# %% ../nbs/09_exchange.ipynb #9e010061
+_rxrx_name = (r'(?P<batch>[^/]+)/Plate(?P<plate>\d+)/(?P<well>[A-Z]{1,2}\d{1,2})_s(?P<site>\d+)'
+              r'_w?(?P<channel>[1-6])(?:\.[a-z0-9]+)?$')
+
+def _rxrx_tables(listing):
+    "Metadata of RxRx, if images are called as there"
+    some = (*listing.images[:1], *listing.images[len(listing.images)//2:][:1], *listing.images[-1:])
+    if not any(re.search(_rxrx_name, o) for o in some): return []
+    return tables_with(listing, ('experiment','experiment_name'), 'plate', ('well','address'))
+
+def rxrx_labels(
+    meta:pd.DataFrame, # Metadata of a collection, as text
+)->pd.DataFrame: # The same with `batch,well,perturbation`, and `control` where it is said
+    "What was done to the wells of RxRx"
+    meta = meta.rename(columns=dict(experiment='batch', experiment_name='batch', address='well'))
+    name = pd.Series('', meta.index)
+    for c in [c for c in ('sirna','gene','treatment','disease_condition') if c in meta]:
+        name = name.where(name!='', meta[c])
+    meta['perturbation'] = name.where(name!='', 'EMPTY')
+    if 'well_type' in meta: meta['control'] = meta['well_type']=='negative_control'
+    return meta
+
+def _rxrx_planes(names, files):
+    "A row per plane from names such as `HUVEC-01/Plate1/B03_s1_w1.png`, and stains of the channels"
+    df = pd.Series(names, dtype=str).str.extract(_rxrx_name).assign(file=files)
+    df = df[df['batch'].notna()]
+    stains = {str(k):v for k,v in PANELS['rxrx'].items()}
+    return df,stains if set(df['channel'])==set(stains) else {}
+
+# %% ../nbs/09_exchange.ipynb #9e010063
+def _only_table(found):
+    "The one table of a collection"
+    use = fullest(found)
+    if len(use)==1: return use[0]
+    raise ValueError(f'{use[0]} and {use[1]} are two collections. Open each folder by itself.')
+
+@layout('rxrx', 'RxRx', _rxrx_tables)
+def rxrx(listing, found, **options):
+    "RxRx1, 2, 19 and 3: names of files say where, one table says what"
+    df,stains = _rxrx_planes(listing.images, listing.images)
+    said = [] if stains else ['Channels are not the six of RxRx: give their names']
+    meta = rxrx_labels(listed_table(listing, _only_table(found)))
+    rest = sorted(set(listing.images)-set(df['file']))
+    return Scan(join_plate_map(wide(df, listing.root), meta, {}), stains, rest, said)
+
+# %% ../nbs/09_exchange.ipynb #9e010067
+def _keys_of(listing, name):
+    "Keys of the images in a parquet file"
+    from pyarrow import parquet
+    return parquet.read_table(listing.path(name), columns=['__key__'])['__key__'].to_pylist()
+
+def _complete(df, key=('batch','plate','well','site')):
+    "Sites that have every channel, and a sentence about the others"
+    n = df.groupby(list(key), observed=True)['channel'].transform('size')
+    short = df.loc[n<df['channel'].nunique(), list(key)].drop_duplicates()
+    said = f'{len(short)} sites lack channels, which lie in files that are not here: left out'
+    return df[n==df['channel'].nunique()],[said]*bool(len(short))
+
+@layout('rxrx3_core', 'RxRx3-core', lambda o: tables_with(o, '__key__'))
+def rxrx3_core(listing, found, **options):
+    "Parquet files with an image per row, and the table of wells if it is beside them"
+    keys = [(k,f'{o}#row={i}') for o in found for i,k in enumerate(_keys_of(listing, o))]
+    df,stains = _rxrx_planes(*map(list, zip(*keys)))
+    if not len(df): raise ValueError(f'{found[0]}: keys such as {keys[0][0]} name no well. Write a '
+                                     'table with `well`, `channel` and `file`.')
+    df,said = _complete(df)
+    df = wide(df, listing.root)
+    tables = tables_with(listing, 'experiment_name', 'plate', 'address')
+    if tables: df = join_plate_map(df, rxrx_labels(listed_table(listing, _only_table(tables))), {})
+    return Scan(df, stains, said=said)
+
+# %% ../nbs/09_exchange.ipynb #9e010071
+_chammi = {'experiment.study':'batch', 'experiment.plate':'plate', 'experiment.well':'well',
+           'experiment.reagent':'perturbation', 'imaging.multi_channel_id':'site',
+           'imaging.channel_type':'channel', 'geometry.z_slice':'z', 'geometry.timepoint':'t'}
+_file = ('file','filename','file_name','path','filepath','file_path','image','image_path',
+         'image_file','storage.path','storage.filename')
+_channel = ('channel','channel_name','stain','dye','wavelength')
+_site = ('site','fov','field','position','image_id')
+
+def _first_of(df, titles):
+    "The first of these titles that a table has"
+    return next((c for k in titles for c in df if c.strip().lower()==k), None)
+
+class _Places:
+    "Where files of a table are: by their way from the root or the table, in zips, or by a name"
+    def __init__(self, listing, table):
+        self.folder,self.ways = table.rpartition('/')[0],{o:o for o in listing.names}
+        for z in (o for o in listing.named('*.zip') if isinstance(listing.path(o), Path)):
+            with ZipFile(listing.path(z)) as box:
+                self.ways.update({f'{z[:-4]}/{o}': f'{z}#{o}' for o in box.namelist()})
+        many = Counter(o.rpartition('/')[2] for o in self.ways)
+        self.once = {e:w for o,w in self.ways.items() if many[e := o.rpartition('/')[2]]==1}
+
+    def __call__(self, f, box=''):
+        "Address of a file; empty if it is not there, or if two are called so"
+        f = '/'.join(filter(None, (box.removesuffix('.zip'), f.replace('\\', '/'))))
+        for o in (f, f'{self.folder}/{f}'):
+            if o in self.ways: return self.ways[o]
+        return self.once.get(f.rpartition('/')[2], '')
+
+# %% ../nbs/09_exchange.ipynb #9e010072
+def _long_tables(listing):
+    "Tables with a column of files and one of channels, and a word on the well"
+    if found := tables_with(listing, 'imaging.multi_channel_id'): return found
+    found = tables_with(listing, _file, _channel, ('well','row','well_position','metadata_well'))
+    return [o for o in found if o not in _load_tables(listing)]
+
+def _constant(df, key):
+    "Columns that say the same of all planes of an image"
+    g = df.groupby(key, observed=True, sort=False)
+    return [c for c in df if c in key or (df[c]==g[c].transform('first')).all()]
+
+def _told_apart(df, key):
+    "Channels of one name in one image, by their number if the table has one"
+    twice = df.duplicated([*key,'channel'], keep=False)
+    number = df.get('imaging.channel', pd.Series('', df.index))
+    return df['channel'].mask(twice, df['channel']+' '+number)
+
+@layout('channel_rows', 'A table with a row per channel', _long_tables)
+def channel_rows(listing, found, **options):
+    "CHAMMI-75, or any table that has a row per file"
+    df = listed_table(listing, name := _only_table(found)).rename(columns=_chammi)
+    names = {k: _first_of(df, o) for k,o in dict(file=_file, channel=_channel, site=_site).items()
+             if k not in df}
+    df = tidied(df.rename(columns={v:k for k,v in names.items() if v}))
+    places,boxes = _Places(listing, name),df.get('storage.zip', pd.Series('', df.index))
+    df,asked = df.assign(file=[places(*o) for o in zip(df['file'], boxes)]),df['file']
+    gone,df = list(asked[df['file']=='']),df[df['file']!='']
+    if not len(df): raise ValueError(f'{name}: none of its {len(gone)} files is here, such as '
+                                     f'{gone[0]}. Open the folder that holds table and files.')
+    df = df.drop(columns=[k for k in ('z','t') if k in df and df[k].nunique()==1])
+    key = [k for k in ('batch','plate','well','row','col','site','z','t') if k in df]
+    df['channel'] = _told_apart(df, key)
+    said = absent(gone, name) + _ragged(df)
+    return Scan(df[list(dict.fromkeys([*_constant(df, key),'channel','file']))], said=said)
+
+def _ragged(df):
+    "A sentence if batches have other channels"
+    if 'batch' not in df: return []
+    panels = df.groupby('batch', observed=True)['channel'].agg(frozenset)
+    if panels.nunique()==1: return []
+    return [f'{panels.nunique()} panels of channels, such as {sorted(panels.iloc[0])} in '
+            f'{panels.index[0]}: open one with `channels=`, and leave out the rest by `subset`']
+
+# %% ../nbs/09_exchange.ipynb #9e010081
+_boxes = ('.npz','.h5','.hdf5')
+
+def _npz_shapes(path):
+    "`{name: shape}` of the arrays in an `npz`, from their headers"
+    out = {}
+    with ZipFile(path) as z:
+        for o in z.namelist():
+            with z.open(o) as f:
+                header = {1:read_array_header_1_0, 2:read_array_header_2_0}[read_magic(f)[0]]
+                out[o.removesuffix('.npy')] = header(f)[0]
+    return out
+
+def _h5_shapes(path):
+    "`{name: shape}` of the arrays in an HDF5 file"
+    import h5py
+    out = {}
+    with h5py.File(path) as f: f.visititems(lambda k,o: out.update({k:getattr(o, 'shape', ())}))
+    return out
+
+def _shapes_in(path):
+    "`{name: shape}` of the arrays in a file, none if it is damaged"
+    try: return (_npz_shapes if str(path).lower().endswith('.npz') else _h5_shapes)(path)
+    except (OSError,ValueError,KeyError,BadZipFile): return {}
+
+def _axes_of(shape, n):
+    "Axes of an image of `n` channels, or of an unknown number; None if in doubt"
+    if len(shape)==2: return 'YX'
+    few = lambda i: shape[i]==n if n else shape[i]<min(10, *shape[:i], *shape[i+1:])
+    met = [axes for axes,i in (('CYX',0),('YXC',2)) if few(i)]
+    return met[0] if len(met)==1 else None
+
+# %% ../nbs/09_exchange.ipynb #9e010083
+def _rows_of(listing, table, name):
+    "Rows of a table that are about a file of arrays: those that name it, else all"
+    df = listed_table(listing, table)
+    if 'file' not in df: return df
+    own = df['file'].str.rpartition('/')[2]==name.rpartition('/')[2]
+    return df[own] if own.any() else df
+
+def _numbers_in(df, n):
+    "Number of the image of each row of a table, None if they do not belong together"
+    if 'index' in df and df['index'].str.fullmatch(r'\d+').all() and df['index'].is_unique:
+        at = df['index'].astype(int)
+        return at.tolist() if at.max()<n else None
+    return list(range(n)) if len(df)==n else None
+
+def _pair(listing, name):
+    "Name and shape of the images in a file, rows of the table beside it, their numbers; or None"
+    arrays = {k:s for k,s in _shapes_in(listing.path(name)).items()
+              if len(s) in (3,4) and not re.search('(?i)mask|label|seg', k)}
+    if len(arrays)!=1: return
+    (key,shape), = arrays.items()
+    for t in (o for o in listing.beside(name) if o in tables_of(listing)):
+        df = _rows_of(listing, t, name)
+        if (at := _numbers_in(df, shape[0])): return key,shape,df,at
+
+def _stacks(listing):
+    "Files of arrays with a table beside them that has a row per image"
+    if listing.lead or isinstance(listing.root, str): return []
+    return [o for s in _boxes for o in listing.by_suffix.get(s, ()) if _pair(listing, o)]
+
+# %% ../nbs/09_exchange.ipynb #9e010084
+def _names_in(path, n):
+    "Names of `n` channels from a file of arrays, if it has an array of them"
+    keys = [k for k,s in _shapes_in(path).items() if 'channel' in k.lower() and s==(n,)]
+    if not keys: return list(map(str, range(n)))
+    if str(path).lower().endswith('.npz'):
+        with np.load(path) as z: return z[keys[0]].astype(str).tolist()
+    import h5py
+    with h5py.File(path) as f: return f[keys[0]].asstr()[()].tolist()
+
+def _crops(listing, name):
+    "A row per image of a file of arrays"
+    key,shape,df,at = _pair(listing, name)
+    path = listing.path(name)
+    told = [s[0] for k,s in _shapes_in(path).items() if 'channel' in k.lower() and len(s)==1]
+    axes = _axes_of(shape[1:], told[0] if told else None)
+    if not axes: raise ValueError(
+        f'{path}: which axis of {shape[1:]} is that of the channels? Write a table with `well` and '
+        f"addresses: `file='{name}#{key},i=0,axes=CYX'`.")
+    names = _names_in(path, shape[1+axes.index('C')] if 'C' in axes else 1)
+    tail = [f',axes={axes},c={c}' if 'C' in axes else '' for c in range(len(names))]
+    was = {k:f'given_{k}' for k in ('file','site') if k in df}
+    return df.rename(columns=was).assign(site=list(map(str, at)), **{
+        f'file_{n}': [f'{name}#{key},i={i}{end}' for i in at] for n,end in zip(names, tail)})
+
+@layout('arrays', 'Arrays with a table', _stacks)
+def arrays(listing, found, **options):
+    "Crops or fields in `npz` or HDF5 files, and a table of them"
+    return Scan(pd.concat([_crops(listing, o) for o in found], ignore_index=True).fillna(''))
+
+# %% ../nbs/09_exchange.ipynb #9e010091
+def _raw_stores(listing):
+    "Stores of bioformats2raw that are no OME-Zarr plates"
+    found = stores_that_say(listing, _ome[2])
+    return [o for o in found if not _says(listing.path(o), 'plate')]
+
+def _raw_images(store):
+    "A row per image of a store of bioformats2raw, and the rest of what its XML says"
+    try: ome = ome_xml(store.get(store.inner('OME', 'METADATA.ome.xml')), store.name)
+    except (FileNotFoundError,KeyError): raise ValueError(
+        f'{store.path}: OME/METADATA.ome.xml is not there. Copy it again.') from None
+    images,places = list(ome.iter('Image')),ome_places(ome)
+    ways = (store.attrs('OME') or {}).get('series') or list(map(str, range(len(images))))
+    rows = [dict(way=w, site=w, label=o.get('Name') or '', names=ome_channels(o.find('Pixels')))
+            for w,o in zip(ways, images)]
+    return [{**o, **places.get(i.get('ID'), {})} for o,i in zip(rows, images)]
+
+@layout('bioformats2raw', 'Zarr of bioformats2raw', _raw_stores)
+def bioformats2raw(listing, found, **options):
+    "Images in order, with plates, wells and names from OME-XML"
+    parts,said = [],[]
+    for o in found:
+        store = _Zarr(listing.path(o), o)
+        rows,gone = _by_channel(store, _raw_images(store))
+        df = pd.DataFrame(rows)
+        df = df[df['row'].notna()] if 'row' in df else placed(df, 'label')
+        names = df['plate'] if 'plate' in df else pd.Series('', df.index)
+        parts.append(df.assign(plate=names.where(names!='', _stem(o))).drop(columns='label'))
+        said += absent(gone, o)
+    df = pd.concat(parts, ignore_index=True)
+    return Scan(df, _numbers(df), said=said)

@@ -118,7 +118,7 @@ def _found(root):
     "The folder of a listing, what leads to a name within it, and what lies there"
     if is_remote(root): return str(root).rstrip('/'),'',_grouped(below(str(root)))
     root = Path(root)
-    if root.is_file() and root.suffix.lower()=='.zip':
+    if root.is_file() and re.search(r'(?i)(?<!\.zarr)\.zip$', root.name):
         with ZipFile(root) as z: return root.parent,f'{root.name}#',_grouped(z.namelist())
     if root.is_file() or root.is_dir() and is_store(root):
         return root.parent,'',[('.',[root.name],[])]

@@ -56,10 +56,11 @@ _choice = r'[A-Za-z]\w*=-?(?:\d[\d.]*|\w*)'
 _tail = re.compile(rf'(.*?)((?:(?:^|[,#]){_choice})*)', re.S)
 
 def _numbers(choices, s):
-    "`c=1,z=2` as a dictionary"
+    "`c=1,axes=CYX` as a dictionary"
     pairs = [o.lower().split('=') for o in re.split('[,#]', choices) if o]
-    wrong = [f'{k}={v}' for i,(k,v) in enumerate(pairs) if not v.isdigit() or k in dict(pairs[:i])]
-    if not wrong: return {k:int(v) for k,v in pairs}
+    wrong = [f'{k}={v}' for i,(k,v) in enumerate(pairs)
+             if not v.isdigit() and k!='axes' or k in dict(pairs[:i])]
+    if not wrong: return {k: v.upper() if k=='axes' else int(v) for k,v in pairs}
     raise ImageError('bad address', s, f'`{wrong[0]}`: give each of `c`, `z`, `t`, `series`, '
                      '`page` or `row` once, as a number from 0, such as `#c=1,z=2`.')
 

@@ -320,3 +320,282 @@ def test_ome_parts_without_their_companion(tmp_path):
 def test_ome_file_per_site_is_a_matter_of_names(tmp_path):
     for o in ('B03_s1','C02_s1'): put_ome(tmp_path/f'{o}.ome.tif', pixels(0, 1, 2, 4, 6))
     assert not LAYOUTS['ome_tiff'].finds(Listing(tmp_path))
+
+# bioformats2raw
+
+def put_raw(path, wells, version='0.4', series=None, omero=True):
+    "Images beside each other, and a plate in OME-XML: `{(row,col): numbers}`"
+    x = pixels(0, 3, 2, 4, 6)
+    put_attrs(path, version, **{'bioformats2raw.layout':3})
+    put_attrs(path/'OME', version, **(dict(series=series) if series else {}))
+    for i,way in enumerate(series or '012'): put_image(path/way, x[i], version, names=['DAPI','GFP'] if omero else None)
+    said = ''.join(f'<Well ID="Well:{i}" Row="{r}" Column="{c}">'+''.join(
+        f'<WellSample ID="S:{k}" Index="{k}"><ImageRef ID="Image:{k}"/></WellSample>' for k in o)+'</Well>'
+        for i,((r,c),o) in enumerate(wells.items()))
+    images = ''.join(IMAGE.format(i=i, label='', z=1, data='<MetadataOnly/>') for i in range(3))
+    plate = f'<Plate ID="Plate:0" Name="P1">{said}</Plate>' if wells else ''
+    (path/'OME'/'METADATA.ome.xml').write_text(SET.format(own='', plate=plate, images=images))
+    return x
+
+@pytest.mark.parametrize('version', ['0.4','0.5'])
+@pytest.mark.parametrize('series', [None, ['0','2','1']])
+@pytest.mark.parametrize('omero', [True, False])
+def test_bioformats2raw_is_a_plate(tmp_path, version, series, omero):
+    x = put_raw(tmp_path/'raw.zarr', {(1,2):[2,0], (2,1):[1]}, version, series, omero)
+    assert set(scan(tmp_path, 'bioformats2raw').table['plate'])=={'P1'}
+    s = Screen.open(tmp_path/'raw.zarr')
+    for well,site,i in (('B03','1',2), ('B03','2',0), ('C02','1',1)): same_pixels(s, well, site, ['DNA','GFP'], x[i])
+
+def test_bioformats2raw_without_plate_and_without_xml(tmp_path):
+    put_raw(tmp_path/'raw.zarr', {})
+    df = scan(tmp_path, 'bioformats2raw').table
+    assert 'well' not in df and list(df['site'].unique())==['0','1','2']
+    (tmp_path/'raw.zarr/OME/METADATA.ome.xml').unlink()
+    with pytest.raises(ValueError, match='METADATA.ome.xml is not there'): scan(tmp_path, 'bioformats2raw')
+
+# LoadData
+
+def put_tiffs(root, names, seed=0):
+    out = {}
+    for i,o in enumerate(names):
+        (root/o).parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(root/o, out.setdefault(o, pixels(seed+i, 4, 6)))
+    return out
+
+def load_table(way='', key='well', **more):
+    "A LoadData table of two sites"
+    at = dict(well=dict(Metadata_Well=['B03','C02'], Metadata_Site=['1','1']),
+              row=dict(Metadata_Row=['2','3'], Metadata_Col=['3','2'], Metadata_FieldID=['1','1']))[key]
+    names = {f'FileName_Orig{c}': [f'r0{r}c0{k}-ch{i}.tiff' for r,k in ((2,3),(3,2))] for i,c in ((1,'DNA'),(2,'ER'))}
+    paths = {f'PathName_Orig{c}': [way]*2 for c in ('DNA','ER')} if way else {}
+    return pd.DataFrame({**at, **names, **paths, **more})
+
+TIFFS = [f'r0{r}c0{k}-ch{i}.tiff' for r,k in ((2,3),(3,2)) for i in (1,2)]
+WRITE = {'csv':lambda df,f: df.to_csv(f, index=False), 'csv.gz':lambda df,f: df.to_csv(f, index=False),
+         'parquet':lambda df,f: df.to_parquet(f)}
+
+@pytest.mark.parametrize('suffix', list(WRITE))
+@pytest.mark.parametrize('key', ['well','row'])
+def test_load_data(tmp_path, suffix, key):
+    x = put_tiffs(tmp_path, [f'images/{o}' for o in TIFFS])
+    WRITE[suffix](load_table('/home/ubuntu/projects/images', key), tmp_path/f'load_data.{suffix}')
+    s = Screen.open(tmp_path)
+    same_pixels(s, 'B03', '1', ['DNA','ER'], [x['images/'+o] for o in TIFFS[:2]])
+    same_pixels(s, 'C02', '1', ['DNA','ER'], [x['images/'+o] for o in TIFFS[2:]])
+
+def test_load_data_beside_its_images(tmp_path):
+    x = put_tiffs(tmp_path/'deep'/'P1', TIFFS)
+    load_table().to_csv(tmp_path/'deep'/'P1'/'load_data.csv', index=False)
+    same_pixels(Screen.open(tmp_path), 'C02', '1', ['DNA','ER'], [x[o] for o in TIFFS[2:]])
+
+def test_gallery(tmp_path):
+    "Two batches whose plates share a name, foreign paths, longer folders, illumination functions"
+    x = {}
+    for b in ('b1','b2'):
+        home = tmp_path/f'workspace/load_data_csv/{b}/P1'
+        home.mkdir(parents=True)
+        df = load_table(f's3://cellpainting-gallery/cpg/source/images/{b}/images/P1__long/Images')
+        df.to_csv(home/'load_data.csv', index=False)
+        df.assign(Metadata_Plate='P1').to_parquet(home/'load_data.parquet')
+        x[b] = put_tiffs(tmp_path/f'images/{b}/images/P1__long/Images', TIFFS, ord(b[1]))
+        (tmp_path/f'images/{b}/illum/P1').mkdir(parents=True)
+        np.save(tmp_path/f'images/{b}/illum/P1/P1_IllumDNA.npy', np.ones((4,6)))
+    found = scan(tmp_path, 'load_data')
+    assert len(found.table)==4 and set(zip(found.table['batch'], found.table['plate']))=={('b1','P1'),('b2','P1')}
+    assert len(found.left)==2 and '2 tables' in found.said[0]
+
+def test_gallery_illum_of_each_batch(tmp_path):
+    for b in ('b1','b2'):
+        home = tmp_path/f'workspace/load_data_csv/{b}/P1'
+        home.mkdir(parents=True)
+        load_table(f'/x/images/{b}/images/P1/Images').to_csv(home/'load_data.csv', index=False)
+        (tmp_path/f'images/{b}/illum/P1').mkdir(parents=True)
+        np.save(tmp_path/f'images/{b}/illum/P1/P1_IllumDNA.npy', np.ones((4,6)))
+    df = scan(tmp_path, 'load_data').table
+    assert dict(zip(df['batch'], df['illum_DNA']))=={b: f'images/{b}/illum/P1/P1_IllumDNA.npy' for b in ('b1','b2')}
+
+def test_load_data_with_illum_is_preferred(tmp_path):
+    df = load_table('/x')
+    df.to_csv(tmp_path/'load_data.csv', index=False)
+    df.assign(FileName_IllumDNA='P_IllumDNA.npy', PathName_IllumDNA='/x/illum').to_csv(
+        tmp_path/'load_data_with_illum.csv.gz', index=False)
+    s = scan(tmp_path, 'load_data')
+    assert list(s.table['illum_DNA'])==['/x/illum/P_IllumDNA.npy']*2 and s.left==['load_data.csv']
+
+def test_load_data_urls_and_plates_below_one_root(tmp_path):
+    for p in ('P1','P2'):
+        df = load_table().rename(columns=lambda c: c.replace('FileName_','URL_')).assign(Metadata_Plate=p)
+        for c in ('URL_OrigDNA','URL_OrigER'): df[c] = 's3://bucket/'+p+'/'+df[c]
+        df.to_csv(tmp_path/f'{p}.csv', index=False)
+    df = scan(tmp_path, 'load_data').table
+    assert len(df)==4 and list(df['file_ER'])[-1]=='s3://bucket/P2/r03c02-ch2.tiff'
+
+def test_tables_that_list_no_images_are_no_candidates(tmp_path):
+    put_tiffs(tmp_path, TIFFS)
+    pd.DataFrame(dict(well=['B03'], treatment=['x'])).to_csv(tmp_path/'map.csv', index=False)
+    pd.DataFrame(dict(Metadata_Well=['B03'], FileName_IllumDNA=['a.npy'])).to_csv(tmp_path/'illum.csv', index=False)
+    (tmp_path/'notes.txt').write_text('')
+    (tmp_path/'half.parquet').write_bytes(b'PAR1....')
+    listing = Listing(tmp_path)
+    assert not [k for k in ('load_data','rxrx','rxrx3_core','channel_rows','arrays') if LAYOUTS[k].finds(listing)]
+
+# RxRx
+
+def put_rxrx(root, wells=('B03','C02','AF48'), plates=(1,2), experiments=('HEPG2-01','HUVEC-01'), sites=(1,2),
+             channels=range(1,7), name='images/{e}/Plate{p}/{w}_s{s}_w{c}.png'):
+    import imagecodecs
+    x,rows = {},[]
+    for e in experiments:
+        for p in plates:
+            for w in wells:
+                for s in sites:
+                    for c in channels:
+                        f = root/name.format(e=e, p=p, w=w, s=s, c=c)
+                        f.parent.mkdir(parents=True, exist_ok=True)
+                        x[e,p,w,s,c] = pixels(len(x), 4, 6).astype(np.uint8)
+                        f.write_bytes(imagecodecs.png_encode(x[e,p,w,s,c]))
+                    rows.append(dict(site_id=f'{e}_{p}_{w}_{s}', experiment=e, plate=p, well=w, site=s))
+    return x,pd.DataFrame(rows)
+
+def test_rxrx1(tmp_path):
+    "Plates repeat in each experiment: 12 wells stay 12"
+    x,meta = put_rxrx(tmp_path)
+    control = meta['well']=='AF48'
+    meta['sirna'] = np.where(control, 'EMPTY', 's'+meta['well'])
+    meta['well_type'] = np.where(control, 'negative_control', np.where(meta['well']=='B03', 'positive_control', 'treatment'))
+    meta.to_csv(tmp_path/'metadata.csv', index=False)
+    s = Screen.open(tmp_path)
+    assert len(s.wells)==12 and s.channels==['DNA','ER','actin','RNA','mito','golgi'] and len(s)==24
+    assert set(s.table.loc[s.table['control'],'well'])=={'AF48'} and set(s.table['batch'])=={'HEPG2-01','HUVEC-01'}
+    t = s.table
+    i, = np.flatnonzero((t['batch']=='HUVEC-01') & (t['plate']=='2') & (t['well']=='C02') & (t['site']=='2'))
+    np.testing.assert_array_equal(s.read(i), [x['HUVEC-01',2,'C02',2,c] for c in range(1,7)])
+    assert t['perturbation'][i]=='sC02' and t['site_id'][i]=='HUVEC-01_2_C02_2'
+
+def test_rxrx2_and_19(tmp_path):
+    x,meta = put_rxrx(tmp_path, channels=range(1,6), experiments=('VERO-1',), sites=(1,2,3,4))
+    meta['disease_condition'] = np.where(meta['well']=='C02', 'Mock', 'Active SARS-CoV-2')
+    meta['treatment'] = np.where(meta['well']=='B03', 'Remdesivir (GS-5734)', '')
+    meta['treatment_conc'] = np.where(meta['well']=='B03', '0.3', '')
+    meta.to_csv(tmp_path/'rxrx19a-metadata.csv', index=False)
+    s = scan(tmp_path, 'rxrx')
+    t = s.table.set_index('well')
+    assert set(t['perturbation'])=={'Remdesivir (GS-5734)','Mock','Active SARS-CoV-2'}
+    assert 'file_5' in t and 'give their names' in s.said[0] and t.loc['B03','treatment_conc'].iloc[0]=='0.3'
+
+def test_rxrx3_folder(tmp_path):
+    x,meta = put_rxrx(tmp_path, experiments=('gene-001','compound-004'), sites=(1,))
+    meta = meta.drop(columns=['site','site_id']).rename(columns=dict(experiment='experiment_name', well='address'))
+    crispr = meta['experiment_name']=='gene-001'
+    meta['gene'] = np.where(crispr, np.where(meta['address']=='B03', 'EMPTY_control', 'RPLP2'), '')
+    meta['treatment'] = np.where(crispr, meta['gene']+'_guide_1', 'Narlaprevir')
+    meta.to_csv(tmp_path/'metadata.csv', index=False)
+    s = Screen.open(tmp_path)
+    assert set(s.table['perturbation'])=={'EMPTY_control','RPLP2','Narlaprevir'} and len(s.wells)==12
+    assert set(s.table.loc[s.table['control'],'well'])=={'B03'}
+
+def test_rxrx_with_images_of_some_experiments(tmp_path):
+    _,meta = put_rxrx(tmp_path)
+    meta.assign(sirna='s1').to_csv(tmp_path/'metadata.csv', index=False)
+    shutil.rmtree(tmp_path/'images'/'HEPG2-01')
+    assert set(scan(tmp_path, 'rxrx').table['batch'])=={'HUVEC-01'}
+
+def put_core(root, files, wells=(('gene-001',1,'B03'),('gene-001',1,'C02'),('gene-002',1,'B03')), rows=4):
+    "Parquet files of a row per channel, `rows` in a group, so that sites are split over groups and files"
+    import imagecodecs, pyarrow as pa
+    from pyarrow import parquet
+    x,all_rows = {},[]
+    for e,p,w in wells:
+        for c in range(1,7):
+            x[e,w,c] = pixels(len(x), 16, 24).astype(np.uint8)
+            raw = imagecodecs.jpeg2k_encode(x[e,w,c], level=0, reversible=True)
+            key = f'{e}/Plate{p}/{w}_s1_{c}'
+            all_rows.append(dict(__key__=key, jp2=dict(bytes=raw, path=key+'.jp2')))
+    cut = np.linspace(0, len(all_rows), files+1).astype(int)
+    for i,(a,b) in enumerate(zip(cut, cut[1:])):
+        (root/'data').mkdir(exist_ok=True)
+        parquet.write_table(pa.Table.from_pylist(all_rows[a:b]), root/f'data/train-0000{i}-of-0000{files}.parquet', row_group_size=rows)
+    return x
+
+def test_rxrx3_core(tmp_path):
+    x = put_core(tmp_path, 2)
+    pd.DataFrame(dict(well_id=['a','b','c'], experiment_name=['gene-001','gene-001','gene-002'], plate=1, address=['B03','C02','B03'],
+        gene=['X','EMPTY_control','Y'], treatment=['X_guide_1','EMPTY_control','Y_guide_2'])).to_csv(
+            tmp_path/'metadata_rxrx3_core.csv', index=False)
+    s = Screen.open(tmp_path)
+    assert len(s.wells)==3 and list(s.table['perturbation'])==['X','EMPTY_control','Y'] and s.table['control'].sum()==1
+    for i,(e,w) in enumerate((('gene-001','B03'),('gene-001','C02'),('gene-002','B03'))):
+        np.testing.assert_array_equal(s.read(i), [x[e,w,c] for c in range(1,7)])
+
+def test_rxrx3_core_half_downloaded(tmp_path):
+    put_core(tmp_path, 2)
+    (tmp_path/'data/train-00001-of-00002.parquet').unlink()
+    s = scan(tmp_path, 'rxrx3_core')
+    assert list(s.table['well'])==['B03'] and '1 sites lack channels' in s.said[0]
+
+# A row per channel
+
+def test_chammi_75(tmp_path):
+    x,rows = {},[]
+    for k,(study,well) in enumerate((('idr0017','B03'),('idr0017','C02'))):
+        with zipfile.ZipFile(tmp_path/f'plate{k}.zip', 'w') as z:
+            for c,kind in ((1,'nucleus'),(2,'cell body'),(3,'cell body')):
+                x[well,c] = pixels(len(x), 4, 6)
+                tifffile.imwrite(tmp_path/'o.tif', x[well,c])
+                z.write(tmp_path/'o.tif', f'{well}_{c}.tif')
+                (tmp_path/'o.tif').unlink()
+                rows.append({'experiment.study':study, 'experiment.plate':'P1', 'experiment.well':well, 'experiment.reagent':'DMSO' if k else 'taxol',
+                    'experiment.control':'negative' if k else 'no', 'imaging.multi_channel_id':f'{study}_{k}', 'imaging.channel':c,
+                    'imaging.channel_type':kind, 'microscopy.fov':'1', 'geometry.z_slice':'unknown', 'geometry.timepoint':'unknown',
+                    'storage.zip':f'plate{k}', 'storage.filename':f'{well}_{c}.tif'})
+    pd.DataFrame(rows).sample(frac=1, random_state=0).to_csv(tmp_path/'metadata.csv', index=False)
+    s = Screen.open(tmp_path)
+    assert len(s)==2 and list(s.table['control'])==[False,True] and set(s.table['batch'])=={'idr0017'}
+    for w,site in (('B03','idr0017_0'),('C02','idr0017_1')):
+        same_pixels(s, w, site, ['DNA','cell body 2','cell body 3'], [x[w,c] for c in (1,2,3)])
+
+@pytest.mark.parametrize('where', ['', 'tables/'])
+def test_a_home_made_table(tmp_path, where):
+    names = [f'img/{i:03}.tif' for i in range(8)]
+    x = put_tiffs(tmp_path/where, names)
+    rows = [dict(image_path=f, Well=w, fov=v, channel=c, treatment='a' if w=='B3' else 'b')
+            for f,(w,v,c) in zip(names, [(w,v,c) for w in ('B3','C2') for v in '12' for c in ('DNA','ER')])]
+    pd.DataFrame(rows).iloc[::-1].to_csv(tmp_path/where/'images.csv', index=False)
+    s = Screen.open(tmp_path, perturbation='treatment')
+    same_pixels(s, 'C02', '1', ['DNA','ER'], [x[o] for o in names[4:6]])
+    assert set(s.table['perturbation'])=={'a','b'}
+
+def test_a_home_made_table_with_files_missing(tmp_path):
+    put_tiffs(tmp_path, ['a.tif'])
+    pd.DataFrame(dict(file=['a.tif','b.tif'], channel=['DNA','ER'], well='B03')).to_csv(tmp_path/'t.csv', index=False)
+    s = scan(tmp_path, 'channel_rows')
+    assert list(s.table['file'])==['a.tif'] and 'b.tif' in s.said[0]
+    (tmp_path/'a.tif').unlink()
+    with pytest.raises(ValueError, match='none of its 2 files is here'): scan(tmp_path, 'channel_rows')
+
+# Arrays with a table
+
+@pytest.mark.parametrize('suffix', ['npz','h5'])
+@pytest.mark.parametrize('order', ['CYX','YXC'])
+@pytest.mark.parametrize('indexed', [True, False])
+def test_arrays(tmp_path, suffix, order, indexed):
+    import h5py
+    x = pixels(0, 5, 2, 14, 16)
+    held = dict(images=x if order=='CYX' else x.transpose(0,2,3,1), masks=pixels(1, 5, 14, 16))
+    if suffix=='npz': np.savez(tmp_path/'crops.npz', **held, channels=np.array(['DNA','ER']))
+    else:
+        with h5py.File(tmp_path/'crops.h5', 'w') as f:
+            for k,v in held.items(): f[k] = v
+            f['channels'] = ['DNA','ER']
+    df = pd.DataFrame(dict(well=['B03','B03','C02','C02','C02'], gene=list('aabbb'), site='1'))
+    if indexed: df = df.assign(index=[4,3,2,1,0], file=f'crops.{suffix}').iloc[1:]
+    df.to_csv(tmp_path/'metadata.csv', index=False)
+    s = Screen.open(tmp_path, perturbation='gene')
+    i = dict(zip(s.table['site'], range(9)))['2' if indexed else '4']
+    np.testing.assert_array_equal(s.read(i)[[s.channels.index(c) for c in ('DNA','ER')]], x[2 if indexed else 4])
+    assert s.table['well'][i]=='C02' and len(s)==(4 if indexed else 5)
+
+def test_arrays_that_do_not_fit_their_table_are_no_candidate(tmp_path):
+    np.savez(tmp_path/'crops.npz', images=pixels(0, 5, 14, 16))
+    pd.DataFrame(dict(well=['B03']*4)).to_csv(tmp_path/'metadata.csv', index=False)
+    assert not LAYOUTS['arrays'].finds(Listing(tmp_path))
