@@ -17,6 +17,7 @@ from tifffile import TiffFile
 from typing import NamedTuple
 from xml.etree import ElementTree
 from .containers import Stored, opener
+from .files import progress
 from .images import ImageError
 from .labels import row_letters, well_name
 from .layouts import Scan, layout
@@ -120,6 +121,15 @@ def located(
 # %% ../nbs/08_instruments.ipynb #1166c699
 _everywhere = re.compile(r'(?i)(?:^|/)(?:images?|data|projection|timepoint_?\d+)$') # names no plate
 
+def _parts(listing, read, each):
+    "What each metadata file says, if one of them names images, and what a person should know"
+    parts = [read(listing, o) for o in (progress(each, what='plates') if len(each)>3 else each)]
+    said = [s for p in parts for s in p.said]
+    parts = [p for p in parts if len(p.table)]
+    if parts: return parts, said
+    why = ' '.join(['its metadata name no images.', *said, 'Export it again.'])
+    raise ValueError(f'{listing.root}: {why}')
+
 def _long(table, *more):
     "Columns of a table of images, in this order"
     order = 'batch plate well site channel z t file illum'.split()
@@ -139,6 +149,13 @@ def _rows(part, names, root):
     table = table.assign(plate=plate, **known)
     return table[_long(table, 'home')].drop_duplicates()
 
+def _table(listing, parts, numbers):
+    "All rows; what only some plates count has one value on the others"
+    root = str(listing.root) if '://' in str(listing.root) else Path(listing.root).absolute()
+    rows = [_rows(p, n, root) for p,n in zip(parts, numbers)]
+    table = pd.concat(rows, ignore_index=True).dropna(axis=1, how='all')
+    return table.fillna(dict(illum='')).fillna('1')
+
 def _batches(table):
     "Plates of one name from several folders are told apart by their folders"
     often = table.drop_duplicates(['plate','home'])['plate'].value_counts()
@@ -151,25 +168,19 @@ def _batches(table):
 # %% ../nbs/08_instruments.ipynb #55545230
 def joined(
     listing, # Names of the files that are there
-    parts, # What each metadata file says
+    read, # Function `(listing,o)->Part`
+    each, # What it reads in turn: names of metadata files, one per plate
 )->Scan:
     "All plates as one table, without the images that are absent"
-    said = [s for p in parts for s in p.said]
-    parts = [p for p in parts if len(p.table)]
-    why = ' '.join(['its metadata name no images.', *said, 'Export it again.'])
-    if not parts: raise ValueError(f'{listing.root}: {why}')
-    each = [names_once(p.table['channel'], p.names) for p in parts]
-    root = str(listing.root) if '://' in str(listing.root) else Path(listing.root).absolute()
-    rows = [_rows(p, n, root) for p,n in zip(parts, each)]
-    table = pd.concat(rows, ignore_index=True).dropna(axis=1, how='all').fillna('1')
-    names,odd = names_agreed(each)
-    table,batches = _batches(table)
+    parts,said = _parts(listing, read, each)
+    numbers = [names_once(p.table['channel'], p.names) for p in parts]
+    table,batches = _batches(_table(listing, parts, numbers))
     table,absent = _present(listing, table)
-    table = _one_image_each(table)
-    left = sorted(set(listing.images).difference(table['file']))
+    names,odd = names_agreed(numbers)
     about,apart = _about(parts)
+    left = sorted(set(listing.images).difference(table['file']))
     said = dict.fromkeys(said+absent+odd+batches+apart)
-    return Scan(table[_long(table)], names, left, [*said], about)
+    return Scan(_one_image_each(table[_long(table)]), names, left, [*said], about)
 
 # %% ../nbs/08_instruments.ipynb #647942e4
 def _present(listing, table):
@@ -211,7 +222,7 @@ def _curve(profile):
     curved = {k: v for k,v in parts if 'Polynomial' in v}
     return curved.get('Background') or curved.get('Foreground')
 
-def _numbers(curve, key): return json.loads(re.search(rf'{key}: (\[[^A-Za-z]*\])', curve)[1])
+def _numbers(curve, key): return json.loads(re.search(rf'{key}: (\[[^A-DF-Za-df-z]*\])', curve)[1])
 
 @lru_cache(8)
 def _profiles(path):
@@ -326,7 +337,7 @@ def _harmony_measures(root):
 def phenix(listing, found)->Scan:
     "Plates that Harmony exported; of a folder with two indexes the older form counts"
     first = {home_of(o): o for o in reversed(found)}
-    return joined(listing, [_harmony(listing, o) for o in sorted(first.values())])
+    return joined(listing, _harmony, sorted(first.values()))
 
 # %% ../nbs/08_instruments.ipynb #9cb5abc7
 _guid = '[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}'
@@ -406,8 +417,9 @@ def _unseen(told, seen):
     return [f'Selected but without an image: {len(gone)} of {len(wells)} wells, such as {gone[0]}.'
             ] if gone else []
 
-def _metaxpress_part(listing, home, plate, own, table):
+def _metaxpress_part(listing, of):
     "What is known of the images of one plate in one folder"
+    (home,plate,own),table = of[0],of[1].copy()
     told = htd(listing.text(own)) if own else {}
     names = {k[8:]: v for k,v in told.items() if k.startswith('WaveName')}
     files = dict(zip(table['channel'][::-1], table['file'][::-1]))
@@ -426,7 +438,7 @@ def imagexpress(listing, found)->Scan:
     tables = [o for o in found if o.lower().endswith('.htd')]
     table = _named(listing.images if tables else found)
     plates = _plates_of(table, tables) if len(table) else {}
-    return joined(listing, [_metaxpress_part(listing, *k, o.copy()) for k,o in plates.items()])
+    return joined(listing, _metaxpress_part, [*plates.items()])
 
 # %% ../nbs/08_instruments.ipynb #d080f2ab
 _record = dict(type='Type', row='Row', col='Column', site='FieldIndex', t='TimePoint', z='ZIndex',
@@ -465,7 +477,7 @@ def _projections(table):
 @layout('yokogawa', 'Yokogawa CV7000, CV8000 or CQ1', '*.mlf')
 def yokogawa(listing, found)->Scan:
     "Plates of Yokogawa, by their records"
-    return joined(listing, [_measurement(listing, o) for o in found])
+    return joined(listing, _measurement, found)
 
 def _measurement(listing, mlf):
     "What one `.mlf` says"
@@ -512,7 +524,7 @@ def _incell_name(file):
 @layout('incell', 'InCell', '*.xdce')
 def incell(listing, found)->Scan:
     "Plates of InCell, by their records, or by names where there are none"
-    return joined(listing, [_stack(listing, o) for o in found])
+    return joined(listing, _stack, found)
 
 def _stack(listing, xdce):
     "What one `.xdce` says"
@@ -531,7 +543,7 @@ def _stack(listing, xdce):
 @layout('scanr', 'Olympus ScanR', 'metadata.ome.xml')
 def scanr(listing, found)->Scan:
     "Plates of ScanR, by the images of their OME-XML"
-    return joined(listing, [_positions(listing, o) for o in found])
+    return joined(listing, _positions, found)
 
 def _positions(listing, meta):
     "What one `metadata.ome.xml` says"

@@ -149,7 +149,7 @@ def test_another_index_is_no_phenix(tmp_path):
 # Flat fields
 
 def profile(terms, dims, part='Background', name='"405ex, 570-630-em)"'):
-    origin,scale = [(d-1)/2 for d in dims],[round(1/d, 11) for d in dims]
+    origin,scale = [(d-1)/2 for d in dims],f'[{1/dims[0]:.8e}, {1/dims[1]:.9f}]' # either occurs
     return (f'{{{part}: {{Character: NonFlat, Mean: 443.79, NonFlatness: {{Random: INF}}, '
             f'Profile: {{Coefficients: {json.dumps(terms)}, Dims: {dims}, Origin: {origin}, '
             f'Scale: {scale}, Type: Polynomial}}, Quality: 1.0}}, Channel: 1, ChannelName: {name}, '
@@ -192,6 +192,8 @@ def test_flatfield_addresses(tmp_path):
     found = scan(tmp_path, 'phenix')
     eq(rows(found, 'illum'), [['I/Index.idx.xml#flatfield=1'], ['I/Index.idx.xml#flatfield=3']])
     assert 'leaves HOECHST 33342' in found.said[0]
+    put(tmp_path, ['J/'+shots[0][0]], **{'J/Index.idx.xml': index(shots[:1], plate='BR2')})
+    eq(rows(scan(tmp_path, 'phenix'), 'plate','illum')[-1], ['BR2','']) # a plate that has none
 
 
 # ImageXpress
