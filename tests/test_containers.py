@@ -545,3 +545,26 @@ def test_s3_without_its_library(monkeypatch):
 def test_what_is_remote(tmp_path):
     for o in ('https://x.org/a.tif','s3://b/a','gs://b/a','memory://a'): assert is_remote(o)
     for o in ('a.tif','C:/a.tif','C:\\a.tif','file:///a.tif','a://b.tif',tmp_path): assert not is_remote(o)
+
+# Through an address
+
+def every_kind(t):
+    "Address of the same three planes in each kind of container, without and with a number"
+    x = X[1,:,0]
+    for end,version in (('.zarr','0.4'), ('','0.5')): ngff(t/f'p{end}', 'B/3/0', x, 'cyx', version)
+    packed(t/'p', t/'p.ozx'); np.save(t/'x.npy', x); np.save(t/'last.npy', np.moveaxis(x, 0, -1)); np.savez(t/'x.npz', a=x, b=X)
+    with h5py.File(t/'x.h5', 'w') as f: f['a/b'] = x; f['all'] = X
+    png = [imagecodecs.png_encode(o) for o in x]
+    with ZipFile(t/'x.zip', 'w') as z: [z.writestr(f'a b/{i} #1.png', o) for i,o in enumerate(png)]
+    pq.write_table(pa.table(dict(png=[dict(bytes=o, path='') for o in png])), t/'x.parquet', row_group_size=2)
+    write_czi(t/'x.czi', X[:,:,:1]); nd2(t/'x.nd2', np.swapaxes(X, 1, 2)[:,:1], NAMES)
+    lif(t/'x.lif', {str(i):np.swapaxes(o, 0, 1)[:1] for i,o in enumerate(X)}, [('Blue','DAPI'), ('Green','FITC'), ('Red','Cy5')])
+    whole = ['p.zarr/B/3/0','p/B/3/0','p.ozx#B/3/0','x.npy','last.npy','last.npy#axes=YXC','x.npz#a','x.npz#b,i=1,axes=CZYX,z=0','x.h5#/a/b',
+             'x.h5#/all,axes=tczyx,t=1,z=0','x.czi#series=1','x.nd2#series=1','x.lif#series=1']
+    return [str(t/o) for o in whole],[[str(t/f'x.zip#a b/{i} #1.png') for i in range(3)], [str(t/f'x.parquet#row={i}') for i in range(3)]]
+
+def test_the_same_planes_from_every_kind(tmp_path):
+    from cellmae.planes import read_site
+    whole,lists = every_kind(tmp_path)
+    for a in whole+lists: assert (read_site(a)==X[1,:,0]).all(), a
+    for a in whole: assert (read_site([f'{a}{"," if "#" in a else "#"}c=2'])==X[1,2:,0]).all(), a
