@@ -294,8 +294,10 @@ def ome_planes(
 
 # %% ../nbs/09_exchange.ipynb #9e010038
 def _description(path):
-    "OME-XML of a TIFF, empty where there is none"
-    with TiffFile(path, _multifile=False) as t: return t.pages[0].description if t.is_ome else ''
+    "OME-XML of a TIFF; empty where there is none, or if it is damaged, which reading will say"
+    try:
+        with TiffFile(path, _multifile=False) as t: return t.pages[0].description if t.is_ome else ''
+    except Exception: return ''
 
 def _uuid(text):
     "What a TIFF calls itself"

@@ -225,7 +225,7 @@ def _stacked(files, image):
 def wide(
     long:pd.DataFrame, # A row per plane, or a row per site already
     where='', # Folder or pattern, for the message
-)->pd.DataFrame: # A row per site: `file_<channel>`, or `file` where there is no channel
+)->pd.DataFrame: # A row per site: `file_<channel>` or `file`; other columns as of its first plane
     "One row per site, one column per channel, in natural order"
     df = long.assign(well=_placed(long['row'], long['col'])) if 'row' in long else long
     df = df.drop(columns=['row','col'], errors='ignore').assign(well=_well_names(df['well']))
@@ -234,7 +234,8 @@ def wide(
     df,image = _in_order(df, [*key,'channel'], where)
     first = np.flatnonzero(np.diff(image, prepend=-1))
     out,site = df.iloc[first],_numbered(df, key)[first]
-    sites = out[key].iloc[np.unique(site, return_index=True)[1]].reset_index(drop=True)
+    more = [c for c in df if c not in (*key,'channel','z','file','illum')]
+    sites = out[[*key,*more]].iloc[np.unique(site, return_index=True)[1]].reset_index(drop=True)
     columns = {'file': _stacked(df['file'].to_numpy(), image)}
     if 'illum' in df: columns['illum'] = out['illum'].fillna('').to_numpy()
     return pd.concat([sites, *(_spread(k, v, out, site) for k,v in columns.items())], axis=1)
@@ -377,11 +378,17 @@ def name_channels(
     "What the channels are called, checked against the files"
     if isinstance(channels, str): channels = _panel(channels)
     if 'file' in raw: new = _in_planes(channels, names)
-    else: new = _named(channels, list(raw), {str(k):str(v) for k,v in (names or {}).items()})
+    else: new = _named(channels, *_by_number(raw, names or {}))
     new = {r: n if channels is None else canonical_stain(n) for r,n in new.items()}
     if len({*new.values()})==len(new): return new
     raise ValueError(f'Two channels have one name: {new}. '
                      'Give them names: `channels={found: name}`.')
+
+def _by_number(raw, names):
+    "Channels in the order of their numbers, as far as they have any; and names by number"
+    numbers = {str(k):str(v) for k,v in names.items()}
+    place = {v:i for i,v in enumerate(numbers.values())}
+    return sorted(raw, key=lambda r: place.get(r, len(place))),numbers
 
 def _named(channels, raw, numbers):
     if not channels: return _own_names(raw, numbers)

@@ -599,3 +599,14 @@ def test_arrays_that_do_not_fit_their_table_are_no_candidate(tmp_path):
     np.savez(tmp_path/'crops.npz', images=pixels(0, 5, 14, 16))
     pd.DataFrame(dict(well=['B03']*4)).to_csv(tmp_path/'metadata.csv', index=False)
     assert not LAYOUTS['arrays'].finds(Listing(tmp_path))
+
+def test_a_damaged_tiff_does_not_hinder_recognition(tmp_path):
+    put_ome(tmp_path/'all.ome.tif', pixels(0, 2, 2, 4, 6), {(1,2):[0], (2,1):[1]})
+    (tmp_path/'a.ome.tif').write_bytes(b'not a TIFF')
+    (tmp_path/'z.ome.tif').write_bytes((tmp_path/'all.ome.tif').read_bytes()[:300])
+    s = scan(tmp_path, 'ome_tiff')
+    assert len(s.table)==4 and set(s.left)=={'a.ome.tif','z.ome.tif'}
+
+def test_zarr_channels_are_in_the_order_of_the_file(tmp_path):
+    put_plate(tmp_path/'P.zarr', ['0'], names=['Mito','DAPI','GFP'])
+    assert scan(tmp_path, 'ome_zarr').names=={'0':'Mito', '1':'DAPI', '2':'GFP'}
