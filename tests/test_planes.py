@@ -34,10 +34,10 @@ def ome(f, x, axes, names=None, **kw):
     ('B2--405 nm #1.tif#z=0', 'B2--405 nm #1.tif', None, dict(z=0)), ('run #2/a.tif', 'run #2/a.tif', None, {}), ('a #k=v.tif', 'a #k=v.tif', None, {}),
     ('a.tif#', 'a.tif#', None, {}), ('a.tif#foo', 'a.tif#foo', None, {}), ('https://h.org/a #1.tif?sig=x%23&b=1#c=1', 'https://h.org/a #1.tif?sig=x%23&b=1', None, dict(c=1)),
     ('s3://bucket/a.tif#page=7', 's3://bucket/a.tif', None, dict(page=7)), ('p.zarr/A/1/0#c=0', 'p.zarr', 'A/1/0', dict(c=0)), ('p.zarr', 'p.zarr', None, {}),
-    ('x/P.ome.ZARR/A/1/0', 'x/P.ome.ZARR', 'A/1/0', {}), ('C:\\x\\p.zarr\\A\\1#z=3', 'C:\\x\\p.zarr', 'A\\1', dict(z=3)), ('s3://b/p.zarr/A/1/0#c=2', 's3://b/p.zarr', 'A/1/0', dict(c=2)),
+    ('x/P.ome.ZARR/A/1/0', 'x/P.ome.ZARR', 'A/1/0', {}), ('C:\\x\\p.zarr\\A\\1#z=3', 'C:\\x\\p.zarr', 'A/1', dict(z=3)), ('s3://b/p.zarr/A/1/0#c=2', 's3://b/p.zarr', 'A/1/0', dict(c=2)),
     ('x.h5#/a/b', 'x.h5', '/a/b', {}), ('x.h5#/a/b,i=3', 'x.h5', '/a/b', dict(i=3)), ('plate #1.HDF5#/a #2,z=1', 'plate #1.HDF5', '/a #2', dict(z=1)),
     ('x.npz#key,i=3', 'x.npz', 'key', dict(i=3)), ('x.npy#i=3', 'x.npy', None, dict(i=3)), ('https://h.org/x.h5?sig=1#/a', 'https://h.org/x.h5?sig=1', '/a', {}),
-    ('p.zarr.zip#A/1/0', 'p.zarr.zip', 'A/1/0', {}), ('Index.xml#flatfield=2', 'Index.xml', None, dict(flatfield=2))])
+    ('x.h5#/a,axes=cyx,c=1', 'x.h5', '/a', dict(axes='CYX', c=1)), ('p.zarr.zip#A/1/0', 'p.zarr.zip', 'A/1/0', {}), ('Index.xml#flatfield=2', 'Index.xml', None, dict(flatfield=2))])
 def test_addresses(text, path, inner, at):
     assert parse_address(text) == parse_address(Path(text) if '//' not in text else text) == (path, inner, at)
     assert parse_address(address(*parse_address(text)[:2], **at)) == (path, inner, at)
@@ -47,7 +47,7 @@ def test_bad_addresses(text, what):
     with pytest.raises(ImageError, match=f'{text.replace("#", ".")}: bad address. `{what}`: give each of .*`series`.*from 0'): parse_address(text)
 
 @pytest.mark.parametrize('tail,why', [
-    ('q=1', r'`q=` means nothing here. It takes `z=0` to `4`, `c=0` to `1`, `series=`'), ('y=1', '`y=` means nothing'), ('c=2', 'no c=2, but 2'),
+    ('axes=ZCYX', '`axes=` means nothing'), ('q=1', r'`q=` means nothing here. It takes `z=0` to `4`, `c=0` to `1`, `series=`'), ('y=1', '`y=` means nothing'), ('c=2', 'no c=2, but 2'),
     ('z=5', 'no z=5, but 5'), ('t=1', 'no t=1, but 1'), ('series=1', 'no series 1'), ('page=10', 'no page 10, but 10')])
 def test_choices_that_are_not_there(tail, why, tmp_path):
     f = ome(tmp_path/'a.ome.tif', X[0], 'ZCYX')
@@ -233,6 +233,27 @@ def test_copies_for_zooming(tmp_path):
         o.write(X[0], subifds=1, metadata=dict(axes='ZCYX'), photometric='minisblack', tile=(16, 16))
         o.write(X[0,...,::2,::2], subfiletype=1, photometric='minisblack', tile=(16, 16))
     assert size_of(tmp_path/'p.ome.tif') == (24, 36) and (read_site(tmp_path/'p.ome.tif', 2) == X[0,2]).all()
+
+@pytest.mark.parametrize('big', [False, True])
+@pytest.mark.parametrize('write', ['ome', 'packed', 'pages', 'shaped', 'imagej', 'virtual'])
+def test_half_copied(write, big, tmp_path):
+    "Wherever a file ends, what is read is right, or nothing is"
+    if big and write in ('imagej', 'virtual'): return
+    f = tmp_path/'a.tif'
+    if write=='pages':
+        with tifffile.TiffWriter(f, bigtiff=big) as o:
+            for x in X[0,:,0]: o.write(x, photometric='minisblack', metadata=None, contiguous=False)
+    else: tifffile.imwrite(f, X[0,:,0], photometric='minisblack', metadata=dict(axes='ZYX'), bigtiff=big, ome=write in ('ome', 'packed') or None, imagej=write in ('imagej', 'virtual'),
+                           truncate=write=='virtual', **dict(compression='zlib') if write=='packed' else {})
+    whole,n = f.read_bytes(),0
+    for part in np.linspace(.02, .999, 60):
+        f.write_bytes(whole[:int(part*len(whole))])
+        try: x = read_site([f], 'max')
+        except ImageError as e: assert 'Cut short' in str(e); n += 1
+        else: assert (x[0] == X[0,:,0].max(0)).all()
+    assert n > 40
+    f.write_bytes(whole)
+    assert (read_site([f], 'max')[0] == X[0,:,0].max(0)).all()
 
 # ---- other TIFFs
 
