@@ -35,11 +35,11 @@ class Stored(NamedTuple):
     read:Callable # `read(z=3, c=0)`: the array without the axes that were chosen
 
 # %% ../nbs/03_containers.ipynb #4a4af01f
-OPENERS = {} # Suffix -> function `(path,inner,at)`
+OPENERS = {} # Suffix -> function `(path,inner,at)`; `'picture'`: function `(bytes,None,at)`
 
 def opener(
     *suffixes, # In lower case, with the dot: `'.h5'`
-): # Of `(path,inner,at)->Stored`, or the bytes of a picture; it takes from `at` what it uses
+): # Of `(path,inner,at)->Stored`; from `at`, the numbers behind the `#`, it takes what it uses
     "Register what opens files with these suffixes"
     def register(f): OPENERS.update(dict.fromkeys(suffixes, f)); return f
     return register
@@ -484,15 +484,16 @@ def open_zarr(
 def open_zip(
     path, # Or a URL
     inner, # Name of a picture in it; not needed if there is one
-    at:dict, # Nothing; what is for pictures stays in it
-)->bytes: # Of the picture
+    at:dict, # What a picture may have: `page`, `series`
+)->Stored:
     "A picture in a zip file"
     path = local(path)
     with held(path, ZipFile) as z:
         if inner not in z.NameToInfo:
             inside = [o for o in z.namelist() if o[-1]!='/' and '__MACOSX' not in o]
             inner = _one_of(inside, inner, path)
-        return z.read(inner)
+        raw = z.read(inner)
+    return OPENERS['picture'](raw, None, at)
 
 # %% ../nbs/03_containers.ipynb #c0a10037
 def _parquet(path): return import_module('pyarrow.parquet').ParquetFile(path)
@@ -517,8 +518,8 @@ def _of_pictures(field):
 def open_parquet(
     path, # Or a URL
     inner, # Column; not needed if only one holds pictures
-    at:dict, # `row`
-)->bytes: # Of the picture
+    at:dict, # `row`, and what a picture may have
+)->Stored:
     "A picture in a row of a table"
     path = local(path)
     with held(path, _parquet) as f:
@@ -527,7 +528,7 @@ def open_parquet(
         group,place = _group_of(f.metadata, row)
     with held(path, _rows, column, group, most=4) as rows: cell = rows[place].as_py()
     raw = cell.get('bytes') if isinstance(cell, dict) else cell
-    if raw: return raw
+    if raw: return OPENERS['picture'](raw, None, at)
     cure = f'No picture in this row, only {cell}. Leave the site out, or read the file it names.'
     raise ImageError('missing', f'{path}#{column},row={row}', cure)
 

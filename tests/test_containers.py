@@ -10,6 +10,7 @@ from cellmae import containers
 from cellmae.containers import (OPENERS, below, held, is_remote, local, open_czi, open_h5, open_lif, open_nd2, open_npy,
                                 open_npz, open_parquet, open_zarr, open_zip, opener_of)
 from cellmae.images import ImageError
+from cellmae.planes import read_site
 
 rng = np.random.default_rng(0)
 X = rng.integers(1, 4000, (2,3,4,32,24), 'u2') # TCZYX, no zeros
@@ -18,6 +19,11 @@ NAMES = ['Hoechst','ConA','Phalloidin']
 def refuses(words, f, *args, **kw):
     with pytest.raises(ImageError) as e: f(*args, **kw)
     assert words in str(e.value), str(e.value)
+
+@pytest.fixture
+def raw(monkeypatch):
+    "Pictures as they are, not decoded"
+    monkeypatch.setitem(OPENERS, 'picture', lambda raw, inner, at: raw)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -244,7 +250,7 @@ def test_h5_says_what_it_holds(tmp_path):
 
 # Pictures
 
-def test_zip(tmp_path):
+def test_zip(tmp_path, raw):
     with ZipFile(tmp_path/'x.zip', 'w', 8) as z:
         for i in range(3): z.writestr(f'p/{i}.png', imagecodecs.png_encode(X[0,0,i]))
         z.writestr('__MACOSX/p/._0.png', b'')
@@ -255,7 +261,7 @@ def test_zip(tmp_path):
     refuses('y.zip: unreadable', open_zip, tmp_path/'y.zip', 'p/0.png', {})
 
 @pytest.mark.parametrize('kind', ['struct','binary','large'])
-def test_parquet(tmp_path, kind):
+def test_parquet(tmp_path, raw, kind):
     raw = [imagecodecs.jpeg2k_encode(X[t,c,0], level=0, reversible=True) for t in range(2) for c in range(3)]
     types = dict(binary=pa.binary(), large=pa.large_binary())
     cells = [dict(bytes=o, path=f'{i}.jp2') for i,o in enumerate(raw)] if kind=='struct' else pa.array(raw, types[kind])
@@ -264,14 +270,14 @@ def test_parquet(tmp_path, kind):
     refuses('no row=6, but 6 rows', open_parquet, tmp_path/'x.parquet', None, dict(row=6))
     refuses('Choose: `#row=0` to `#row=5`', open_parquet, tmp_path/'x.parquet', 'jp2', {})
 
-def test_parquet_reads_one_group_and_keeps_it(tmp_path, monkeypatch):
+def test_parquet_reads_one_group_and_keeps_it(tmp_path, raw, monkeypatch):
     pq.write_table(pa.table(dict(jp2=[bytes([i])*9 for i in range(100)])), tmp_path/'x.parquet', row_group_size=10)
     asked,was = [],pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, 'read_row_group', lambda self, i, **kw: asked.append(i) or was(self, i, **kw))
     for i in range(25, 45): assert open_parquet(tmp_path/'x.parquet', None, dict(row=i))==bytes([i])*9
     assert asked==[2,3,4]
 
-def test_parquet_without_bytes(tmp_path):
+def test_parquet_without_bytes(tmp_path, raw):
     rows = [dict(bytes=None, path='a.jp2'), dict(bytes=b'1', path='b.jp2')]
     pq.write_table(pa.table(dict(image=rows, mask=rows)), tmp_path/'x.parquet')
     refuses('Choose one of `#image`, `#mask`', open_parquet, tmp_path/'x.parquet', None, dict(row=0))
@@ -385,7 +391,7 @@ def test_vendor_is_an_extra(tmp_path, monkeypatch, end, module):
     (tmp_path/f'x{end}').write_bytes(b'1')
     refuses(f'{end[1:]} files: `pip install cellmae[vendor]`', OPENERS[end], tmp_path/f'x{end}', None, {})
 
-@pytest.mark.parametrize('end', sorted(OPENERS))
+@pytest.mark.parametrize('end', sorted(o for o in OPENERS if o[0]=='.'))
 def test_damage_is_told_with_the_file(tmp_path, end):
     f = tmp_path/f'x{end}'
     refuses('missing. No such file', OPENERS[end], f, 'a', dict(row=0, series=0))
@@ -408,16 +414,16 @@ def many(root, n):
             with h5py.File(f, 'w') as o: o['a'] = x
         elif end=='.npy': np.save(f, x)
         elif end=='.npz': np.savez(f, a=x)
-        elif end=='.parquet': pq.write_table(pa.table(dict(a=[str(i+1).encode()])), f)
+        elif end=='.parquet': pq.write_table(pa.table(dict(a=[imagecodecs.png_encode(x[0])])), f)
         elif end=='.zarr': zarr.create_array(f, name='a', data=x)
         else:
-            with ZipFile(f, 'w') as o: o.writestr('a', str(i+1))
+            with ZipFile(f, 'w') as o: o.writestr('a', imagecodecs.png_encode(x[0]))
         out.append(f)
     return out
 
 def number(f):
     o = opener_of(f)(f, None if f.suffix=='.npy' else 'a', {})
-    x = np.array(int(o)) if isinstance(o, bytes) else o.read(i=1)
+    x = o.read(i=1) if 'I' in o.axes else o.read()
     assert (x==x.flat[0]).all()
     return int(x.flat[0])-1
 
@@ -460,7 +466,7 @@ def test_a_container_in_use_is_not_closed(tmp_path):
     fs = many(tmp_path, 200)
     with held(fs[3], ZipFile) as z:
         for f in fs[4:]: number(f)
-        assert z.read('a')==b'4'
+        assert (imagecodecs.png_decode(z.read('a'))==4).all()
 
 def test_a_changed_file_is_opened_again(tmp_path):
     f = tmp_path/'x.h5'
@@ -564,7 +570,6 @@ def every_kind(t):
     return [str(t/o) for o in whole],[[str(t/f'x.zip#a b/{i} #1.png') for i in range(3)], [str(t/f'x.parquet#row={i}') for i in range(3)]]
 
 def test_the_same_planes_from_every_kind(tmp_path):
-    from cellmae.planes import read_site
     whole,lists = every_kind(tmp_path)
     for a in whole+lists: assert (read_site(a)==X[1,:,0]).all(), a
     for a in whole: assert (read_site([f'{a}{"," if "#" in a else "#"}c=2'])==X[1,2:,0]).all(), a
