@@ -57,7 +57,7 @@ def attributes_of(elements, **keys):
 def measures(size=None, rows=None, cols=None, um=1.):
     "`pixel_size` in um and `plate_shape`, as far as they are said"
     out = {}
-    if size: out['pixel_size'] = float(f'{float(size)*um:.6g}')
+    if size: out['pixel_size'] = float(f'{float(str(size).replace(",", "."))*um:.6g}')
     if rows and cols: out['plate_shape'] = int(rows),int(cols)
     return out
 
@@ -143,7 +143,7 @@ def _place(home):
 def _rows(part, names, root):
     "The rows of a part, under names that hold for all"
     table = part.table
-    file = table['file'].fillna('').str.replace('\\', '/').str.removeprefix('./')
+    file = [o.replace('\\', '/').removeprefix('./') for o in table['file'].fillna('')]
     known = dict(home=part.home, file=file, channel=table['channel'].map(names))
     plate = part.plate or _place(f'{root}/{part.home}'.rstrip('/')).rpartition('/')[2]
     table = table.assign(plate=plate, **known)
@@ -329,8 +329,9 @@ _um = dict(m=1e6, mm=1e3, um=1., nm=1e-3)
 def _harmony_measures(root):
     "Size of a pixel in um, rows and columns of the plate"
     pixel = next(root.iter('ImageResolutionX'), ElementTree.Element('none'))
+    um = _um.get(pixel.get('Unit', 'm'))
     shape = [root.findtext(f'.//Plate/{k}') for k in ('PlateRows','PlateColumns')]
-    return measures(pixel.text, *shape, um=_um[pixel.get('Unit', 'm')])
+    return measures(um and pixel.text, *shape, um=um)
 
 # %% ../nbs/08_instruments.ipynb #d4869243
 @layout('phenix', 'Opera Phenix or Operetta', _of_harmony)
@@ -353,10 +354,13 @@ def _steps(folder):
 
 def _named(names):
     "A row per image whose name is one of MetaXpress"
-    met = [(o, m) for o in names if (m := _metaxpress.fullmatch(o.rpartition('/')[2]))]
-    steps = {d: _steps(d) for d in {home_of(o) for o,_ in met}}
-    rows = [dict(m.groupdict(), **steps[home_of(o)], file=o) for o,m in met]
-    return pd.DataFrame(rows).fillna(dict(plate='', site='1', channel='1'))
+    last = ((o, _metaxpress.fullmatch(o.rpartition('/')[2])) for o in names)
+    rows = [(o, *m.groups()) for o,m in last if m]
+    table = pd.DataFrame(rows, columns=['file', *_metaxpress.groupindex])
+    folder = table['file'].map(home_of)
+    at = {d: _steps(d) for d in folder.unique()}
+    for k in ('home','t','z'): table[k] = folder.map({d: o[k] for d,o in at.items()})
+    return table.fillna(dict(plate='', site='1', channel='1'))
 
 # %% ../nbs/08_instruments.ipynb #b7a4eac2
 def _in_database(listing):
@@ -382,7 +386,12 @@ def _plates_of(table, tables):
     by = table.groupby(['home','plate'], observed=True)
     plates = {(*k, _table_of(tables, *k)): o for k,o in by}
     own = {k: o for k,o in plates.items() if k[2]}
-    return {k: o for k,o in own.items() if _stem(k[2])==k[1].lower()} or own or plates
+    return {k: o for k,o in own.items() if _stem(k[2])==k[1].lower()} or own or _by_folder(plates)
+
+def _by_folder(plates):
+    "Without tables a name that images of several folders share is not that of a plate"
+    often = Counter(plate for _,plate,_ in plates)
+    return {(home, plate if often[plate]<2 else '', None): o for (home,plate,_),o in plates.items()}
 
 # %% ../nbs/08_instruments.ipynb #e9cc060e
 def htd(
@@ -558,10 +567,11 @@ def _planes_of(image):
     name = image.get('Name', '')
     well = re.search(r'\(([A-Z]{1,2}\d+)\)', name)
     site = re.search(r'Position (\d+)', name) or re.search(r'P(\d+)', image.get('ID', ''))
-    called = names_once(*(2*[dict(enumerate(o.get('Name') for o in image.iter('Channel')))]))
+    names = {str(i): o.get('Name') for i,o in enumerate(image.iter('Channel'))}
+    called = names_once(names, names)
     for o in image.iter('TiffData'):
-        file = next((u.get('FileName') for u in o.iter('UUID')), None)
+        file,c = next((u.get('FileName') for u in o.iter('UUID')), None),o.get('FirstC', '0')
         at = {k: o.get(f'First{k.upper()}', '0') for k in 'zt'}
         if not file: continue
         yield dict(at, well=well_name(well[1] if well else file.partition('--')[0]), file=file,
-                   site=site[1] if site else '1', channel=called.get(int(o.get('FirstC', 0))))
+                   site=site[1] if site else '1', channel=called.get(c, c))

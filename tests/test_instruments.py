@@ -275,6 +275,14 @@ def test_imagexpress_database(tmp_path):
     eq(found.names, {'1':'DAPI', '10':'FITC_05'})
     eq((found.about, found.left), (dict(pixel_size=.5), []))
 
+def test_imagexpress_names_that_plates_share(tmp_path):
+    "As in BBBC021, whose plates of a week begin alike"
+    put(tmp_path, [f'Week1_{n}/Week1_150607_B03_s1_w{c}{GUID}.tif'
+                   for n in (22123,22141) for c in (1,4)])
+    found = scan(tmp_path, 'imagexpress')
+    eq(rows(found, 'plate','channel'), [[f'Week1_{n}',c] for n in (22123,22141) for c in '14'])
+    assert 'batch' not in found.table
+
 def test_imagexpress_images_that_are_none(tmp_path):
     (tmp_path/f'p_B03_s1_w2{GUID}.tif').write_bytes(b'not an image')
     eq(rows(scan(tmp_path, 'imagexpress'), 'well','channel'), [['B03','2']])
@@ -450,7 +458,7 @@ def test_located():
 
 def test_measures():
     eq(measures('2.96688E-07', '8', '12', um=1e6), dict(pixel_size=.296688, plate_shape=(8,12)))
-    eq(measures(None, '8', None), {})
+    eq(measures('0,65', '8', None), dict(pixel_size=.65))
 
 def test_polynomial():
     eq(polynomial([[1.], [10., 100.]], (3,2), (0,0), (1,1)).tolist(), [[1,11,21], [101,111,121]])
