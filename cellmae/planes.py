@@ -151,6 +151,49 @@ def _series(t, i):
         return _paged('I', (len(full),), lambda i: full[i][0].asarray(), full[0].keyframe)
     return _one_of(len(found), i, lambda i: _row_of(t, found[i]))
 
+# %% ../nbs/04_planes.ipynb #aff306be
+def _labels(t, axes, shape):
+    "Names of channels along the axes of a series, as ImageJ or Micro-Manager wrote them"
+    if (c := axes.find('C'))<0: return
+    labels = (t.imagej_metadata or {}).get('Labels', []) if t.is_imagej else []
+    if len(labels)==prod(shape):
+        first = np.moveaxis(np.reshape(labels, shape), c, 0).reshape(shape[c], -1)[:,0]
+        labels = [re.sub(r'^(\w:\d+/\d+\s*)+(- )?', '', o) for o in first] # c:1/3 z:1/5 - DAPI
+        if all(labels) and len(set(labels))==shape[c]: return labels
+    told = (t.micromanager_metadata if t.is_micromanager else None) or {}
+    names = told.get('Summary', {}).get('ChNames') or []
+    return names if len(names)==shape[c] else None
+
+def _said(t):
+    "Name of the channel of a single page, as MetaMorph writes it"
+    plane = t.metaseries_metadata.get('PlaneInfo', {}) if t.is_metaseries else {}
+    name = plane.get('_IllumSetting_') or plane.get('image-name')
+    return [name] if name else None
+
+# %% ../nbs/04_planes.ipynb #577fbdf7
+def _cut(why):
+    return ImageError('unreadable', '', f'Cut short: {why}. Copy it again, or leave the site out.')
+
+def _opened_tiff(f):
+    "An open TIFF, all pages of which are there"
+    t = TiffFile(f, _multifile=False)
+    last,o,kind = t.pages[len(t.pages)-1].offset,t.filehandle,t.tiff
+    o.seek(last)
+    tags, = unpack(kind.tagnoformat, o.read(kind.tagnosize))
+    o.seek(last+kind.tagnosize+tags*kind.tagsize)
+    after, = unpack(kind.offsetformat, o.read(kind.offsetsize))
+    if after in (0,t.pages.first.offset): return t
+    raise _cut(f'behind {len(t.pages)} pages there were more')
+
+def _page(t, i):
+    "One page by its number"
+    if i>=len(t.pages): raise _no_page(i, len(t.pages))
+    p = t.pages[i].aspage()
+    return _paged('', (), lambda _: p.asarray(), p)
+
+def _no_page(i, n):
+    return ImageError('wrong channel count', '', f'It has no page {i}, but {n}, counted from 0.')
+
 # %% ../nbs/04_planes.ipynb #ab63ad99
 def xml_of(
     text, # Or bytes
@@ -233,49 +276,6 @@ def _ome_page(t, pages, order, i):
     at = ', '.join(f'{k}={j}' for k,j,n in at if n>1)
     raise ImageError('missing', '', f'The plane {at} is not in the file, though its description '
                      'names it. Copy it again, or leave the site out.')
-
-# %% ../nbs/04_planes.ipynb #aff306be
-def _labels(t, axes, shape):
-    "Names of channels along the axes of a series, as ImageJ or Micro-Manager wrote them"
-    if (c := axes.find('C'))<0: return
-    labels = (t.imagej_metadata or {}).get('Labels', []) if t.is_imagej else []
-    if len(labels)==prod(shape):
-        first = np.moveaxis(np.reshape(labels, shape), c, 0).reshape(shape[c], -1)[:,0]
-        labels = [re.sub(r'^(\w:\d+/\d+\s*)+(- )?', '', o) for o in first] # c:1/3 z:1/5 - DAPI
-        if all(labels) and len(set(labels))==shape[c]: return labels
-    told = (t.micromanager_metadata if t.is_micromanager else None) or {}
-    names = told.get('Summary', {}).get('ChNames') or []
-    return names if len(names)==shape[c] else None
-
-def _said(t):
-    "Name of the channel of a single page, as MetaMorph writes it"
-    plane = t.metaseries_metadata.get('PlaneInfo', {}) if t.is_metaseries else {}
-    name = plane.get('_IllumSetting_') or plane.get('image-name')
-    return [name] if name else None
-
-# %% ../nbs/04_planes.ipynb #577fbdf7
-def _cut(why):
-    return ImageError('unreadable', '', f'Cut short: {why}. Copy it again, or leave the site out.')
-
-def _opened_tiff(f):
-    "An open TIFF, all pages of which are there"
-    t = TiffFile(f, _multifile=False)
-    last,o,kind = t.pages[len(t.pages)-1].offset,t.filehandle,t.tiff
-    o.seek(last)
-    tags, = unpack(kind.tagnoformat, o.read(kind.tagnosize))
-    o.seek(last+kind.tagnosize+tags*kind.tagsize)
-    after, = unpack(kind.offsetformat, o.read(kind.offsetsize))
-    if after in (0,t.pages.first.offset): return t
-    raise _cut(f'behind {len(t.pages)} pages there were more')
-
-def _page(t, i):
-    "One page by its number"
-    if i>=len(t.pages): raise _no_page(i, len(t.pages))
-    p = t.pages[i].aspage()
-    return _paged('', (), lambda _: p.asarray(), p)
-
-def _no_page(i, n):
-    return ImageError('wrong channel count', '', f'It has no page {i}, but {n}, counted from 0.')
 
 # %% ../nbs/04_planes.ipynb #4a73e664
 class _Tiff:
@@ -366,25 +366,6 @@ def _greys(x, axes):
     if x.shape[-1] in (2,4) and (x[...,-1]==x.flat[-1]).all(): x = x[...,:-1]
     return (x[...,0],axes) if (x==x[...,:1]).all() else (x,axes+'S')
 
-# %% ../nbs/04_planes.ipynb #9bb39a4e
-_stands = dict(c='CSIQ', z='ZIQ', t='T') # axes that a selector may mean, the likeliest first
-
-def _fixed(s, at):
-    "What is left once the numbers of an address are chosen"
-    for k,i in at.items():
-        axis = next((o for o in _stands.get(k, k.upper()) if o in s.axes and o not in 'YX'), None)
-        n = s.shape[s.axes.index(axis)] if axis else 1
-        if not axis and k not in _stands: raise ImageError('bad address', '', _allowed(k, s))
-        if i>=n: raise ImageError('wrong channel count' if k=='c' else 'a stack', '',
-                                  f'It has no {k}={i}, but {n}, counted from 0.')
-        if axis=='C' and s.names: s = s._replace(names=[s.names[i]])
-        if axis: s = _without(s, axis, partial(s.read, **{axis.lower(): i}))
-    return s
-
-def _allowed(k, s):
-    axes = [f'`{a.lower()}=0` to `{n-1}`' for a,n in zip(s.axes, s.shape) if a not in 'YX' and n>1]
-    return f'`{k}=` means nothing here. It takes {", ".join([*axes, "`series=`", "`page=`"])}.'
-
 # %% ../nbs/04_planes.ipynb #c6791610
 SUFFIXES = ('.tif','.tiff','.tf8','.btf','.stk','.lsm','.png','.jp2','.j2k','.jxl','.jxr','.jpg',
             '.jpeg','.bmp','.dib') # of pictures: not of containers, which `OPENERS` has
@@ -437,6 +418,25 @@ def _found(a, at, named):
             if s: yield s
         if s: return
         with held(path, _Tiff) as t: yield t.image(at)
+
+# %% ../nbs/04_planes.ipynb #9bb39a4e
+_stands = dict(c='CSIQ', z='ZIQ', t='T') # axes that a selector may mean, the likeliest first
+
+def _fixed(s, at):
+    "What is left once the numbers of an address are chosen"
+    for k,i in at.items():
+        axis = next((o for o in _stands.get(k, k.upper()) if o in s.axes and o not in 'YX'), None)
+        n = s.shape[s.axes.index(axis)] if axis else 1
+        if not axis and k not in _stands: raise ImageError('bad address', '', _allowed(k, s))
+        if i>=n: raise ImageError('wrong channel count' if k=='c' else 'a stack', '',
+                                  f'It has no {k}={i}, but {n}, counted from 0.')
+        if axis=='C' and s.names: s = s._replace(names=[s.names[i]])
+        if axis: s = _without(s, axis, partial(s.read, **{axis.lower(): i}))
+    return s
+
+def _allowed(k, s):
+    axes = [f'`{a.lower()}=0` to `{n-1}`' for a,n in zip(s.axes, s.shape) if a not in 'YX' and n>1]
+    return f'`{k}=` means nothing here. It takes {", ".join([*axes, "`series=`", "`page=`"])}.'
 
 # %% ../nbs/04_planes.ipynb #f8cde20d
 def _error(e, f):
