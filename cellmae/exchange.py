@@ -89,13 +89,20 @@ def _channels(store, way, names, seen):
     return {c: f'c={i}' if 'c' in axes else '' for i,c in enumerate(numbered(names))}
 
 # %% ../nbs/09_exchange.ipynb #9e010008
+def _row_col(row, col):
+    "Letters are rows, even where a writer swapped them; numbers count from 1"
+    if row.isdigit() and col.isalpha(): row,col = col,row
+    if '0' not in (row.lstrip('0') or '0', col.lstrip('0') or '0'): return row,col
+    raise ValueError(f'Well {row}/{col}: rows and columns count from 1 or are letters. Write the '
+                     'metadata of the plate anew.')
+
 def _fields(store, plate):
     "Place, path and acquisition of the images of a plate, and the wells that are not there"
     rows,gone = [],[]
     for way in (w['path'].strip('/') for w in plate['wells']):
         images = (store.attrs(way) or {}).get('well', {}).get('images', [])
         if not images: gone.append(way)
-        row,col = way.split('/')[-2:]
+        row,col = _row_col(*way.split('/')[-2:])
         rows += [dict(row=row, col=col, site=o['path'], acquisition=str(o.get('acquisition', '')),
                       way=f"{way}/{o['path']}") for o in images]
     return rows,gone
@@ -232,7 +239,7 @@ _ome = ('plate','multiscales','bioformats2raw.layout')
 def _ome_stores(listing): return stores_that_say(listing, *_ome[:2])
 
 @layout('ome_zarr', 'OME-Zarr', _ome_stores)
-def ome_zarr(listing, found, acquisition=None, **options):
+def ome_zarr(listing, found, acquisition=None):
     "Plates, or else images, of OME-Zarr 0.4 or 0.5, in folders or packed"
     stores = [_Zarr(listing.path(o), o) for o in found]
     says = {o: o.attrs('') for o in stores}
@@ -296,7 +303,8 @@ def ome_planes(
 def _description(path):
     "OME-XML of a TIFF; empty where there is none, or if it is damaged, which reading will say"
     try:
-        with TiffFile(path, _multifile=False) as t: return t.pages[0].description if t.is_ome else ''
+        with TiffFile(path, _multifile=False) as t:
+            return t.pages[0].description if t.is_ome else ''
     except Exception: return ''
 
 def _uuid(text):
@@ -404,7 +412,7 @@ def _one_table(rows):
     return df.drop(columns=['of','image','label','stem','held','page',*few])
 
 @layout('ome_tiff', 'OME-TIFF', _ome_tiffs)
-def ome_tiff(listing, found, **options):
+def ome_tiff(listing, found):
     "Images that OME-XML describes: plates and positions in one file, sets of files, companions"
     rows,said,left,done,size = [],[],[],set(),None
     for name in found:
@@ -531,7 +539,7 @@ def _add_illum(df, listing):
     return df.assign(**{f'illum_{c}': [found[p].get(c, '') for p in places] for c in stains})
 
 @layout('load_data', "CellProfiler's LoadData", _load_tables)
-def load_data(listing, found, **options):
+def load_data(listing, found):
     "Tables of CellProfiler, one or one per plate"
     use = fullest(found)
     df = pd.concat([_load_data_of(listing, o) for o in use], ignore_index=True).fillna('')
@@ -539,13 +547,13 @@ def load_data(listing, found, **options):
     return Scan(_add_illum(df, listing), said=said, left=[o for o in found if o not in use])
 
 # %% ../nbs/09_exchange.ipynb #9e010061
-_rxrx_name = (r'(?P<batch>[^/]+)/Plate(?P<plate>\d+)/(?P<well>[A-Z]{1,2}\d{1,2})_s(?P<site>\d+)'
-              r'_w?(?P<channel>[1-6])(?:\.[a-z0-9]+)?$')
+_rxrx_name = re.compile(r'(?P<batch>[^/]+)/Plate(?P<plate>\d+)/(?P<well>[A-Z]{1,2}\d{1,2})'
+                        r'_s(?P<site>\d+)_w?(?P<channel>[1-6])(?:\.[a-z0-9]+)?$')
 
 def _rxrx_tables(listing):
     "Metadata of RxRx, if images are called as there"
     some = (*listing.images[:1], *listing.images[len(listing.images)//2:][:1], *listing.images[-1:])
-    if not any(re.search(_rxrx_name, o) for o in some): return []
+    if not any(map(_rxrx_name.search, some)): return []
     return tables_with(listing, ('experiment','experiment_name'), 'plate', ('well','address'))
 
 def rxrx_labels(
@@ -562,8 +570,8 @@ def rxrx_labels(
 
 def _rxrx_planes(names, files):
     "A row per plane from names such as `HUVEC-01/Plate1/B03_s1_w1.png`, and stains of the channels"
-    df = pd.Series(names, dtype=str).str.extract(_rxrx_name).assign(file=files)
-    df = df[df['batch'].notna()]
+    rows = [(*m.groups(),f) for o,f in zip(names, files) if (m := _rxrx_name.search(o))]
+    df = pd.DataFrame(rows, columns=[*_rxrx_name.groupindex,'file'])
     stains = {str(k):v for k,v in PANELS['rxrx'].items()}
     return df,stains if set(df['channel'])==set(stains) else {}
 
@@ -575,7 +583,7 @@ def _only_table(found):
     raise ValueError(f'{use[0]} and {use[1]} are two collections. Open each folder by itself.')
 
 @layout('rxrx', 'RxRx', _rxrx_tables)
-def rxrx(listing, found, **options):
+def rxrx(listing, found):
     "RxRx1, 2, 19 and 3: names of files say where, one table says what"
     df,stains = _rxrx_planes(listing.images, listing.images)
     said = [] if stains else ['Channels are not the six of RxRx: give their names']
@@ -597,7 +605,7 @@ def _complete(df, key=('batch','plate','well','site')):
     return df[n==df['channel'].nunique()],[said]*bool(len(short))
 
 @layout('rxrx3_core', 'RxRx3-core', lambda o: tables_with(o, '__key__'))
-def rxrx3_core(listing, found, **options):
+def rxrx3_core(listing, found):
     "Parquet files with an image per row, and the table of wells if it is beside them"
     keys = [(k,f'{o}#row={i}') for o in found for i,k in enumerate(_keys_of(listing, o))]
     df,stains = _rxrx_planes(*map(list, zip(*keys)))
@@ -658,7 +666,7 @@ def _told_apart(df, key):
     return df['channel'].mask(twice, df['channel']+' '+number)
 
 @layout('channel_rows', 'A table with a row per channel', _long_tables)
-def channel_rows(listing, found, **options):
+def channel_rows(listing, found):
     "CHAMMI-75, or any table that has a row per file"
     df = listed_table(listing, name := _only_table(found)).rename(columns=_chammi)
     names = {k: _first_of(df, o) for k,o in dict(file=_file, channel=_channel, site=_site).items()
@@ -771,7 +779,7 @@ def _crops(listing, name):
         f'file_{n}': [f'{name}#{key},i={i}{end}' for i in at] for n,end in zip(names, tail)})
 
 @layout('arrays', 'Arrays with a table', _stacks)
-def arrays(listing, found, **options):
+def arrays(listing, found):
     "Crops or fields in `npz` or HDF5 files, and a table of them"
     return Scan(pd.concat([_crops(listing, o) for o in found], ignore_index=True).fillna(''))
 
@@ -793,7 +801,7 @@ def _raw_images(store):
     return [{**o, **places.get(i.get('ID'), {})} for o,i in zip(rows, images)]
 
 @layout('bioformats2raw', 'Zarr of bioformats2raw', _raw_stores)
-def bioformats2raw(listing, found, **options):
+def bioformats2raw(listing, found):
     "Images in order, with plates, wells and names from OME-XML"
     parts,said = [],[]
     for o in found:

@@ -66,6 +66,20 @@ def test_zarr_plate(tmp_path, version, wells):
     assert len(df)==12 and set(df['plate'])=={'P1'} and set(zip(df['row'], df['col'].astype(int)))=={('B',3),('C',2)}
     assert list(row['file'])==[f'P1.zarr/{wells[0]}/Field_1#c=1']
 
+@pytest.mark.parametrize('wells', [('3/B','2/C'), ('2/3','3/2')])
+def test_zarr_rows_are_letters_or_numbers(tmp_path, wells):
+    images = put_plate(tmp_path/'P.zarr', ['0'], wells=wells)
+    same_pixels(Screen.open(tmp_path), 'C02', '0', ['0','1','2'], images[f'{wells[1]}/0'])
+
+def test_zarr_rows_that_begin_at_0_are_refused(tmp_path):
+    put_plate(tmp_path/'P.zarr', ['0'], wells=('0/2','1/1'))
+    with pytest.raises(ValueError, match='count from 1'): scan(tmp_path, 'ome_zarr')
+
+def test_zarr_well_and_field_of_a_plate(tmp_path):
+    images = put_plate(tmp_path/'P.zarr', ['0','1'])
+    same_pixels(Screen.open(tmp_path/'P.zarr/B/3', well='B03'), 'B03', '1', ['0','1','2'], images['B/3/1'])
+    same_pixels(Screen.open(tmp_path/'P.zarr/B/3/1', well='B03'), 'B03', '1', ['0','1','2'], images['B/3/1'])
+
 def test_zarr_opened_itself(tmp_path):
     put_plate(tmp_path/'P1.zarr', ['0'])
     df = scan(tmp_path/'P1.zarr', 'ome_zarr').table
