@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENERS', 'Stored', 'opener', 'opener_of', 'is_remote', 'cache_folder', 'local', 'below', 'held', 'close_held',
            'open_npy', 'open_npz', 'open_h5', 'open_zarr', 'open_zip', 'open_parquet', 'open_nd2', 'open_lif',
-           'open_czi']
+           'open_czi', 'series_of']
 
 # %% ../nbs/03_containers.ipynb #3e107185
 import atexit, json, os, re, shutil
@@ -35,11 +35,11 @@ class Stored(NamedTuple):
     read:Callable # `read(z=3, c=0)`: the array without the axes that were chosen
 
 # %% ../nbs/03_containers.ipynb #4a4af01f
-OPENERS = {} # Suffix -> function `(path,inner,at)`; `'picture'`: function `(bytes,None,at)`
+OPENERS = {} # Suffix -> function `(path,inner,at)`
 
 def opener(
     *suffixes, # In lower case, with the dot: `'.h5'`
-): # Of `(path,inner,at)->Stored`; from `at`, the numbers behind the `#`, it takes what it uses
+): # Of `(path,inner,at)->Stored`, or the bytes of a picture; it takes from `at` what it uses
     "Register what opens files with these suffixes"
     def register(f): OPENERS.update(dict.fromkeys(suffixes, f)); return f
     return register
@@ -484,16 +484,15 @@ def open_zarr(
 def open_zip(
     path, # Or a URL
     inner, # Name of a picture in it; not needed if there is one
-    at:dict, # What a picture may have: `page`, `series`
-)->Stored:
+    at:dict, # Nothing; what is for the picture stays
+)->bytes: # Of the picture
     "A picture in a zip file"
     path = local(path)
     with held(path, ZipFile) as z:
         if inner not in z.NameToInfo:
             inside = [o for o in z.namelist() if o[-1]!='/' and '__MACOSX' not in o]
             inner = _one_of(inside, inner, path)
-        raw = z.read(inner)
-    return OPENERS['picture'](raw, None, at)
+        return z.read(inner)
 
 # %% ../nbs/03_containers.ipynb #c0a10037
 def _parquet(path): return import_module('pyarrow.parquet').ParquetFile(path)
@@ -518,8 +517,8 @@ def _of_pictures(field):
 def open_parquet(
     path, # Or a URL
     inner, # Column; not needed if only one holds pictures
-    at:dict, # `row`, and what a picture may have
-)->Stored:
+    at:dict, # `row`
+)->bytes: # Of the picture
     "A picture in a row of a table"
     path = local(path)
     with held(path, _parquet) as f:
@@ -528,7 +527,7 @@ def open_parquet(
         group,place = _group_of(f.metadata, row)
     with held(path, _rows, column, group, most=4) as rows: cell = rows[place].as_py()
     raw = cell.get('bytes') if isinstance(cell, dict) else cell
-    if raw: return OPENERS['picture'](raw, None, at)
+    if raw: return raw
     cure = f'No picture in this row, only {cell}. Leave the site out, or read the file it names.'
     raise ImageError('missing', f'{path}#{column},row={row}', cure)
 
@@ -648,12 +647,15 @@ def _czi_plane(path, series, **at):
         return x[...,0] if x.shape[-1]==1 else x[...,::-1] # blue comes first
 
 # %% ../nbs/03_containers.ipynb #c0a10042
+def _czi_says(f, what):
+    "Elements of the description of a file of Zeiss"
+    root = import_module('xml.etree.ElementTree').fromstring(f.raw_metadata)
+    return root.findall(f'./Metadata/Information/Image/Dimensions/{what}')
+
 def _czi_about(f):
     "Sizes along the axes of a file of Zeiss, its types of pixels, and names of channels"
-    from xml.etree import ElementTree
     sizes = {k:b-a for k,(a,b) in f.total_bounding_box.items() if b-a>1 and k not in 'XY'}
-    root = ElementTree.fromstring(f.raw_metadata)
-    names = [o.get('Name') for o in root.findall('.//Image/Dimensions/Channels/Channel')]
+    names = [o.get('Name') for o in _czi_says(f, 'Channels/Channel')]
     return sizes,sorted(set(f.pixel_types.values())),names
 
 # %% ../nbs/03_containers.ipynb #c0a10043
@@ -675,3 +677,25 @@ def open_czi(
         if 'Bgr' in types[0]: sizes['S'] = 3
         plane = partial(_czi_plane, path, series)
         return _planewise(plane, sizes, _zeiss[types[0]], names, path)
+
+# %% ../nbs/03_containers.ipynb #c0a1004b
+def _nd2_series(f):
+    points = [o.parameters.points for o in f.experiment if o.type=='XYPosLoop']
+    return [o.name or '' for o in points[0]] if points else ['']
+
+def _czi_series(f):
+    said = {o.get('Index'): ' '.join(filter(None, [o.findtext('ArrayName'), o.get('Name')]))
+            for o in _czi_says(f, 'S/Scenes/Scene')}
+    return [said.get(str(i), '') for i,_ in _scenes(f)]
+
+_series = {'.nd2': (_nd2,_nd2_series), '.lif': (_lif,lambda f: [o.path for o in f.images]),
+           '.czi': (_czi,_czi_series)}
+
+# %% ../nbs/03_containers.ipynb #c0a1004c
+def series_of(
+    path, # Of a file of Nikon, Leica or Zeiss
+)->list: # Names, empty where the file has none; `#series=` counts along them
+    "Names of the positions in one file, such as `B04 P1`"
+    path = local(path)
+    open,names = _series[path.suffix.lower()]
+    with held(path, open) as f: return names(f)

@@ -8,7 +8,7 @@ from pathlib import Path
 from zipfile import ZipFile
 from cellmae import containers
 from cellmae.containers import (OPENERS, below, held, is_remote, local, open_czi, open_h5, open_lif, open_nd2, open_npy,
-                                open_npz, open_parquet, open_zarr, open_zip, opener_of)
+                                open_npz, open_parquet, open_zarr, open_zip, opener_of, series_of)
 from cellmae.images import ImageError
 from cellmae.planes import read_site
 
@@ -19,11 +19,6 @@ NAMES = ['Hoechst','ConA','Phalloidin']
 def refuses(words, f, *args, **kw):
     with pytest.raises(ImageError) as e: f(*args, **kw)
     assert words in str(e.value), str(e.value)
-
-@pytest.fixture
-def raw(monkeypatch):
-    "Pictures as they are, not decoded"
-    monkeypatch.setitem(OPENERS, 'picture', lambda raw, inner, at: raw)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -250,7 +245,7 @@ def test_h5_says_what_it_holds(tmp_path):
 
 # Pictures
 
-def test_zip(tmp_path, raw):
+def test_zip(tmp_path):
     with ZipFile(tmp_path/'x.zip', 'w', 8) as z:
         for i in range(3): z.writestr(f'p/{i}.png', imagecodecs.png_encode(X[0,0,i]))
         z.writestr('__MACOSX/p/._0.png', b'')
@@ -270,14 +265,14 @@ def test_parquet(tmp_path, raw, kind):
     refuses('no row=6, but 6 rows', open_parquet, tmp_path/'x.parquet', None, dict(row=6))
     refuses('Choose: `#row=0` to `#row=5`', open_parquet, tmp_path/'x.parquet', 'jp2', {})
 
-def test_parquet_reads_one_group_and_keeps_it(tmp_path, raw, monkeypatch):
+def test_parquet_reads_one_group_and_keeps_it(tmp_path, monkeypatch):
     pq.write_table(pa.table(dict(jp2=[bytes([i])*9 for i in range(100)])), tmp_path/'x.parquet', row_group_size=10)
     asked,was = [],pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, 'read_row_group', lambda self, i, **kw: asked.append(i) or was(self, i, **kw))
     for i in range(25, 45): assert open_parquet(tmp_path/'x.parquet', None, dict(row=i))==bytes([i])*9
     assert asked==[2,3,4]
 
-def test_parquet_without_bytes(tmp_path, raw):
+def test_parquet_without_bytes(tmp_path):
     rows = [dict(bytes=None, path='a.jp2'), dict(bytes=b'1', path='b.jp2')]
     pq.write_table(pa.table(dict(image=rows, mask=rows)), tmp_path/'x.parquet')
     refuses('Choose one of `#image`, `#mask`', open_parquet, tmp_path/'x.parquet', None, dict(row=0))
@@ -358,7 +353,7 @@ def nd2(f, x, names, lose=()):
     xml = lambda v: f'<variant version="1.0">{clx("no_name", v)}</variant>'.encode()
     planes = {f'a{i}':dict(sDescription=o, uiCompCount=1, pFluorescentProbe=dict(m_uiColor=1)) for i,o in enumerate(names)}
     z_loop = dict(eType=4, uLoopPars=dict(uiCount=z, dZStep=1.))
-    points = [dict(dPosX=float(i), dPosY=0., dPosZ=0.) for i in range(p)]
+    points = [dict(dPosX=float(i), dPosY=0., dPosZ=0., pPosName=f'B0{i+3}_0') for i in range(p)]
     chunks = {'ImageAttributes!': xml(dict(uiWidth=w, uiHeight=h, uiWidthBytes=w*c*2, uiComp=c, uiBpcInMemory=16,
                                            uiBpcSignificant=16, uiSequenceCount=p*z, eCompression=2)),
               'ImageMetadataSeq|0!': xml(dict(bCalibrated=True, dCalibration=1., sPicturePlanes=dict(uiCount=c, sPlaneNew=planes))),
@@ -391,7 +386,7 @@ def test_vendor_is_an_extra(tmp_path, monkeypatch, end, module):
     (tmp_path/f'x{end}').write_bytes(b'1')
     refuses(f'{end[1:]} files: `pip install cellmae[vendor]`', OPENERS[end], tmp_path/f'x{end}', None, {})
 
-@pytest.mark.parametrize('end', sorted(o for o in OPENERS if o[0]=='.'))
+@pytest.mark.parametrize('end', sorted(OPENERS))
 def test_damage_is_told_with_the_file(tmp_path, end):
     f = tmp_path/f'x{end}'
     refuses('missing. No such file', OPENERS[end], f, 'a', dict(row=0, series=0))
@@ -423,7 +418,7 @@ def many(root, n):
 
 def number(f):
     o = opener_of(f)(f, None if f.suffix=='.npy' else 'a', {})
-    x = o.read(i=1) if 'I' in o.axes else o.read()
+    x = imagecodecs.png_decode(o) if isinstance(o, bytes) else o.read(i=1)
     assert (x==x.flat[0]).all()
     return int(x.flat[0])-1
 
@@ -573,3 +568,15 @@ def test_the_same_planes_from_every_kind(tmp_path):
     whole,lists = every_kind(tmp_path)
     for a in whole+lists: assert (read_site(a)==X[1,:,0]).all(), a
     for a in whole: assert (read_site([f'{a}{"," if "#" in a else "#"}c=2'])==X[1,2:,0]).all(), a
+
+def test_names_of_positions(tmp_path):
+    from pylibCZIrw import czi
+    f = write_czi(tmp_path/'x.czi', X[:,:,:1])
+    assert series_of(f)==['','']
+    with czi.edit_czi(str(f)) as e, e.edit_session() as b:
+        scenes = ''.join(f'<Scene Index="{i}" Name="P{i+1}"><ArrayName>B0{i+3}</ArrayName></Scene>' for i in (1,0))
+        b.set_xml(b.get_xml().replace('<Dimensions>', f'<Dimensions><S><Scenes>{scenes}</Scenes></S>'))
+    assert series_of(f)==['B03 P1','B04 P2']
+    x = np.swapaxes(X, 1, 2)
+    assert series_of(nd2(tmp_path/'x.nd2', x, NAMES))==['B03_0','B04_0']
+    assert series_of(lif(tmp_path/'x.lif', {'B/3/R1':x[0], 'B/4/R1':x[1]}, [('Gray',None)]*3))==['B/3/R1','B/4/R1']
