@@ -256,7 +256,7 @@ def test_zip(tmp_path):
     refuses('y.zip: unreadable', open_zip, tmp_path/'y.zip', 'p/0.png', {})
 
 @pytest.mark.parametrize('kind', ['struct','binary','large'])
-def test_parquet(tmp_path, raw, kind):
+def test_parquet(tmp_path, kind):
     raw = [imagecodecs.jpeg2k_encode(X[t,c,0], level=0, reversible=True) for t in range(2) for c in range(3)]
     types = dict(binary=pa.binary(), large=pa.large_binary())
     cells = [dict(bytes=o, path=f'{i}.jp2') for i,o in enumerate(raw)] if kind=='struct' else pa.array(raw, types[kind])
