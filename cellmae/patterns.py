@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from fastcore.basics import patch
 from fnmatch import translate
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -91,8 +92,10 @@ class Listing:
     @cached_property
     def by_suffix(self):
         "Names by suffix, in lower case"
-        by = defaultdict(list)
-        for o in self.names: by[os.path.splitext(o)[1].lower()].append(o)
+        ends,by = defaultdict(list),defaultdict(list)
+        for o in self.names: ends[o[o.rfind('.'):]].append(o) # few, so the rest is quick
+        for end,names in ends.items():
+            by[end.lower() if end[:1]=='.' and '/' not in end else ''] += names
         return by
 
     @cached_property
@@ -105,7 +108,7 @@ class Listing:
     @cached_property
     def images(self):
         "Names of images"
-        return sorted(o for s in SUFFIXES for o in self.by_suffix.get(s, ()))
+        return sorted(chain(*(self.by_suffix.get(s, ()) for s in SUFFIXES)))
 
     @cached_property
     def other(self):
@@ -213,11 +216,11 @@ def _parts(pattern):
     return [*out, pattern[end:]]
 
 # %% ../nbs/06_patterns.ipynb #65a18eed
-_any = '[^/]+?'
+_any = r'[^/\n]+?'
 _row = '[A-Pa-p]|[Aa][A-Fa-f]'
 _well = rf'(?:{_row})[ ._-]*\d{{1,3}}(?!\d)|[Rr]\d{{1,2}}[ ._-]*[Cc]\d{{1,2}}(?!\d)'
 _guid = '[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}' # ImageXpress ends its names so
-_remainder = rf'(?:{_guid}|(?!(?<=\d)\d|(?<=[A-Za-z])[A-Za-z])[^/]*?)'
+_remainder = rf'(?:{_guid}|(?!(?<=\d)\d|(?<=[A-Za-z])[A-Za-z])[^/\n]*?)'
 
 def _number(then):
     "A whole number, whatever comes after it"
@@ -226,7 +229,7 @@ def _number(then):
 def _filling(hole, before, then, well, number):
     "What may fill a hole; `well`, `number`: only what is one?"
     name = hole.name
-    if hole.width: return rf'[^/]{{{hole.width}}}'
+    if hole.width: return rf'[^/\n]{{{hole.width}}}'
     if name=='well' and well: return rf'(?:{_row})\d\d' if isinstance(then, Hole) else _well
     if name=='row': return _row if isinstance(then, Hole) else rf'\d{{1,3}}|{_row}'
     if name in ('col','seq'): return r'\d+(?!\d)'
@@ -239,9 +242,9 @@ def _pieces(pattern, well=True, number=True):
     parts,seen = _parts(pattern),set()
     for i,p in enumerate(parts):
         if i%2==0:
-            yield p,re.escape(p).replace(r'\*\*/', '(?:[^/]+/)*?'); continue
+            yield p,re.escape(p).replace(r'\*\*/', r'(?:[^/\n]+/)*?'); continue
         then = parts[i+2] if i+2<len(parts) and not parts[i+1] else None
-        if p.name=='_': rx = _remainder if i>1 and not parts[i-1] else '[^/]*?'
+        if p.name=='_': rx = _remainder if i>1 and not parts[i-1] else r'[^/\n]*?'
         elif p.name in seen: rx = f'(?P={p.name})'
         else: rx = f'(?P<{p.name}>{_filling(p, parts[i-1], then, well, number)})'
         seen.add(p.name)
@@ -311,19 +314,19 @@ def _asked(there, pattern):
     if not found: raise ValueError(_no_images(there.root, there.other))
     return found
 
-def _matches(names, pattern):
-    "`{name: match}` by the strictest reading of each; None where there is none"
-    rx,*loose = [_regex(pattern, *o) for o in _levels]
-    met = {o: rx.fullmatch(o) for o in names}
-    for o in [o for o,m in met.items() if not m]:
-        met[o] = next((m for rx in loose if (m := rx.fullmatch(o))), None)
-    return met
+def _lines(names, rx):
+    "`(name, *fields)` of the names that match; one search of one long text is fastest"
+    found = re.findall(f'^({rx.pattern})$', '\n'.join(names), re.M)
+    return found if rx.groups else [(o,) for o in found]
 
-def _columns(met):
-    "A column per hole, and `file`"
-    names,ms = [*met],[*met.values()]
-    fields = zip(ms[0].re.groupindex, zip(*(m.groups() for m in ms)))
-    return pd.DataFrame({**{k: list(v) for k,v in fields}, 'file':names})
+def _read(names, pattern):
+    "A row per name by the strictest reading of it, and the names that have none"
+    rows,left = [],[o for o in names if '\n' not in o]
+    for level in _levels:
+        found = _lines(left, rx := _regex(pattern, *level)) if left else []
+        rows,done = rows+found,{o[0] for o in found}
+        left = [o for o in left if o not in done] if len(found)<len(left) else []
+    return pd.DataFrame(rows, columns=['file',*rx.groupindex]),left
 
 # %% ../nbs/06_patterns.ipynb #6907820a
 def _indexed(wells, shape, pattern):
@@ -390,13 +393,13 @@ def long_by_names(
 )->pd.DataFrame: # A row per image: the fields of the pattern and `file`
     "What the names of images say"
     _needs_well(pattern, well)
-    met = _matches(_asked(there, pattern), pattern)
-    rest,n = [o for o,m in met.items() if not m],len(met)
-    if len(rest)==n: raise ValueError(_no_match(there.root, pattern, rest))
+    names = _asked(there, pattern)
+    df,rest = _read(names, pattern)
+    if not len(df): raise ValueError(_no_match(there.root, pattern, rest))
     if there.passed: print(f'{len(there.passed)} hidden files and thumbnails are left out, such as '
                            f'{there.passed[0]}')
-    if rest: print(f'{len(rest)} of {n} images do not match the pattern, such as {min(rest)}')
-    df = _columns({o:m for o,m in met.items() if m})
+    if rest: print(f'{len(rest)} of {len(names)} images do not match the pattern, such as '
+                   f'{min(rest)}')
     if there.lead: df['file'] = there.lead+df['file']
     return _settled(df, pattern, plate_shape, well)
 

@@ -13,7 +13,8 @@ from fastcore.basics import listify
 from itertools import islice
 from pathlib import Path
 from .files import read_table
-from .labels import clean, did_you_mean, is_control, row_letters, well_name, yes_no
+from .labels import (clean, did_you_mean, is_control, label, row_letters, well_name,
+                            yes_no)
 from .images import PANELS, STAINS, alike, canonical_stain, suggested
 
 # %% ../nbs/05_sites.ipynb #1a93516f
@@ -54,9 +55,10 @@ def natural(s):
 
 def ranked(values):
     "Places of names in their natural order, and the names in it"
-    codes,names = pd.factorize(as_text(values))
+    codes,raw = pd.factorize(np.asarray(values, dtype=object))
+    same,names = pd.factorize(np.append(clean(raw), '') if (codes<0).any() else clean(raw))
     order = natural(pd.Series(names, dtype=object)).argsort(kind='stable').to_numpy()
-    return np.argsort(order)[codes],names[order]
+    return np.argsort(order)[same[codes]],names[order]
 
 # %% ../nbs/05_sites.ipynb #ba766cbb
 def _renamed(df, names):
@@ -121,10 +123,14 @@ def choose_plane(df, field, want, name): # until `layouts` calls `choose`
 def _numbered(df, columns):
     "A number per combination of the columns that there are, sorted as people count"
     codes = np.zeros(len(df), int)
-    for c in [c for c in columns if c in df]:
-        places,names = ranked(df[c])
-        codes = pd.factorize(codes*len(names)+places, sort=True)[0]
+    for c in columns: codes = _joined(codes, df, c)
     return codes
+
+def _joined(codes, df, column):
+    "Numbers of what is known so far, and of one column more"
+    if column not in df: return codes
+    places,names = ranked(df[column])
+    return pd.factorize(codes*len(names)+places, sort=True)[0]
 
 def _same(a, b): return a==b or a.isdigit() and b.isdigit() and int(a)==int(b)
 
@@ -200,20 +206,20 @@ def choose(
 # %% ../nbs/05_sites.ipynb #96c212e0
 def _once(df, code, where):
     "Refuse two files for one place"
-    twice = df['file'].to_numpy()[pd.Series(code).duplicated(keep=False).to_numpy()]
-    if not len(twice): return
+    if not len(code) or code.max()+1==len(code): return
     a = code[pd.Series(code).duplicated().to_numpy()][0]
     pair = ' and '.join(sorted(df['file'].to_numpy()[code==a])[:2])
     raise ValueError(f'{where}: two files for one site and channel, {pair}. Add {{site}}, {{z}} '
                      'or {t} where they differ, or spell out the one you want.')
 
-def _in_order(df, by, where):
-    "Rows by image and plane; and the number of the image of each"
-    image = _numbered(df, by)
-    full = _numbered(df.assign(image=image), ['image','z'])
+def _in_order(df, key, where):
+    "Rows by site, channel and plane; and the numbers of site and image of each"
+    site = _numbered(df, key)
+    image = _joined(site, df, 'channel')
+    full = _joined(image, df, 'z')
     _once(df, full, where)
     order = np.argsort(full, kind='stable')
-    return df.iloc[order],image[order]
+    return df.iloc[order],site[order],image[order]
 
 def _stacked(files, image):
     "The planes of each image in one cell"
@@ -231,9 +237,9 @@ def wide(
     df = df.drop(columns=['row','col'], errors='ignore').assign(well=_well_names(df['well']))
     key = [k for k in [*site_key(df),*LABEL] if k in df]
     if 'file' not in df or 'channel' not in df and 'z' not in df: return _sorted(df, key, where)
-    df,image = _in_order(df, [*key,'channel'], where)
+    df,site,image = _in_order(df, key, where)
     first = np.flatnonzero(np.diff(image, prepend=-1))
-    out,site = df.iloc[first],_numbered(df, key)[first]
+    out,site = df.iloc[first],site[first]
     more = [c for c in df if c not in (*key,'channel','z','file','illum')]
     sites = out[[*key,*more]].iloc[np.unique(site, return_index=True)[1]].reset_index(drop=True)
     columns = {'file': _stacked(df['file'].to_numpy(), image)}
@@ -259,9 +265,8 @@ ELSEWHERE = '^(Image_)?(FileName|PathName|URL)_'
 
 def _paths(values):
     "Names of files as text, with `/` between folders"
-    fs = [f.strip() if type(f) is str else f for f in values]
-    if any(type(f) is not str for f in fs): fs = list(clean(fs))
-    return [f.replace('\\', '/') for f in fs] if any('\\' in f for f in fs) else fs
+    fs = [f.strip() if type(f) is str else label(f) for f in values]
+    return [f.replace('\\', '/') for f in fs] if '\\' in ''.join(fs) else fs
 
 def _load_data(df):
     "Files by channel from CellProfiler's columns `FileName_`, `PathName_`, or else `URL_`"
@@ -483,7 +488,9 @@ def _say_lost(files, root):
 def at_home(files, root, replace=None):
     "Files by channel, those of another machine by where they are below `root`"
     if replace: files = _replaced(files, replace)
-    if _web.match(str(root)) or all(_is_there(f, root) for f in _some(files)): return files
+    some = _some(files)
+    if _web.match(str(root)) or all(_is_there(f, root) for f in some): return files
+    if not any(map(AWAY.match, some)): _say_lost(files, root); return files
     parts = (p for fs in files.values() for f in fs for p in f.split('|'))
     moved = _distinct(_moved(dict.fromkeys(parts), root))
     if not moved: _say_lost(files, root); return files
