@@ -127,8 +127,9 @@ def _parts(listing, read, each):
     said = [s for p in parts for s in p.said]
     parts = [p for p in parts if len(p.table)]
     if parts: return parts, said
-    why = ' '.join(['its metadata name no images.', *said, 'Export it again.'])
-    raise ValueError(f'{listing.root}: {why}')
+    why = ['its metadata name no images.', *said, 'Export it again.'] if each else [
+        'no images with metadata of this microscope. Check the path, and `layout`.']
+    raise ValueError(f'{listing.root}: {" ".join(why)}')
 
 def _long(table, *more):
     "Columns of a table of images, in this order"
@@ -443,9 +444,9 @@ def _metaxpress_part(listing, of):
 # %% ../nbs/08_instruments.ipynb #7eaa2df5
 @layout('imagexpress', 'ImageXpress', _of_metaxpress)
 def imagexpress(listing, found)->Scan:
-    "Plates of MetaXpress, exported with a table or as they lie in its database"
+    "Plates of MetaXpress: exported with a table, as in its database, or only called so"
     tables = [o for o in found if o.lower().endswith('.htd')]
-    table = _named(listing.images if tables else found)
+    table = _named(found if found and not tables else listing.images)
     plates = _plates_of(table, tables) if len(table) else {}
     return joined(listing, _metaxpress_part, [*plates.items()])
 

@@ -245,9 +245,21 @@ def test_imagexpress_two_plates_and_a_well_without_images(tmp_path):
     eq(found.left, ['b/overview_C02.tif'])
     assert any('without an image: 1 of 2 wells, such as C02' in o for o in found.said)
 
+def test_imagexpress_by_names_alone(tmp_path):
+    "Without a table and without GUIDs, if somebody says so"
+    put(tmp_path, ['TimePoint_1/P_B03_s1_w1.TIF', 'TimePoint_2/P_C02_s1_w1.TIF'])
+    found = LAYOUTS['imagexpress'].scan(Listing(tmp_path), [])
+    eq(rows(found, 'plate','well','t'), [['P','B03','1'], ['P','C02','2']])
+
+@pytest.mark.parametrize('key', ['phenix','yokogawa','incell','scanr'])
+def test_said_to_be_what_it_is_not(tmp_path, key):
+    put(tmp_path, ['x.tif'])
+    with expect_fail(ValueError, 'metadata of this microscope'):
+        LAYOUTS[key].scan(Listing(tmp_path), [])
+
 def test_imagexpress_table_without_images(tmp_path):
     put(tmp_path, ['x.tif'], **{'A.HTD': HTD % b'FALSE'})
-    with expect_fail(ValueError, 'name no images'): scan(tmp_path, 'imagexpress')
+    with expect_fail(ValueError, 'metadata of this microscope'): scan(tmp_path, 'imagexpress')
 
 GUID = 'E78EB128-BD0D-4D94-A6AD-3FF28BB1B105'
 
