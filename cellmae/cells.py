@@ -453,11 +453,11 @@ def _placed(screen, t):
 def _tell(cells, screen):
     "Say how many there are"
     n = cells.counts
-    some = n[n>0]
-    print(f'{len(cells):,} cells on {len(some):,} of {len(n):,} sites, '
-          f'{some.min()} to {some.max()} each')
-    if len(some)<len(n): print(f'{len(n)-len(some):,} sites have none, such as '
-                               f'{_place(screen, np.argmin(n))}')
+    low,top = n[n>0].min(initial=n.max(initial=0)),n.max(initial=0)
+    each = f'{low} to {top}' if top>low else top
+    print(f'{len(cells):,} cells on {(n>0).sum():,} of {len(n):,} sites, {each} each')
+    if (n==0).any(): print(f'{(n==0).sum():,} sites have none, such as '
+                           f'{_place(screen, np.argmin(n))}')
     return cells
 
 # %% ../nbs/15_cells.ipynb #5c0e11e5

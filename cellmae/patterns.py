@@ -555,14 +555,13 @@ def _call(root, pattern):
 
 def instrument_pattern(there, well=None):
     "The pattern that the images of a listing follow, or a question"
-    if isinstance(there, Path): there = Listing(there.parent) # until `layouts` gives a listing
     if not there.images: raise FileNotFoundError(_no_images(there.root, there.other))
     found = guess_pattern(there)
     best = found[found['share']>=max(.9, found['share'].max())]
     ways = {str(_places(o, _some_of(there.images, 50))): o for o in best['pattern'][::-1]}
     if len(ways)==1:
         pattern = best['pattern'].iloc[0]
-        if _has_well(pattern) or well: print(f'Opened by the names {pattern}'); return pattern
+        if _has_well(pattern) or well: return pattern
     some = [*ways.values()] or [*found[found['share']>.05].drop_duplicates('file')['pattern']]
     how = ' or '.join(_call(there.root, o) for o in some) or \
         "`Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`"

@@ -96,7 +96,7 @@ def test_empty_screen(root, tmp_path):
     with pytest.raises(ValueError, match='Split by something smaller'): split(s)
     (tmp_path/'none').mkdir()
     with pytest.raises(ValueError, match='none: no images'): Screen.from_pattern(tmp_path/'none', '{well}.tif')
-    with pytest.raises(FileNotFoundError, match='none.*missing.*save'): open_screen(tmp_path/'none')
+    with pytest.raises(FileNotFoundError, match='none: no images.*Check the path'): open_screen(tmp_path/'none')
     (tmp_path/'s.csv').write_text('plate,well,file_DNA\n')
     with pytest.raises(ValueError, match=r's\.csv: no rows'): open_screen(tmp_path/'s.csv')
 
