@@ -18,7 +18,7 @@ from .files import progress, read_table, write_whole
 from .labels import clean, well_name
 from .patterns import Listing, sites_by_names
 from .planes import SUFFIXES, read_plane, size_of
-from .sites import SITE, WELL, about, in_words, tidy
+from .sites import SITE, WELL, about, in_words, site_key, tidy
 from .screen import open_screen
 
 # %% ../nbs/15_cells.ipynb #5c0e11a5
@@ -67,9 +67,6 @@ def cell_crop(
     if min(h, w)<size: raise ValueError(f'A crop of {size} pixels does not fit into {h}x{w}.')
     i,j = (int(min(max(np.ceil(c-size/2), 0), n-size)) for c,n in zip(centre, (h,w)))
     return x[...,i:i+size,j:j+size]
-
-# %% ../nbs/15_cells.ipynb #5c0e11t0
-def site_key(table): return SITE+['t']*('t' in table)
 
 # %% ../nbs/15_cells.ipynb #5c0e11b6
 class Cells:
@@ -329,12 +326,17 @@ def _stem(f): return re.sub(r'(\.ome)?\.\w+$', '', _last(f), flags=re.I)
 def _by_image(screen, folder, like):
     "`{file: row}` of masks that are called as images are"
     there,stems = Listing(folder),{_stem(f): i for f,i in _image_names(screen).items()}
-    own = {os.path.abspath(Path(screen.root, f)) for f,_ in _images(screen)}
+    own = {os.path.abspath(screen.address(f)) for f,_ in _images(screen)}
     files = [f for f in there.names if f.lower().endswith((*SUFFIXES,'.npy'))
              and fnmatch(f.lower(), like.lower() or '*')
              and os.path.abspath(there.path(f)) not in own]
     found = {f: _site_of(_stem(f), stems) for f in files}
-    return {there.path(f): i for f,i in found.items() if i>=0},[f for f,i in found.items() if i<0]
+    return _met(there, found)
+
+def _met(there, found):
+    "Rows by path of files, and names of files that have none"
+    met = {str(there.path(f)): int(i) for f,i in found.items() if i>=0}
+    return met,[f for f,i in found.items() if i<0]
 
 # %% ../nbs/15_cells.ipynb #5c0e11d4
 def _split(where):
@@ -346,15 +348,15 @@ def _split(where):
 def _mask_files(screen, masks):
     "`{file: row}` of the masks, and files that belong to no site"
     if str(masks) in screen.table:
-        return {Path(screen.root, f): i for i,f in enumerate(screen.table[str(masks)]) if f},[]
+        return {screen.address(f): i for i,f in enumerate(screen.table[str(masks)]) if f},[]
     folder,like = _split(masks)
     folder = next((f for f in (Path(screen.root, folder), Path(folder)) if f.is_dir()), None)
     if folder is None: raise ValueError(f'masks={str(masks)!r}: neither a column of the table, nor '
                                         'a folder, such as `masks/` or `masks/*_nuclei.tif`.')
     if '{' not in like: return _by_image(screen, folder, like)
-    t,_ = sites_by_names(folder, like, None, None)
-    rows = rows_of(screen, tidy(t, {}))
-    return {folder/f: i for f,i in zip(t['file'], rows) if i>=0},list(t['file'][rows<0])
+    there = Listing(folder)
+    t,_ = sites_by_names(there, like)
+    return _met(there, dict(zip(t['file'], rows_of(screen, tidy(t, {})))))
 
 # %% ../nbs/15_cells.ipynb #5c0e11d6
 def _one_each(screen, found, left, masks):

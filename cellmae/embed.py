@@ -23,11 +23,12 @@ from .files import moved, progress as show_progress
 from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .images import tile
-from .cells import as_cells, cell_crop, site_key, with_cells
+from .cells import as_cells, cell_crop, with_cells
 from .data import how_read
 from .device import has_bf16, memory_kept
 from .labels import clean
-from .screen import SITE, WELL, agreed, disagreeing, open_screen, place_of_site
+from .screen import open_screen, place_of_site
+from .sites import SITE, WELL, agreed, disagreeing, site_key
 from .stats import intensity_stats, spectrum_stats
 from .zoo import create_model, list_models, load_model
 
@@ -377,7 +378,7 @@ def _unlike(k, a, b):
     "Do two choices make different pixels? Nothing is known of None"
     if k=='illum': return bool(b) not in map(bool, listify(a or False))
     if a is None or b is None: return False
-    if k=='pixel_size': return all(abs(o/b-1)>.05 for o in listify(a) if o)
+    if k=='pixel_size': return not any(.95<o/b<1.05 for o in listify(a) if isinstance(o, float))
     return b not in listify(a)
 
 def _check_reading(encoder, screen):
