@@ -21,6 +21,7 @@ from .files import progress
 from .images import ImageError
 from .labels import row_letters, well_name
 from .layouts import Scan, layout
+from .planes import SUFFIXES
 
 # %% ../nbs/08_instruments.ipynb #555a98fb
 class Part(NamedTuple):
@@ -95,8 +96,8 @@ def names_agreed(
 
 # %% ../nbs/08_instruments.ipynb #273efe13
 def _alike(name):
-    "The last part of a name without case and leading zeros"
-    return re.sub(r'(?<!\d)0+(?=\d)', '', name.rpartition('/')[2].lower())
+    "The last part of a name without case, leading zeros and suffix"
+    return re.sub(r'(?<!\d)0+(?=\d)|\.\w+$', '', name.rpartition('/')[2].lower())
 
 def _only(names, home):
     "The one name that lies below a folder, or None"
@@ -110,10 +111,10 @@ def located(
 )->list: # Names of the listing, None where a file is absent
     "Where files lie that metadata speak of"
     full = [f'{h}/{f}'.lstrip('/') for h,f in zip(homes, files)]
-    there,out = set(there),[]
-    free = defaultdict(list)
-    if not there.issuperset(full):
-        for o in there.difference(full): free[_alike(o)].append(o)
+    there,free = set(there),defaultdict(list)
+    rest = () if there.issuperset(full) else there.difference(full)
+    for o in rest:
+        if o.lower().endswith(SUFFIXES): free[_alike(o)].append(o)
     out = [o if o in there else _only(free[_alike(o)], h) for o,h in zip(full, homes)]
     often = Counter(out)
     return [o if o and (often[o]==1 or o==f) else None for o,f in zip(out, full)]

@@ -465,6 +465,8 @@ def test_located():
     there = ['p/A - 01.tif', 'p/Image/b.TIF', 'q/b.tif']
     eq(located(there, ['p','p','q','q'], ['A - 1.tif','b.tif','b.tif','c.tif']),
        ['p/A - 01.tif','p/Image/b.TIF','q/b.tif',None])
+    eq(located(['a.PNG','a.txt'], [''], ['a.tiff']), ['a.PNG']) # converted
+    eq(located(['a.png','a.jxl'], [''], ['a.tiff']), [None])
     eq(located(['1/a.tif','2/a.tif'], [''], ['a.tif']), [None])
     eq(located(['1/a.tif'], ['',''], ['a.tif','x/a.tif']), [None,None]) # who of the two is it?
 
