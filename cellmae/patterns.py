@@ -227,9 +227,10 @@ def _number(then):
     return r'\d+?' if isinstance(then, Hole) and then.name=='_' else r'\d+(?!\d)'
 
 def _filling(hole, before, then, well, number):
-    "What may fill a hole; `well`, `number`: only what is one?"
+    "What may fill a hole; `well`, `number`: only what is one? Or an expression for the well"
     name = hole.name
     if hole.width: return rf'[^/\n]{{{hole.width}}}'
+    if name=='well' and isinstance(well, str): return well
     if name=='well' and well: return rf'(?:{_row})\d\d' if isinstance(then, Hole) else _well
     if name=='row': return _row if isinstance(then, Hole) else rf'\d{{1,3}}|{_row}'
     if name in ('col','seq'): return r'\d+(?!\d)'
@@ -436,7 +437,7 @@ class Preset(NamedTuple):
     name:str # Of the instrument
     pattern:str # Without folders above and without suffix
     note:str='' # What numbers count from, what a person has to say
-    free:bool=False # May a well be other than a letter and a number?
+    well:str='' # Regular expression of a well that is no letter and number
 
 PRESETS = [Preset(*o) for o in (
     ('Opera Phenix, Operetta', 'r{row}c{col}f{site}p{z}-ch{channel}sk{t}fk{_}fl{_}', 'all from 1'),
@@ -445,7 +446,7 @@ PRESETS = [Preset(*o) for o in (
     ('ImageXpress, one site', '{plate}_{well}_w{channel}{_}', 'all from 1'),
     ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'),
     ('CellVoyager', '{plate}_{well}_T{t}F{site}L{_}A{_}Z{z}C{channel}', 'all from 1'),
-    ('CQ1, CQ3K', 'W{well}F{site}T{t}Z{z}C{channel}', 'W: `plate_shape=`; z from 0', True),
+    ('CQ1, CQ3K', 'W{well}F{site}T{t}Z{z}C{channel}', 'W: `plate_shape=`; z from 0', r'\d+'),
     ('InCell, planes, times', '{well}(fld {site} wv {channel} time {t} z {z})', 'all from 1'),
     ('InCell, planes', '{well}(fld {site} wv {channel} z {z})', 'all from 1'),
     ('InCell, times', '{well}(fld {site} wv {channel} time {t})', 'all from 1'),
@@ -466,7 +467,7 @@ PRESETS = [Preset(*o) for o in (
     ('Micro-Manager, plate', '{well}-Site_{site}/img_{t}_{channel}_{z}', 'all from 0'),
     ('Micro-Manager', 'img_channel{channel}_position{site}_time{t}_z{z}',
      "all from 0; no wells: `well='A01'`"),
-    ('CellProfiler, Fly', '{_}_POS{well}_{channel}', 'POS: `plate_shape=`', True),
+    ('CellProfiler, Fly', '{_}_{well}_{channel}', 'a position is a well', r'POS\d+'),
     ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''),
     ('plain', '{well}_s{site}_{channel}', ''),
     ('plain, with its plate', '{plate}_{well}_s{site}_{channel}', ''))]
@@ -519,8 +520,8 @@ def _tried(preset, folders, names):
     lead = _lead([d[:len(d)-own] for d in folders], plate)
     if lead is None or len(folders[0])<own: return
     pattern,some = lead+preset.pattern+_end(names[0]),_some_of(names)
-    for level in [(True,True),(True,False)]+[(False,True)]*preset.free:
-        rx = _regex(pattern, *level)
+    for number in (True,False):
+        rx = _regex(pattern, preset.well or True, number)
         met = [m for o in some if (m := rx.fullmatch(o))]
         if met: return pattern,len(met)/len(some),met
 

@@ -316,6 +316,7 @@ def _proposal(raw, numbers):
     names = {r: numbers.get(r, r) for r in raw}
     ideas = suggested(names.values())
     best = {r: ideas.get(n, canonical_stain(n)).split(' or ')[0] for r,n in names.items()}
+    if len({*best.values()})<len(best): best = names
     return f'channels={ {r: "..." if n.isdigit() else n for r,n in best.items()} }'
 
 # %% ../nbs/05_sites.ipynb #b45fca1a
