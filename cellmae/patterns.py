@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from fastcore.basics import patch
 from fnmatch import translate
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -444,7 +444,6 @@ PRESETS = [Preset(*o) for o in (
     ('RxRx', '{well}_s{site}_w{channel}', 'all from 1'),
     ('ImageXpress', '{plate}_{well}_s{site}_w{channel}{_}', 'all from 1'),
     ('ImageXpress, one site', '{plate}_{well}_w{channel}{_}', 'all from 1'),
-    ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'),
     ('CellVoyager', '{plate}_{well}_T{t}F{site}L{_}A{_}Z{z}C{channel}', 'all from 1'),
     ('CQ1, CQ3K', 'W{well}F{site}T{t}Z{z}C{channel}', 'W: `plate_shape=`; z from 0', r'\d+'),
     ('InCell, planes, times', '{well}(fld {site} wv {channel} time {t} z {z})', 'all from 1'),
@@ -470,18 +469,20 @@ PRESETS = [Preset(*o) for o in (
     ('CellProfiler, Fly', '{_}_{well}_{channel}', 'a position is a well', r'POS\d+'),
     ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''),
     ('plain', '{well}_s{site}_{channel}', ''),
-    ('plain, with its plate', '{plate}_{well}_s{site}_{channel}', ''))]
+    ('plain, with its plate', '{plate}_{well}_s{site}_{channel}', ''),
+    ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'))]
 
 # %% ../nbs/06_patterns.ipynb #2cb74e7f
 _derived = re.compile('(?i)(^|[^a-z])(masks?|outlines?|overlays?|segment)')
 _own_folder = re.compile('(?i)images?|(timepoint|zstep)_?[0-9]+')
+_folders = {'(?i)(timepoint_?)[0-9]+': '{t}', '(?i)(zstep_?)[0-9]+': '{z}', # of instruments
+            '((slide|chamber|field)--)[A-Z0-9-]+': '{_}'}
 
-def _numbered_folder(names):
+def _known_folder(names):
     "`TimePoint_{t}`, `ZStep_{z}`, or None"
-    m = [re.fullmatch('(?i)(timepoint|zstep)(_?)[0-9]+', o) for o in names]
-    kinds = {o and o[1]+o[2] for o in m}
-    if len(kinds)==1 and None not in kinds:
-        return m[0][1]+m[0][2]+('{t}' if m[0][1].lower()=='timepoint' else '{z}')
+    for kind,hole in _folders.items():
+        begin = {m and m[1] for m in (re.fullmatch(kind, o) for o in names)}
+        if len(begin)==1 and None not in begin: return begin.pop()+hole
 
 def _lead(ways, plate):
     "What the folders above the images are, from the images up; None if there are too many"
@@ -489,7 +490,7 @@ def _lead(ways, plate):
     for names in reversed([*zip(*ways)]):
         alone,deeper = len({*names})==1,[*zip(names, below)]
         if alone and (_own_folder.fullmatch(names[0]) or len(fields)<2): hole = names[0]
-        elif hole := _numbered_folder(names): pass
+        elif hole := _known_folder(names): pass
         elif fields: hole = fields.pop()
         elif len({*deeper})==len({*below}): hole = '{_}' # it says nothing new
         else: return
@@ -513,14 +514,20 @@ def _end(name):
     "Suffix, with `.ome` if there is one"
     return re.search(r'(\.ome)?\.\w+$', name, re.I)[0]
 
+def _below(preset, folders, end):
+    "Patterns of a preset below these folders: in a folder per well, in a folder per plate"
+    own,plate = preset.pattern.count('/'),'{_}' if '{plate}' in preset.pattern else '{plate}'
+    ways = [d[:len(d)-own] for d in folders]
+    if len(folders[0])<own: return []
+    wells = '{well}' in preset.pattern and ways[0] and all(_is_place(d[-1]) for d in ways)
+    leads = [_lead([d[:-1] for d in ways], plate)]*bool(wells),[_lead(ways, plate)]
+    return [lead+mid+preset.pattern+end for some,mid in zip(leads, ('{well}/',''))
+            for lead in some if lead is not None]
+
 def _tried(preset, folders, names):
     "The pattern of a preset below these folders, and its reading of some names; None if none fits"
-    own = preset.pattern.count('/')
-    plate = '{_}' if '{plate}' in preset.pattern else '{plate}'
-    lead = _lead([d[:len(d)-own] for d in folders], plate)
-    if lead is None or len(folders[0])<own: return
-    pattern,some = lead+preset.pattern+_end(names[0]),_some_of(names)
-    for number in (True,False):
+    some = _some_of(names)
+    for pattern,number in product(_below(preset, folders, _end(names[0])), (True,False)):
         rx = _regex(pattern, preset.well or True, number)
         met = [m for o in some if (m := rx.fullmatch(o))]
         if met: return pattern,len(met)/len(some),met

@@ -2,9 +2,12 @@
 import os
 from zipfile import ZipFile
 
+import numpy as np
 import pytest
+from tifffile import imwrite
 
-from cellmae.patterns import Listing
+from cellmae.patterns import PRESETS, Listing, guess_pattern, instrument_pattern, long_by_names, sites_by_names
+from cellmae.screen import Screen
 
 def touch(root, *names):
     for n in names:
@@ -75,3 +78,192 @@ def test_a_closed_folder_is_named(tmp_path, capsys, monkeypatch):
         return scan(d)
     monkeypatch.setattr(os, 'scandir', closed)
     assert Listing(tmp_path).images == ['a/B02.tif'] and 'b is left out: Permission denied' in capsys.readouterr().out
+
+# --- patterns
+
+def read(root, pattern, *columns, **kw):
+    t = long_by_names(Listing(root), pattern, **kw)
+    return t[list(columns)].values.tolist() if columns else t
+
+@pytest.mark.parametrize('name,pattern,fields', [
+    ('AS_09125_0501_D03f00d0.tif', '{plate}_{well}f{site}d{channel}.tif',
+     dict(plate='AS_09125_0501', well='D03', site='00', channel='0')),
+    ('x_B02_w10_s1.tif', '{_}_{well}_w{channel}_s{site}.tif', dict(well='B02', channel='10', site='1')),
+    ('x_B02_w10.tif', 'x_{well}_w{channel}{_}.tif', dict(channel='10')),
+    ('x_B02_w1Conf640.tif', 'x_{well}_w{channel}{_}.tif', dict(channel='1')),
+    ('B02_wDAPI.tif', '{well}_w{channel}.tif', dict(channel='DAPI')),
+    ('B02_s12x3.tif', '{well}_s{site}x{z}.tif', dict(site='12', z='3')),
+    ('a/b/c/B02_1.tif', '**/{well}_{channel}.tif', dict(well='B02')),
+    ('B02_1.tif', '**/{well}_{channel}.tif', dict(well='B02')),
+    ('p1/x/y/B02_1.tif', '{plate}/**/{well}_{channel}.tif', dict(plate='p1', well='B02')),
+    ('B02_t003_1.tif', '{well}_t{time}_{channel}.tif', dict(t='003')),
+    ('r02c11.tif', 'r{row}c{col}.tif', dict(row='02', col='11')),
+    ('B11.tif', '{row}{col}.tif', dict(row='B', col='11')),
+    ('002011003.tif', '{row:3}{col:3}{site:3}.tif', dict(row='002', col='011', site='003')),
+    ('U10--V01.tif', 'U{col+1}--V{row+1}.tif', dict(col='11', row='2')),
+    ('B0212.tif', '{well}{site}.tif', dict(well='B02', site='12')),
+    ('AB12_1.tif', '{well}_{channel}.tif', dict(well='AB12')),
+    ('B02_1_2.tif', '{well}_{channel}_{cycle}.tif', dict(channel='1_cycle2')),
+    ('B02_c3.tif', '{well}_c{cycle}.tif', dict(channel='cycle3')),
+    ('B02_1.TIF', '{well}_{channel}.tif', dict(well='B02')),
+    ('B02_1.tif', '{well}_{channel}.TIF', dict(well='B02')),
+    ('B02 [x] (1).tif', '{well} [x] ({site}).tif', dict(site='1'))])
+def test_holes_take_what_is_meant(tmp_path, name, pattern, fields):
+    row = read(touch(tmp_path, name), pattern).iloc[0]
+    assert {k: row[k] for k in fields} == fields and row.file == name
+
+@pytest.mark.parametrize('name,pattern,said', [
+    ('B02_s1_DAPI.tif', '{well}_s{site}-{channel}.tif', 'up to `{well}_s`, then `1_DAPI.tif` against `{site}-{channel}.tif`'),
+    ('exp/B02_1.tif', '{well}_{channel}.tif', r'1 folders deep, the pattern 0; `\*\*/`'),
+    ('B02_dapi.tif', '{well}_DAPI.tif', 'upper and lower case only'),
+    ('B02_1.tif', '{well}_{channel}.png', 'then `1.tif` against `{channel}.png`'),
+    ('x/B02_1.tif', 'y/{well}_{channel}.tif', 'up to ``, then `x/B02_1.tif` against `y/{well}'),
+    ('B02_13.tif', '{well}_{site}{channel}.tif', 'where does {site} end and {channel} begin.*{site:3}'),
+    ('B02_13.tif', '{well}_{when}.tif', 'unknown field {when}'),
+    ('B02_13.tif', '{_}_{channel}.tif', "names no {well}.*well='A01'")])
+def test_patterns_that_fail_say_what_differs(tmp_path, name, pattern, said):
+    touch(tmp_path, name, name.replace('B02', 'C03'))
+    with pytest.raises(ValueError, match=said): read(tmp_path, pattern)
+
+def test_the_nearest_name_is_the_one_that_gets_furthest(tmp_path):
+    touch(tmp_path, 'aaa.tif', 'P1/overview.tif', 'P1/B02_s1_w1.tif')
+    with pytest.raises(ValueError, match='P1/B02_s1_w1.tif matches up to `{plate}/{well}_s`, then `1_w1.tif` against `{site}_c'):
+        read(tmp_path, '{plate}/{well}_s{site}_c{channel}.tif')
+
+@pytest.mark.parametrize('shape,names,wells', [
+    ((16, 24), ('W0013', 'W0097', 'W0384'), ['A13', 'E01', 'P24']), ((8, 12), ('W0013', 'W0096'), ['B01', 'H12']),
+    ((32, 48), ('W1536',), ['AF48'])])
+def test_a_running_number_is_a_well_of_a_plate(tmp_path, shape, names, wells):
+    touch(tmp_path, *[f'{n}F0001C1.tif' for n in names])
+    assert read(tmp_path, 'W{well}F{site}C{channel}.tif', 'well', plate_shape=shape) == [[w] for w in wells]
+
+@pytest.mark.parametrize('name,shape,said', [
+    ('W0013', None, r'wells are numbers, such as 0013.*plate_shape=\(8,12\)'), ('W0097', (8, 12), 'no well 0097 on a plate of 8 x 12'),
+    ('W0000', (8, 12), r'no well 0000.*{well\+1}')])
+def test_a_running_number_without_its_plate_is_a_question(tmp_path, name, shape, said):
+    touch(tmp_path, f'{name}C1.tif')
+    with pytest.raises(ValueError, match=said): read(tmp_path, 'W{well}C{channel}.tif', plate_shape=shape)
+    assert read(touch(tmp_path/'0', 'W0000C1.tif'), 'W{well+1}C{channel}.tif', 'well', plate_shape=(8, 12)) == [['A01']]
+
+def test_folders_without_wells_have_one(tmp_path):
+    touch(tmp_path, 'Ch1.tif', 'Ch2.tif')
+    assert read(tmp_path, 'Ch{channel}.tif', 'well', 'channel', well='B03') == [['B03', '1'], ['B03', '2']]
+    with pytest.raises(ValueError, match='names wells, so that'): read(tmp_path, '{well}.tif', well='B03')
+
+def test_a_running_number_over_channels_is_a_site_by_its_rank(tmp_path):
+    names = [f'WellB03_Channel{c}_Seq{i:04d}.tif' for i,c in enumerate(['DAPI', 'GFP']*3)]
+    touch(tmp_path, *names, *[f'WellC02_Channel{c}_Seq{i+6:04d}.tif' for i,c in enumerate(['DAPI', 'GFP']*2)])
+    pattern = 'Well{well}_Channel{channel}_Seq{seq}.tif'
+    t = sites_by_names(tmp_path, pattern)[0]
+    assert t.well.tolist() == ['B03']*3+['C02']*2 and t.file_GFP[1] == 'WellB03_ChannelGFP_Seq0003.tif'
+    for gone in (names[3], names[5]):
+        (tmp_path/gone).unlink()
+        with pytest.raises(ValueError, match='does not run evenly'): sites_by_names(tmp_path, pattern)
+        touch(tmp_path, gone)
+
+def test_a_pattern_reaches_what_has_an_opener(tmp_path):
+    np.save(tmp_path/'B03.npy', np.ones((2, 4, 6), np.uint16)); np.save(tmp_path/'C02.npy', np.zeros((2, 4, 6), np.uint16))
+    s = Screen.from_pattern(tmp_path, '{well}.npy', channels=['DNA', 'ER'])
+    assert s.table.well.tolist() == ['B03', 'C02'] and (s.read(0) == 1).all() and s.read(0).shape == (2, 4, 6)
+
+# --- instruments
+
+WELLS = [('B', 3), ('C', 2), ('H', 12)]
+
+def index(row, col, n): return (ord(row)-65)*n+col
+
+NAMES = { # of row, column, site 1 or 2, channel 1 or 2; and what channel 1 is called
+    'Opera Phenix, Operetta': (lambda r,c,s,k: f'P1/Images/r{ord(r)-64:02d}c{c:02d}f{s:02d}p01-ch{k}sk1fk1fl1.tiff', '1'),
+    'RxRx': (lambda r,c,s,k: f'HUVEC-01/Plate1/{r}{c:02d}_s{s}_w{k}.png', '1'),
+    'ImageXpress': (lambda r,c,s,k: f'P/2023-02-21/1334/P_{r}{c:02d}_s{s}_w{k}{s}B{k}915F6-0679-4494-82D1-F80894B3{c:02d}66.tif', '1'),
+    'CellVoyager': (lambda r,c,s,k: f'A_1/A/A_{r}{c:02d}_T0001F{s:03d}L01A01Z01C{k:02d}.tif', '01'),
+    'CQ1, CQ3K': (lambda r,c,s,k: f'Image/W{index(r, c, 12):04d}F{s:04d}T0001Z000C{k}.tif', '1'),
+    'InCell': (lambda r,c,s,k: f'{r} - {c}(fld {s} wv {["DAPI - DAPI", "FITC - FITC"][k-1]}).tif', 'DNA'),
+    'InCell, planes': (lambda r,c,s,k: f'{r} - {c:02d}(fld {s:02d} wv {["DAPI - DAPI", "TL-Brightfield - Cy3"][k-1]} z 01).tif', 'DNA'),
+    'ScanR': (lambda r,c,s,k: f'data/{r}{c}--W{index(r, c, 12):05d}--P{s:05d}--Z00000--T00000--{[405, 488][k-1]} nm #1.tif', '405 nm #1'),
+    'ArrayScan': (lambda r,c,s,k: f'MFG_0912_77_{r}{c:02d}f{s-1:02d}d{k-1}.tif', '0'),
+    'ArrayScan, kinetic': (lambda r,c,s,k: f'MFGcx7_1707020900i3t001{r}{c:02d}f{s-1:02d}d{k-1}.tif', '0'),
+    'Cytation': (lambda r,c,s,k: f'{r}{c}_01_{k}_{s}_{["DAPI", "GFP"][k-1]}_001.tif', 'DNA'),
+    'Harmony, tiles': (lambda r,c,s,k: f'x/Timepoint001_Row{ord(r)-64:02d}_Well{c:02d}_{["DAPI", "GFP"][k-1]}_zstack001_r00{s-1}_c000.tif', 'DNA'),
+    'Nikon JOBS': (lambda r,c,s,k: f'Well{r}{c:02d}_Channel{["DAPI", "GFP"][k-1]}_Seq{(index(r, c, 12)*2+s)*2+k:04d}.tif', 'DNA'),
+    'Nikon JOBS, points': (lambda r,c,s,k: f'Well{r}{c:02d}_Point{r}{c:02d}_000{s}_Channel{["DAPI", "GFP"][k-1]}_Seq0{s}{c}.tif', 'DNA'),
+    'Nikon': (lambda r,c,s,k: f'{r}{c:02d}xy{s:02d}c{k}.tif', '1'),
+    'Leica Matrix Screener': (lambda r,c,s,k: f'slide--S00/chamber--U{c-1:02d}--V{ord(r)-65:02d}/field--X0{s-1}--Y00/image--L00--S00--U{c-1:02d}'
+        f'--V{ord(r)-65:02d}--J20--E00--O00--X0{s-1}--Y00--T00--Z00--C0{k-1}.ome.tif', '00'),
+    'Micro-Manager, plate': (lambda r,c,s,k: f'{r}{c}-Site_{s-1}/img_000000000_{["DAPI", "GFP"][k-1]}_000.tif', 'DNA'),
+    'CellProfiler, Vitra': (lambda r,c,s,k: f'Channel_{k}-{index(r, c, 12):02d}-{r}-{c:02d}-0{s-1}.tif', '1'),
+    'plain': (lambda r,c,s,k: f'P1/{r}{c:02d}_s{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
+    'plain, with its plate': (lambda r,c,s,k: f'P1_{r}{c:02d}_s{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA')}
+
+def value(r, c, s, k): return ord(r)*100+c*4+s*2+k
+
+@pytest.mark.parametrize('instrument', NAMES)
+def test_folders_of_instruments_open_with_every_pixel_in_its_well(tmp_path, instrument):
+    name,first = NAMES[instrument]
+    for r,c in WELLS:
+        for s in (1, 2):
+            for k in (1, 2):
+                f = tmp_path/name(r, c, s, k)
+                f.parent.mkdir(parents=True, exist_ok=True)
+                imwrite(f.with_suffix('.tif'), np.full((4, 6), value(r, c, s, k), np.uint16))
+                f.with_suffix('.tif').rename(f)
+    there = Listing(tmp_path)
+    assert guess_pattern(there).preset[0] == instrument
+    shape = (8, 12) if instrument.startswith('CQ') else None
+    t,left = sites_by_names(there, instrument_pattern(there), plate_shape=shape)
+    s = Screen(t, root=tmp_path)
+    assert left == dict(z=None, t=None) and s.channels[0] == first and len(s) == 6 and len(s.wells) == 3
+    assert s.table.well.tolist() == [w for w in ('B03', 'C02', 'H12') for _ in range(2)]
+    for i,((r,c),n) in enumerate((w, n) for w in WELLS for n in (1, 2)):
+        assert s.read(i)[:,0,0].tolist() == [value(r, c, n, 1), value(r, c, n, 2)]
+
+def test_every_preset_is_tried_or_needs_a_word():
+    alike = {'ImageXpress, one site', 'ImageXpress, one channel', 'InCell, planes, times', 'InCell, times', 'CellProfiler, Fly'}
+    assert {p.name for p in PRESETS} == {*NAMES, *alike, *NO_WELLS}
+
+NO_WELLS = {'Leica LAS X': 'x/Series009_z00_ch0{}.tif', 'Zeiss, split': 'plate1_S00001_T00009_C0000{}.tiff',
+            'Micro-Manager': 'img_channel00{}_position008_time000000000_z000.tif'}
+
+@pytest.mark.parametrize('preset', NO_WELLS)
+def test_names_without_wells_are_a_question_with_its_answer(tmp_path, preset):
+    l = Listing(touch(tmp_path, *[NO_WELLS[preset].format(i) for i in (0, 1)]))
+    with pytest.raises(FileNotFoundError, match=r"Screen\.from_pattern.*well='A01'"): instrument_pattern(l)
+    t = sites_by_names(l, instrument_pattern(l, 'A01'), well='A01')[0]
+    assert t.well.tolist() == ['A01'] and len([c for c in t if c.startswith('file_')]) == 2
+
+@pytest.mark.parametrize('names,pattern', [
+    (['P1/B02_s1_w1.png', 'P2/B02_s1_w1.png'], '{plate}/{well}_s{site}_w{channel}.png'),
+    (['A_B02_w1.tif', 'A_B03_w1.tif'], '{plate}_{well}_w{channel}{_}.tif'),
+    (['A_B02_s1.tif', 'A_B03_s2.tif'], '{plate}_{well}_s{site}{_}.tif'),
+    (['x/TimePoint_1/A_B02_s1_w1.TIF', 'x/TimePoint_2/A_B02_s1_w1.TIF'], '{_}/TimePoint_{t}/{plate}_{well}_s{site}_w{channel}{_}.TIF'),
+    (['x/ZStep_1/A_B02_s1_w1.TIF', 'x/ZStep_2/A_B02_s1_w1.TIF'], '{_}/ZStep_{z}/{plate}_{well}_s{site}_w{channel}{_}.TIF'),
+    (['i/B7_01_1_3_DAPI_001.tif', 'masks/B7_01_1_3_DAPI_001_MaskNuclei.tif'], '{plate}/{well}_{_}_{_}_{site}_{channel}_{t}.tif'),
+    (['A - 1(fld 1 wv DAPI - DAPI time 1 z 2).tif'], '{well}(fld {site} wv {channel} time {t} z {z}).tif'),
+    (['A - 1(fld 1 wv DAPI - DAPI time 2).tif'], '{well}(fld {site} wv {channel} time {t}).tif'),
+    (['P1/B03/B03_s1_DAPI.tif', 'P1/C02/C02_s1_DAPI.tif'], '{plate}/{well}/{well}_s{site}_{channel}.tif'),
+    (['P1/B03_s1_DAPI.tif', 'P2/C02_s1_DAPI.tif'], '{plate}/{well}_s{site}_{channel}.tif'),
+    (['P1/B03_s1_DAPI.tif'], '{plate}/{well}_s{site}_{channel}.tif'),
+    (['A_B03_s1.tif', 'A_C02_s1.tif'], '{plate}_{well}_s{site}{_}.tif'),
+    (['01_POS002_D.TIF', '01_POS076_D.TIF'], '{_}_{well}_{channel}.TIF')])
+def test_what_is_guessed(tmp_path, names, pattern):
+    assert instrument_pattern(Listing(touch(tmp_path, *names))) == pattern
+
+def test_two_layouts_in_one_folder_are_listed_and_refused(tmp_path):
+    touch(tmp_path, *[f'm/A_{w}_s1_w1.tif' for w in ('B02', 'C03')], *[f'm/ZStep_1/A_{w}_s1_w{c}.tif' for w in ('B02', 'C03') for c in '12'])
+    with pytest.raises(FileNotFoundError, match=r"'{_}/ZStep_1/{plate}_\S+' or \S+ or \S*'{_}/{plate}_|'{_}/{plate}_") as e:
+        instrument_pattern(Listing(tmp_path))
+    assert str(e.value).count('Screen.from_pattern') == 2
+    assert guess_pattern(tmp_path).share.round(2).tolist()[:1] == [.67]
+
+def test_few_strays_do_not_hide_an_instrument(tmp_path, capsys):
+    touch(tmp_path, 'overview.tif', *[f'B{i:02d}_s1_w1.tif' for i in range(1, 13)])
+    assert instrument_pattern(Listing(tmp_path)) == '{well}_s{site}_w{channel}.tif'
+
+def test_two_hundred_thousand_names_are_read_in_seconds(tmp_path):
+    import time
+    l = Listing(tmp_path)
+    l.names = [f'P{p}/{w}{c:02d}_s{s}_w{k}.tif' for p in range(10) for w in 'ABCDEFGHIJKLMNOP' for c in range(1, 25)
+               for s in range(1, 10) for k in range(1, 7)]
+    t = time.process_time()
+    df = sites_by_names(l, '{plate}/{well}_s{site}_w{channel}.tif')[0]
+    assert len(df) == 34560 and time.process_time()-t < 3
