@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from posixpath import normpath
 from tifffile import TiffFile
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -68,7 +69,7 @@ def wells_of(rows, cols):
     return [name[o] for o in zip(rows, cols)]
 
 # %% ../nbs/08_instruments.ipynb #a7cd27aa
-def _by_number(names): return sorted(names, key=lambda o: [*map(int, re.findall(r'\d+', o))])
+def _by_number(names): return sorted(names, key=lambda o: ([*map(int, re.findall(r'\d+', o))], o))
 
 def names_once(
     used, # Numbers of channels that have images
@@ -111,6 +112,7 @@ def located(
 )->list: # Names of the listing, None where a file is absent
     "Where files lie that metadata speak of"
     full = [f'{h}/{f}'.lstrip('/') for h,f in zip(homes, files)]
+    full = [normpath(o) if '../' in o else o for o in full]
     there,free = set(there),defaultdict(list)
     rest = () if there.issuperset(full) else there.difference(full)
     for o in rest:
@@ -122,9 +124,21 @@ def located(
 # %% ../nbs/08_instruments.ipynb #1166c699
 _everywhere = re.compile(r'(?i)(?:^|/)(?:images?|data|projection|timepoint_?\d+)$') # names no plate
 
+def _read(read, listing, o):
+    "A part; records that lack something say where"
+    try:
+        part = read(listing, o)
+        if not len(part.table) or part.table[['well','channel']].notna().all(axis=None): return part
+        raise KeyError('well or channel')
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if str(listing.root) in str(e): raise
+        why = f'records that are not complete ({type(e).__name__}: {e}). Export it again.'
+        raise ValueError(f'{listing.root}: {o} has {why}') from e
+
 def _parts(listing, read, each):
     "What each metadata file says, if one of them names images, and what a person should know"
-    parts = [read(listing, o) for o in (progress(each, what='plates') if len(each)>3 else each)]
+    many = progress(each, what='plates') if len(each)>3 else each
+    parts = [_read(read, listing, o) for o in many]
     said = [s for p in parts for s in p.said]
     parts = [p for p in parts if len(p.table)]
     if parts: return parts, said
@@ -163,7 +177,8 @@ def _batches(table):
     often = table.drop_duplicates(['plate','home'])['plate'].value_counts()
     twice = table['plate'].map(often)>1
     if not twice.any(): return table, []
-    batch = table['plate'].where(~twice, table['home'].map(_place))
+    place = table['home'].map(_place)
+    batch = table['plate'].where(~twice | place.eq(''), place)
     said = [f'Plate {p} lies in {n} folders: each is a batch.' for p,n in often[often>1].items()]
     return table.assign(batch=batch), said
 
@@ -424,9 +439,9 @@ def _unseen(told, seen):
     rows = {int(k[14:]): v.split(',') for k,v in told.items() if k.startswith('WellsSelection')}
     wells = {f'{row_letters(r-1)}{c:02d}' for r,v in rows.items()
              for c,on in enumerate(v, 1) if on.strip().upper()=='TRUE'}
-    gone = sorted(wells.difference(seen))
-    return [f'Selected but without an image: {len(gone)} of {len(wells)} wells, such as {gone[0]}.'
-            ] if gone else []
+    gone = sorted(wells.difference(map(well_name, {*seen})))
+    if not gone: return []
+    return [f'Selected but without an image: {len(gone)} of {len(wells)} wells, such as {gone[0]}.']
 
 def _metaxpress_part(listing, of):
     "What is known of the images of one plate in one folder"
@@ -481,6 +496,7 @@ def _projections(table):
     "Planes that were made from others are called so"
     made = table['file'].str.match(r'(?i)projection[\\/]')
     if 'merged' in table: made |= table['merged'].fillna('').str.lower().ne('')
+    if made.all(): return table.drop(columns='z', errors='ignore')
     if not made.any() or 'z' not in table: return table
     return table.assign(z=table['z'].mask(made, 'projection'))
 

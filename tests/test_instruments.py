@@ -141,6 +141,14 @@ def test_phenix_damaged(tmp_path, text, word):
     put(tmp_path, [shot(2,3)[0]], **{'Index.idx.xml': text})
     with expect_fail(ValueError, word): scan(tmp_path, 'phenix')
 
+@pytest.mark.parametrize('old,new', [('<Row>2</Row>', '<Row>B</Row>'), ('<Col>3</Col>', ''),
+                                     ('<ChannelID>1</ChannelID>', '')])
+def test_phenix_incomplete(tmp_path, old, new):
+    text = index([shot(2,3)]).replace('<id>0203</id><Row>2</Row>', '').replace(old, new)
+    put(tmp_path, [shot(2,3)[0]], **{'Index.idx.xml': text})
+    with expect_fail(ValueError, 'Index.idx.xml has records that are not complete'):
+        scan(tmp_path, 'phenix')
+
 def test_another_index_is_no_phenix(tmp_path):
     put(tmp_path, ['A01.tif'], **{'Index.xml': '<rss version="2.0"/>'})
     assert 'phenix' not in recognise(Listing(tmp_path))
@@ -370,6 +378,13 @@ def test_cq1(tmp_path, shape):
         for c in ('DAPI','Alexa 488')])
     eq((pixels(tmp_path, found), found.about['plate_shape']), ([*range(1,13)], shape))
 
+def test_cq1_projections_alone(tmp_path):
+    "Where nothing but projections was kept they are the images"
+    made = ' bts:ZImageProcessing="focus"'
+    records = [(f'W0015F0001T0001Z000C{c}.tif', 2, 3, 1, 0, 1, c, 'IMG', made) for c in (1,2)]
+    put(tmp_path, [o[0] for o in records], **measured(records))
+    assert 'z' not in scan(tmp_path, 'yokogawa').table
+
 def test_yokogawa_without_settings(tmp_path):
     taken = [cv('B03', 1, 2)]
     put(tmp_path, [taken[0][0]], **{'x.mlf': measured(taken)['MeasurementData.mlf']})
@@ -469,6 +484,7 @@ def test_located():
     eq(located(['a.png','a.jxl'], [''], ['a.tiff']), [None])
     eq(located(['1/a.tif','2/a.tif'], [''], ['a.tif']), [None])
     eq(located(['1/a.tif'], ['',''], ['a.tif','x/a.tif']), [None,None]) # who of the two is it?
+    eq(located(['p/Images/a.tif'], ['p/meta'], ['../Images/a.tif']), ['p/Images/a.tif'])
 
 def test_measures():
     eq(measures('2.96688E-07', '8', '12', um=1e6), dict(pixel_size=.296688, plate_shape=(8,12)))
