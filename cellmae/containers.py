@@ -213,12 +213,12 @@ def close_held():
 # %% ../nbs/03_containers.ipynb #c0a1001a
 def _size(shape): return 'x'.join(map(str, shape))
 
-def _chosen(at, k, n, where, what, cure='Choose'):
+def _chosen(at, k, n, where, what):
     "Number `k` of `n`, which may be left out where there is only one"
     i = at.pop(k, None)
     if i is None and n==1: return 0
     if i is None:
-        raise ImageError('several series', where, f'{n} {what}. {cure}: `#{k}=0` to `#{k}={n-1}`.')
+        raise ImageError('several series', where, f'{n} {what}. Choose: `#{k}=0` to `#{k}={n-1}`.')
     if str(i).isdigit() and int(i)<n: return int(i)
     raise ImageError('missing', where, f'It has no {k}={i}, but {n} {what}, counted from 0.')
 
@@ -319,9 +319,9 @@ def _images(group):
 def _h5_axes(x):
     "What an array of HDF5 says about its axes"
     told = x.attrs.get('axes', x.attrs.get('axistags'))
-    told = told.decode() if isinstance(told, bytes) else told
-    if isinstance(told, str) and '{' in told: return [o['key'] for o in json.loads(told)['axes']]
-    return told if told is not None else [d.label for d in x.dims if d.label] or None
+    if told is None: return [d.label for d in x.dims if d.label] or None
+    told = np.asarray(told).astype(str).tolist()
+    return [o['key'] for o in json.loads(told)['axes']] if '{' in told else told
 
 # %% ../nbs/03_containers.ipynb #c0a10025
 @opener('.h5', '.hdf5')
@@ -364,37 +364,43 @@ def _raw(store, key):
 
 def _json(store, node, name, where):
     "What a file of metadata says, None where there is no such file"
-    raw = _raw(store, f'{node}/{name}'.lstrip('/'))
+    raw = _raw(store, _joined(node, name))
     try: return raw if raw is None else json.loads(raw)
     except ValueError as e:
         cure = f'{name} is cut short ({e}). Copy the store again.'
         raise ImageError('unreadable', where, cure) from e
 
 # %% ../nbs/03_containers.ipynb #c0a1002a
+def _joined(*parts): return '/'.join(filter(None, parts))
+
 def _node(path, node):
     "Attributes of a group or an array of a store, and whether it is an array"
-    look = partial(_json, _store(path), node, where=f'{path}/{node}')
+    where = _joined(path, node)
+    look = partial(_json, _store(path), node, where=where)
     if (v3 := look(name='zarr.json')) is not None:
         return v3.get('attributes', {}),v3.get('node_type')=='array'
     attrs,array = look(name='.zattrs'),look(name='.zarray')
     if attrs is None and array is None and look(name='.zgroup') is None:
         cure = 'There is no zarr.json, .zattrs or .zarray: half-copied, or nothing of this name.'
-        raise ImageError('missing', f'{path}/{node}', f'{cure} Copy it again, or leave it out.')
+        raise ImageError('missing', where, f'{cure} Copy it again, or leave it out.')
     return attrs or {},array is not None
 
 def _refuse_group(path, node, image):
     "Why a group is not an image"
-    where = f'{path}/{node}'
+    where = _joined(path, node)
     if 'plate' in image:
         raise ImageError('a plate', where, 'Open it with `Screen.open`, or name one of its images.')
-    inside = ', '.join(sorted(_new_group(path, node))[:6]) or 'nothing'
+    inside = ', '.join(_inside(path, node)[:6]) or 'nothing'
     if 'well' in image or 'bioformats2raw.layout' in image:
         raise ImageError('several series', where, f'It holds {inside}. Choose: `#series=0`.')
     cure = f'A group without `multiscales`, it holds {inside}. Copy it again, or name an array.'
     raise ImageError('no image', where, cure)
 
-def _new_group(path, node):
-    return import_module('zarr').open_group(_store(path), path=node, mode='r')
+def _inside(path, node):
+    "Names of what a group holds"
+    with suppress(FileNotFoundError):
+        return sorted(import_module('zarr').open_group(_store(path), path=node, mode='r'))
+    return []
 
 # %% ../nbs/03_containers.ipynb #c0a1002c
 def _lost(a, index, x, blank):
@@ -415,7 +421,8 @@ def _filled(x, value):
 
 def _cut(a, key):
     "Is a file shorter than Blosc says in its head? The decoder would go on in other memory"
-    if 'blosc' not in str(a.compressors).lower() or not hasattr(key.store, 'root'): return False
+    blosc = 'blosc' in str(a.compressors).lower() and not a.shards
+    if not blosc or not hasattr(key.store, 'root'): return False
     f = key.store.root/key.path
     with open(f, 'rb') as o: head = o.read(16)
     return int.from_bytes(head[12:], 'little')>f.stat().st_size or len(head)<16
@@ -424,11 +431,11 @@ def _open_array(path, node):
     try: return import_module('zarr').open_array(_store(path), path=node, mode='r')
     except FileNotFoundError as e:
         cure = 'Its .zarray or zarr.json is not there: half-copied. Copy it again, or leave it out.'
-        raise ImageError('missing', '/'.join(filter(None, [path, node])), cure) from e
+        raise ImageError('missing', _joined(path, node), cure) from e
 
 def _held_array(path, node):
     "An array of a folder is a store of its own, which tells when it was written anew"
-    if os.path.isdir(path): path,node = f'{path}/{node}'.rstrip('/'),''
+    if os.path.isdir(path): path,node = _joined(path, node),''
     return held(path, _open_array, node)
 
 def _read_zarr(path, node, blank, index):
@@ -438,7 +445,7 @@ def _read_zarr(path, node, blank, index):
         if not lost: return x
         cure = (f'{len(lost)} chunks do not exist or are cut short, such as {lost[0]}. Copy the '
                 'store again; if its writer left out what is blank, add `#blank=1` to the address.')
-        raise ImageError('missing', f'{path}/{node}', cure)
+        raise ImageError('missing', _joined(path, node), cure)
 
 # %% ../nbs/03_containers.ipynb #c0a1002d
 def _zarr_array(path, node, attrs, at, axes=None, names=None):
@@ -448,7 +455,7 @@ def _zarr_array(path, node, attrs, at, axes=None, names=None):
         dims = getattr(a.metadata, 'dimension_names', None) or a.attrs.get('_ARRAY_DIMENSIONS')
         axes = axes or (dims if dims and all(dims) else None)
         get = partial(_read_zarr, path, node, blank)
-        return _array(get, a, at, f'{path}/{node}', axes, names)
+        return _array(get, a, at, _joined(path, node), axes, names)
 
 def _described(image, where):
     "Path of the first level of an image, its axes, and names of its channels"
@@ -474,10 +481,10 @@ def open_zarr(
     image = attrs.get('ome', attrs)
     if is_array: return _zarr_array(path, node, image, at)
     if 'multiscales' in image:
-        level,axes,names = _described(image, f'{path}/{node}')
-        return _zarr_array(path, f'{node}/{level}'.strip('/'), image, at, axes, names)
+        level,axes,names = _described(image, _joined(path, node))
+        return _zarr_array(path, _joined(node, level), image, at, axes, names)
     if 'series' not in at: _refuse_group(path, node, image)
-    return open_zarr(path, f'{node}/{at.pop("series")}', at)
+    return open_zarr(path, _joined(node, str(at.pop('series'))), at)
 
 # %% ../nbs/03_containers.ipynb #c0a10034
 @opener('.zip')
@@ -539,21 +546,22 @@ def _vendor(name, path):
         cure = f'{Path(path).suffix.lower()[1:]} files: `pip install cellmae[vendor]`.'
         raise ImageError('not read', path, cure) from e
 
-def _stacked(plane, axes, shape, /, **at):
+def _stacked(plane, axes, sizes, /, **at):
     "Planes, read one by one along the axes that nobody chose"
-    for k,n in zip(axes.lower(), shape):
+    own = dict(zip(axes.lower(), sizes))
+    for k,name in own.items():
         if k in 'yxs' or k in at: continue
-        return np.stack([_stacked(plane, axes, shape, **at, **{k:i}) for i in range(n)])
-    return plane(**at)
+        return np.stack([_stacked(plane, axes, sizes, **at, **{k:i}) for i in range(sizes[name])])
+    return plane({own[k]:i for k,i in at.items()})
 
 def _planewise(plane, sizes, dtype, names, where):
-    "What is read plane by plane, as `Stored`; axes of other names than ours are unknown"
+    "What `plane` reads one by one, as `Stored`; axes of other names than ours are unknown"
     axes = ''.join(k if k in 'TZCYXS' else 'I' for k in sizes)
     if axes.count('I')>1 or not {*'YX'}<={*axes}:
         raise ImageError('not read', where, f'Axes {", ".join(sizes)}: no image. Export as TIFF.')
-    shape,n = tuple(sizes.values()),sizes.get('C', 1)
-    names = names if names and len(names)==n and all(names) else None
-    return Stored(axes, shape, np.dtype(dtype), names, partial(_stacked, plane, axes, shape))
+    names = names if names and len(names)==sizes.get('C', 1) and all(names) else None
+    read = partial(_stacked, plane, axes, sizes)
+    return Stored(axes, tuple(sizes.values()), np.dtype(dtype), names, read)
 
 def _blank(where, what):
     return ImageError('missing', where, f'{what} holds nothing: the microscope was stopped, or the '
@@ -562,17 +570,16 @@ def _blank(where, what):
 # %% ../nbs/03_containers.ipynb #c0a1003d
 def _nd2(path): return _vendor('nd2', path).ND2File(path)
 
-def _nd2_plane(path, series, **at):
+def _nd2_plane(path, series, where):
     "A plane of Nikon's file, whose frames hold all channels"
     with held(path, _nd2) as f:
-        want = dict({k.upper():i for k,i in at.items()}, P=series)
-        loops = {k:n for k,n in f.sizes.items() if k not in 'CYXS'}
-        frame = 0
-        for k,n in loops.items(): frame = frame*n+want.get(k, want.get('I', 0))
+        want,frame = dict(where, P=series),0
+        for k,n in f.sizes.items():
+            if k not in 'CYXS': frame = frame*n+want[k]
         x = f.read_frame(frame)
         if x.shape!=tuple(n for k,n in f.sizes.items() if k in 'CYXS'): raise ValueError(x.shape)
         if not x.any(): raise _blank(f'{path}#series={series}', f'Frame {frame}')
-        return np.array(x[at['c']] if 'c' in at else x)
+        return np.array(x[where.get('C', slice(None))])
 
 # %% ../nbs/03_containers.ipynb #c0a1003e
 @opener('.nd2')
@@ -592,12 +599,10 @@ def open_nd2(
 # %% ../nbs/03_containers.ipynb #c0a1003f
 def _lif(path): return _vendor('liffile', path).LifFile(path)
 
-def _lif_plane(path, series, **at):
+def _lif_plane(path, series, where):
     "A plane of Leica's file"
     with held(path, _lif) as f:
         image = f.images[series]
-        names = {('i' if k not in 'TZCYXS' else k.lower()):k for k in image.sizes}
-        where = {names[k]:i for k,i in at.items()}
         if image.frames.frame_dims[:2]==('Y','X'): return image.frame(**where)
         return image.asarray()[tuple(where.get(k, slice(None)) for k in image.dims)]
 
@@ -635,15 +640,14 @@ def _scenes(f):
     scenes = sorted(f.scenes_bounding_rectangle_no_pyramid.items())
     return scenes or [(None,f.total_bounding_rectangle_no_pyramid)]
 
-def _czi_plane(path, series, **at):
+def _czi_plane(path, series, where):
     "A plane of Zeiss's file"
     with held(path, _czi) as f:
         scene,place = _scenes(f)[series]
-        plane,there = {k.upper():i for k,i in at.items()},[]
-        x = f.read(roi=place, plane=plane, scene=scene)
+        x,there = f.read(roi=place, plane=where, scene=scene),[]
         if not x.any():
-            f.enumerate_subblocks_subset(lambda i,_: there.append(i), plane or None, place, True)
-        if not x.any() and not there: raise _blank(f'{path}#series={series}', f'Plane {plane}')
+            f.enumerate_subblocks_subset(lambda i,_: there.append(i), where or None, place, True)
+        if not x.any() and not there: raise _blank(f'{path}#series={series}', f'Plane {where}')
         return x[...,0] if x.shape[-1]==1 else x[...,::-1] # blue comes first
 
 # %% ../nbs/03_containers.ipynb #c0a10042
