@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['simulated', 'baselines', 'summary', 'attempt', 'fit_tvn', 'correct_all', 'compare', 'measure', 'strongest',
            'draw_map', 'Findings', 'findings', 'rehearse', 'usable', 'describe', 'look_at', 'embed_all',
-           'demo_sections', 'finding_sections', 'demo', 'told', 'own_screen', 'command', 'cellmae_demo', 'cellmae_fit',
-           'cellmae_embed', 'cellmae_recall']
+           'demo_sections', 'finding_sections', 'demo', 'told', 'own_screen', 'command', 'cellmae_demo',
+           'cellmae_check', 'cellmae_fit', 'cellmae_embed', 'cellmae_recall']
 
 # %% ../nbs/60_cli.ipynb #2c2a3723
 import warnings
@@ -15,7 +15,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated') # as fastai does
 
 # %% ../nbs/60_cli.ipynb #abe2a234
-import sys
+import re, sys
 from functools import wraps
 from pathlib import Path
 from typing import NamedTuple
@@ -338,29 +338,42 @@ def _paired(text):
     if any(len(o)!=2 for o in pairs): raise ValueError(f'{text}: write it as name=value,name=value')
     return {k.strip():v.strip() for k,v in pairs}
 
-def _channels(text): return _paired(text) if text and '=' in text else _listed(text)
+def _channels(text):
+    "A dict, a list, or one word: a channel or the name of a preset"
+    if text and '=' in text: return _paired(text)
+    return _listed(text) if text and ',' in text else text
+
 def _plane(text): return int(text) if text and text.isdecimal() else text
 
+def _shape(text):
+    "Rows and columns of `16x24`"
+    if not text: return None
+    if m := re.fullmatch(r'(\d+)\s*[x,]\s*(\d+)', text): return int(m[1]),int(m[2])
+    raise ValueError(f'{text}: write the shape of a plate as 16x24, rows first')
+
+# %% ../nbs/60_cli.ipynb #557a9d8d
 def own_screen(
-    screen:str, # A folder of images, a table with a row per site, or a saved screen
-    pattern:str=None, # Names of the files in the folder: '{plate}/{well}_s{site}_{channel}.tif'
-    meta:str=None, # Plate map of the folder: a table with well, perturbation, and any others
-    channels:str=None, # Which stains, in order: 'DNA,ER'; or what each channel shows: '1=DNA,2=ER'
+    screen:str, # A folder of plates, an OME-Zarr, a table with a row per site, or a saved screen
+    pattern:str=None, # Names of the files: '{plate}/{well}_s{site}_{channel}.tif'
+    layout:str=None, # What it is, where it is not recognised: phenix, imagexpress, ome_zarr, ..
+    meta:str=None, # Plate map: a table with well, perturbation, and any others
+    channels:str=None, # Stains in order: 'DNA,ER'; what is what: '1=DNA,2=ER'; or a preset: rxrx
     controls:str=None, # Perturbations that are controls: 'DMSO,NTC'; default: the usual names
     columns:str=None, # Columns under another name: 'perturbation=gene,batch=week'
     root:str=None, # Folder that file names in a table are relative to; default: that of the table
-    z:str=None, # Of several planes, this one, or max or mean of all
-    t:str=None, # Of several time points, this one
+    replace:str=None, # Folders of another machine: '/home/ubuntu/bucket=/data/cpg'
+    z:str=None, # Of several planes: a number, max, mean, mid or all
+    t:str=None, # Of several time points: a number, first, last or all
+    illum:store_true=False, # Divide by the illumination functions that come with the plates
+    plate_shape:str=None, # Rows and columns where wells are only counted: '16x24'
+    well:str=None, # The well that all files are of, where names do not say
 )->Screen:
     "Open plates as a command is told"
-    kw = dict(channels=_channels(channels), controls=_listed(controls), z=_plane(z), t=_plane(t))
-    kw |= _paired(columns)
-    try:
-        if pattern or meta: return Screen.from_pattern(screen, pattern, meta=meta, **kw)
-        return Screen(screen, root=root, **kw)
-    except FileNotFoundError as e:
-        if pattern or not Path(screen).is_dir(): raise
-        raise FileNotFoundError(f'{e} In a command that is --pattern, and --meta.') from e
+    how = dict(channels=_channels(channels), controls=_listed(controls), z=_plane(z), t=_plane(t),
+               illum=illum, meta=meta, replace=_paired(replace) or None, well=well,
+               plate_shape=_shape(plate_shape), **_paired(columns))
+    if pattern: return Screen.from_pattern(screen, pattern, **how)
+    return Screen.open(screen, layout=layout, root=root, **how)
 
 # %% ../nbs/60_cli.ipynb #c13428b5
 def command(
@@ -405,6 +418,32 @@ def cellmae_demo(
     if ours and not screen: raise ValueError(f'--{ours[0]} is of your own plates: add --screen.')
     own = own_screen(screen, **kwargs) if screen else None
     demo(out, own, relationships, seed=seed, epochs=epochs, crop=crop)
+
+# %% ../nbs/60_cli.ipynb #4cf4ff31
+def _counted(problems):
+    "How often each problem was found, and the first of it"
+    first = problems.drop_duplicates('problem').set_index('problem')
+    for k,n in problems['problem'].value_counts().items():
+        o = first.loc[k]
+        where = ', '.join(f'{c} {o[c]}' for c in [*SITE,'channel','file'] if o[c])
+        yield f'{n:,} x {k}: {where}. {o["cure"]}'.replace(': . ', ': ')
+
+@command
+@delegates(own_screen)
+def cellmae_check(
+    screen:str, # Your plates: a folder, an OME-Zarr, a table of sites, or a saved screen
+    out:str='cellmae_check', # Folder for the page, the list of problems, and what was seen so far
+    n:int=None, # Sites to look at, spread over the plates; default: all of them
+    workers:int=4, # Threads that read
+    debug:store_true=False, # Show the whole traceback of an error
+    **kwargs
+):
+    "What is in these plates and what is wrong with them. After a stop, it goes on where it was"
+    plates = own_screen(screen, **kwargs)
+    problems = plates.check(n=n, out=out, workers=workers)
+    write_whole(Path(out)/'problems.csv', lambda f: problems.to_csv(f, index=False))
+    print(*_counted(problems), sep='\n') if len(problems) else print('No problems found.')
+    print(f'Page: {plates.report(Path(out)/"screen.html", n=n or 200)}')
 
 # %% ../nbs/60_cli.ipynb #5af6a55f
 @command
