@@ -30,6 +30,7 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse, store_true
 from .files import write_whole
 from .images import ImageError
+from .data import given
 from .embed import LEVELS, embed
 from .profiles import aggregate, read_profiles, to_parquet
 from .plots import plot_history, plot_map, plot_recall, show_channels
@@ -355,25 +356,28 @@ def _shape(text):
 def own_screen(
     screen:str, # A folder of plates, an OME-Zarr, a table with a row per site, or a saved screen
     pattern:str=None, # Names of the files: '{plate}/{well}_s{site}_{channel}.tif'
-    layout:str=None, # What it is, where it is not recognised: phenix, imagexpress, ome_zarr, ..
     meta:str=None, # Plate map: a table with well, perturbation, and any others
     channels:str=None, # Stains in order: 'DNA,ER'; what is what: '1=DNA,2=ER'; or a preset: rxrx
     controls:str=None, # Perturbations that are controls: 'DMSO,NTC'; default: the usual names
     columns:str=None, # Columns under another name: 'perturbation=gene,batch=week'
     root:str=None, # Folder that file names in a table are relative to; default: that of the table
-    replace:str=None, # Folders of another machine: '/home/ubuntu/bucket=/data/cpg'
     z:str=None, # Of several planes: a number, max, mean, mid or all
     t:str=None, # Of several time points: a number, first, last or all
+    layout:str=None, # What it is, where it is not recognised: phenix, imagexpress, ome_zarr, ..
+    replace:str=None, # Folders of another machine: '/home/ubuntu/bucket=/data/cpg'
     illum:store_true=False, # Divide by the illumination functions that come with the plates
     plate_shape:str=None, # Rows and columns where wells are only counted: '16x24'
     well:str=None, # The well that all files are of, where names do not say
 )->Screen:
     "Open plates as a command is told"
-    how = dict(channels=_channels(channels), controls=_listed(controls), z=_plane(z), t=_plane(t),
-               illum=illum, meta=meta, replace=_paired(replace) or None, well=well,
-               plate_shape=_shape(plate_shape), **_paired(columns))
-    if pattern: return Screen.from_pattern(screen, pattern, **how)
-    return Screen.open(screen, layout=layout, root=root, **how)
+    how = given(channels=_channels(channels), controls=_listed(controls), z=_plane(z), t=_plane(t),
+                meta=meta, illum=illum or None, replace=_paired(replace) or None, well=well,
+                plate_shape=_shape(plate_shape))
+    if pattern: return Screen.from_pattern(screen, pattern, **how, **_paired(columns))
+    try: return Screen.open(screen, **given(layout=layout, root=root), **how, **_paired(columns))
+    except FileNotFoundError as e:
+        if not Path(screen).is_dir(): raise
+        raise FileNotFoundError(f'{e} In a command that is --pattern, and --meta.') from e
 
 # %% ../nbs/60_cli.ipynb #c13428b5
 def command(
@@ -391,7 +395,8 @@ def command(
     return call_parse(run)
 
 def _note(message, *args, **kwargs): print(f'note: {_line(message)}', file=sys.stderr)
-def _line(o): return ' '.join(str(o).split())
+def _line(o): return _python.sub(r'`--\1 \2`', ' '.join(str(o).split()))
+_python = re.compile(r"`(z|t|layout|well|root|channels|meta|pattern)='?([\w./*{}-]+)'?`") # as an option
 
 def _stop(name, e):
     "Leave with one line for an error, and its exit code"

@@ -8,8 +8,8 @@ import pytest
 import tifffile
 import torch
 
-from cellmae.cli import (cellmae_demo, cellmae_embed, cellmae_fit, cellmae_recall, draw_map,
-                         findings, own_screen, rehearse, strongest, usable)
+from cellmae.cli import (cellmae_check, cellmae_demo, cellmae_embed, cellmae_fit, cellmae_recall,
+                         draw_map, findings, own_screen, rehearse, strongest, usable)
 from cellmae.embed import embed
 from cellmae.report import Aside, to_html
 from cellmae.screen import Screen
@@ -186,7 +186,7 @@ def test_options_open_plates(folder):
     assert s.channels == ['DNA','ER'] and 'dose' in s.table
     assert s.wells.control.tolist() == [False,True,False]
     saved = s.save(folder/'saved')
-    for path in (saved, saved/'screen.csv'): assert own_screen(str(path)).channels == ['DNA','ER']
+    for path in (saved, saved/'screen.parquet'): assert own_screen(str(path)).channels == ['DNA','ER']
 
 
 def call(command, *args):
@@ -256,3 +256,44 @@ def test_help_explains_every_option(command, capsys, monkeypatch):
                                pd.DataFrame({'<b>':['<b>']*99}), [['<b>']]])
 def test_reports_escape_everything(o):
     assert '<b>' not in to_html(o)
+
+
+def microscope(folder, wells=('B03','C02'), names=('w1','w2')):
+    "A folder as a microscope names its files, one of them black"
+    g = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for w in wells:
+        for s in (1,2):
+            for c in names:
+                x = g.integers(100, 4000, (SMALL,SMALL)).astype('u2')
+                tifffile.imwrite(folder/f'{w}_s{s}_{c}.tif', 0*x if (w,s,c)==('C02',2,'w2') else x)
+    return folder
+
+
+@pytest.mark.parametrize('n', [None, 2])
+def test_check_command(tmp_path, capsys, n):
+    "A folder by its path alone: what it is, what is wrong, a table and a page"
+    cellmae_check(str(microscope(tmp_path/'P1')), out=str(tmp_path/'out'), n=n)
+    said,t = capsys.readouterr().out,pd.read_csv(tmp_path/'out/problems.csv')
+    assert '2 wells' in said and 'no controls' in said and 'Page: ' in said
+    if n is None: assert t[t.problem=='constant'].well.tolist() == ['C02']
+    assert (tmp_path/'out/screen.html').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('text,want', [
+    (None,None), ('DNA,ER',['DNA','ER']), ('1=DNA, 2=ER',{'1':'DNA','2':'ER'}), ('rxrx','rxrx')])
+def test_channels_of_a_command(tmp_path, monkeypatch, text, want):
+    "What a command passes on to `Screen.open`"
+    given = {}
+    monkeypatch.setattr(Screen, 'open', lambda path, **kw: given.update(kw))
+    own_screen('somewhere', channels=text, plate_shape='16x24', replace='/a=/b', z='3', t='last')
+    assert given.get('channels') == want and given['plate_shape'] == (16,24)
+    assert given['replace'] == {'/a':'/b'} and given['z'] == 3 and given['t'] == 'last'
+    with pytest.raises(ValueError, match='16x24'): own_screen('somewhere', plate_shape='384')
+
+
+def test_cures_of_commands_are_options(tmp_path, capsys):
+    for z in (1,2): tifffile.imwrite(tmp_path/f'A01_s1_z{z}_DNA.tif', np.ones((8,8), 'u2'))
+    with pytest.raises(SystemExit):
+        cellmae_check(str(tmp_path), pattern='{well}_s{site}_z{z}_{channel}.tif', debug=False)
+    assert '--z 1' in (said := capsys.readouterr().err) and "z='" not in said
