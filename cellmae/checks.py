@@ -11,7 +11,6 @@ import numpy as np, pandas as pd
 from collections import Counter
 from contextlib import closing
 from fastcore.basics import patch
-from fastprogress.core import format_time
 from itertools import combinations, islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,13 +32,18 @@ def thinned(
 
 def sharpness(
     p:np.ndarray, # `(H,W)`
-)->float: # Near 20 for noise, .01 to .3 for cells, less for what is out of focus
-    "Variance of the Laplacian over that of the plane, along some 256 of its rows"
-    n,s = len(p)-2,max(1, len(p)//256)
-    if min(p.shape)<3: return np.nan
-    up,mid,down = (p[i:i+n:s].astype(np.float32) for i in range(3))
+)->float: # Near 20 for noise, less for what is out of focus; NaN where there is no variance
+    "Variance of the Laplacian over that of the pixels, of sums of 2x2 along some 128 rows"
+    h,w = p.shape[0]//2,p.shape[1]//2
+    s = max(1, h//128)
+    n = len(range(0, h-2, s))
+    def summed(i): # rows `i`, `i+s`, ..
+        o = p[2*i::2*s][:n].astype(np.float32)+p[2*i+1::2*s][:n]
+        return o[:,:2*w:2]+o[:,1:2*w:2]
+    if n<1 or w<3: return np.nan
+    up,mid,down = map(summed, range(3))
     laplace = up[:,1:-1]+down[:,1:-1]+mid[:,:-2]+mid[:,2:]-4*mid[:,1:-1]
-    return laplace.var()/mid.var() if mid.std()>0 else np.nan
+    return laplace.var()/v if (v := mid.var())>0 else np.nan
 
 def hole(
     p:np.ndarray, # `(H,W)`
@@ -184,12 +188,12 @@ class Seen:
         return np.stack([self.screen.table[c].to_numpy(dtype=object) for c in cols], 1)
 
     @property
-    def bytes_left(self):
-        "Pixels of the sites that were not seen, if they are like the others"
+    def pixel_bytes(self):
+        "Size of all that was measured"
         p = self.planes[self.planes['state']==GOOD]
-        each = [int(k[1:])*h*w for k,h,w in zip(p['kind'], p['h'].tolist(), p['w'].tolist())]
-        unseen = (self.planes['state']==UNSEEN).sum()
-        return np.mean(each)*unseen if each else 0
+        kinds,kind = np.unique(p['kind'], return_inverse=True)
+        bytes_ = np.array([np.dtype(k.decode()).itemsize for k in kinds], 'u8')
+        return int((p['h'].astype('u8')*p['w']*bytes_[kind]).sum()) if len(p) else 0
 
 # %% ../nbs/10_checks.ipynb #59d27858
 @patch
@@ -204,13 +208,15 @@ def look(self:Seen,
         seen,bad,xs = look_at(self.screen, i)
         if also: also(i, xs)
         return seen,bad
-    todo = [i for i in sites if (self.planes['state'][i]==UNSEEN).any()]
-    kept = monotonic()
+    unseen = (self.planes['state']==UNSEEN).any(1)
+    todo,due = [int(i) for i in sites if unseen[i]],monotonic()+30
     with closing(ahead(one, todo, workers)) as looks:
         for i,(seen,bad) in progress(looks, len(todo), 'checked'):
             self.planes[i] = seen
             self.words.update({(i,c):b for c,b in bad.items()})
-            if keep and monotonic()-kept>30: self.keep(keep); kept = monotonic()
+            if keep and (start := monotonic())>due:
+                self.keep(keep)
+                due = 21*monotonic()-20*start+30 # writing takes at most a twentieth of the time
 
 # %% ../nbs/10_checks.ipynb #1a292eb3
 @patch
@@ -262,7 +268,7 @@ def _fill(self:Seen, sites, old):
     self.planes[sites] = new.reshape(-1, len(names))
 
 # %% ../nbs/10_checks.ipynb #19b7dafa
-def _good(seen):
+def good_planes(seen):
     "A row per good plane: its site `i`, channel `c` and plate by number, and what was measured"
     t = seen.screen.table
     i,c = np.nonzero(seen.planes['state']==GOOD)
@@ -324,7 +330,7 @@ def _holes(d):
 # %% ../nbs/10_checks.ipynb #a2d52389
 SATURATED = .002 # Share of the pixels of a plane
 
-def _full(d):
+def full_share(d):
     "Share of pixels at the end of the scale: that of 8 to 16 bits, or where others pile up too"
     by = [d['plate'],d['c']]
     end = d['hi']==d.groupby(by)['hi'].transform('max')
@@ -333,7 +339,7 @@ def _full(d):
 
 def _saturated(d):
     "Fields with pixels at the end of the scale; where there are many on a plate, all at once"
-    full = _full(d)
+    full = full_share(d)
     on = d.groupby(['plate','c'])
     for at,g in d[full>SATURATED].groupby(['plate','c']):
         many = len(g)>2
@@ -451,7 +457,7 @@ def _worded(seen):
 
 def _measured(seen):
     "What measurements say, by rows of the good planes `d`"
-    d,names = _good(seen),seen.screen.channels
+    d,names = good_planes(seen),seen.screen.channels
     if not len(d): return d,[]
     where = lambda n: f'{names[d["c"][n]]} of {_file(seen.screen, d["i"][n], d["c"][n])}'
     found,first = list(_unlike_most(d)),_first_alike(d)
@@ -482,12 +488,15 @@ def _counted(problems):
     n = problems['problem'].value_counts()
     return ', '.join(f'{k} {p}' for p,k in n.items()) or 'nothing wrong'
 
-def _sampled(seen, seconds):
-    "What a sample found, and what it would take to see the rest"
-    some,all_ = len(seen),len(seen.screen)
-    left = format_time(seconds/max(some, 1)*(all_-some))
-    return (f'{some:,} of {all_:,} sites: {_counted(problems_of(seen))}. The rest is '
-            f'{seen.bytes_left/1e9:.3g} GB of pixels, and takes some {left}.')
+def _duration(s):
+    return f'{s/3600:.1f} hours' if s>5400 else f'{s/60:.0f} minutes' if s>90 else f'{s:.0f} s'
+
+def _said(seen, seconds):
+    "What a sample found, and what it would take to see all; `seconds` for each site"
+    some,every = len(seen),len(seen.screen)
+    gb = seen.pixel_bytes/max(some, 1)*every/1e9
+    return (f'{some:,} of {every:,} sites: {_counted(problems_of(seen))}. All are {gb:.3g} GB of '
+            f'pixels and take some {_duration(seconds*every)}.')
 
 # %% ../nbs/10_checks.ipynb #28980d7a
 SAMPLE = 200 # Sites that are looked at before all others
@@ -507,7 +516,7 @@ def look_through(
         start,known = monotonic(),len(seen)
         seen.look(order[:SAMPLE], workers, also, keep)
         read = len(seen)-known
-        if len(screen)>SAMPLE and read: print(_sampled(seen, (monotonic()-start)/read))
+        if len(screen)>SAMPLE and read: print(_said(seen, (monotonic()-start)/read))
         seen.look(np.sort(order[SAMPLE:]), workers, also, keep)
     except KeyboardInterrupt:
         kept = f'It is in {keep}, and the next call goes on.' if keep else 'Give `out=` to keep it.'

@@ -11,6 +11,7 @@ from cellmae.cavit import CAMAE
 from cellmae.classifier import Classifier, batch_norms
 from cellmae.imagenet import ImageNetEncoder, start_from
 from cellmae.munet import MUNet
+from cellmae.overview import plot_plate
 from cellmae.plots import *
 from cellmae.scale import plot_scaling
 from cellmae.vit import MAE
