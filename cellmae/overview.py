@@ -12,7 +12,7 @@ from pathlib import Path
 from .labels import clean, row_col, row_letters, well_name, yes_no
 from .images import fit_range, to_uint8
 from .sites import SITE, WELL
-from .checks import (GOOD, SAMPLE, SATURATED, fields, full_share, good_planes, look_at,
+from .checks import (GOOD, SAMPLE, SATURATED, field_counts, full_share, good_planes, look_at,
                             look_through, problems_of, spread, thinned)
 from .report import Aside, Html, to_html, write_report
 
@@ -271,7 +271,7 @@ def _by_site(d, k, shape):
 
 def _map_of_fields(t):
     "How many fields wells have, on the plates"
-    w = fields(t).merge(t.drop_duplicates(WELL)[[*WELL,'control']], on=WELL)
+    w = field_counts(t).merge(t.drop_duplicates(WELL)[[*WELL,'control']], on=WELL)
     usual = w['usual'].mode()[0]
     short = w[w['has']<w['usual']]
     said = f'Fields per well: {usual} as a rule.'
