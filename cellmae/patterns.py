@@ -119,7 +119,7 @@ class Listing:
 # %% ../nbs/06_patterns.ipynb #3b6191e8
 def _found(root):
     "The folder of a listing, what leads to a name within it, and what lies there"
-    if is_remote(root): return str(root).rstrip('/'),'',_grouped(below(str(root)))
+    if is_remote(root): return _on_the_web(str(root).rstrip('/'))
     root = Path(root)
     if root.is_file() and re.search(r'(?i)(?<!\.zarr)\.zip$', root.name):
         with ZipFile(root) as z: return root.parent,f'{root.name}#',_grouped(z.namelist())
@@ -127,6 +127,13 @@ def _found(root):
         return root.parent,'',[('.',[root.name],[])]
     if root.is_dir(): return root,'',_walked(root)
     raise ValueError(f'{root}: no such folder. Check the path.')
+
+def _on_the_web(url):
+    "The same of an address; a Zarr is not listed, since it says itself what it holds"
+    folder,_,name = url.rpartition('/')
+    if name.lower().endswith('.zarr'): return folder,'',[('.',[name],[])]
+    return url,'',_grouped(below(url))
+
 
 # %% ../nbs/06_patterns.ipynb #838818f0
 @patch
@@ -144,7 +151,9 @@ def named(self:Listing,
 def beside(self:Listing,
     name, # Of a file
 )->list: # Names
-    "What lies in the same folder"
+    "What lies in the same folder, even if a single file was opened"
+    single = self.names==[name] and isinstance(self.root, Path) and not self.lead
+    if single: return sorted(os.listdir(self.root))
     return self.by_folder[name.rpartition('/')[0]]
 
 @patch

@@ -142,7 +142,7 @@ def test_zarr_cycles_of_one_field_are_channels(tmp_path):
 def test_zarr_cycles_of_several_fields_are_asked(tmp_path):
     put_plate(tmp_path/'P.zarr', ['0','1','2','3'], acquired=lambda f: int(f)//2,
               names=lambda o: ['a','b','c'] if o[-1] in '01' else ['d','e','f'])
-    with pytest.raises(ValueError, match='Choose: `acquisition='): scan(tmp_path, 'ome_zarr')
+    with pytest.raises(ValueError, match='Choose one: `acquisition='): scan(tmp_path, 'ome_zarr')
     assert len(scan(tmp_path, 'ome_zarr', acquisition=1).table)==12
 
 def test_zarr_plates_of_one_name_in_two_folders(tmp_path):
@@ -313,7 +313,7 @@ def test_ome_companion(tmp_path, how):
     s = Screen.open(tmp_path, z=1)
     same_pixels(s, 'B03', '0', ['DNA','GFP'], x[0,:,1])
     same_pixels(s, 'C02', '1', ['DNA','GFP'], x[1,:,1])
-    assert len(scan(tmp_path, 'ome_tiff').said)==(how!='named')
+    assert any('called before' in o for o in scan(tmp_path, 'ome_tiff').said)==(how!='named')
 
 def test_ome_companion_in_doubt_is_refused(tmp_path):
     (tmp_path/'x.companion.ome').write_text(ome_set({(0,0):('a.ome.tif',''), (0,1):('b.ome.tif','')}))
