@@ -210,8 +210,8 @@ def _images_of(stores):
     if not rows: raise ValueError(f'{stores[0].path}: no full size is there. Copy it again.')
     df,said = placed(pd.DataFrame(rows))
     about = _known(pixel_size=_pixel_size(stores[0].attrs()))
-    halves = [f'{len(gone)} images have no full size, such as {gone[0]}. They are left out.']
-    return Scan(df, _numbers(df), said=said+halves*bool(gone), about=about)
+    if gone: said = [*said, f'{len(gone)} images lack their full size, such as {gone[0]}: left out']
+    return Scan(df, _numbers(df), said=said, about=about)
 
 def _stem(store):
     "Name of a plate or an image: that of its store, without suffixes"
@@ -454,8 +454,8 @@ def _one_table(rows):
 def _ome_size(ome):
     "Size of a pixel in um, if it is said"
     p = next(ome.iter('Pixels'))
-    size,unit = p.get('PhysicalSizeX'),_um.get(p.get('PhysicalSizeXUnit', 'um').replace('\xb5', 'u'))
-    return float(size)*unit if size and unit else None
+    size,unit = p.get('PhysicalSizeX'),p.get('PhysicalSizeXUnit', 'um').replace('\xb5', 'u')
+    return float(size)*_um[unit] if size and unit in _um else None
 
 @layout('ome_tiff', 'OME-TIFF', _ome_tiffs)
 def ome_tiff(listing, found):
@@ -601,8 +601,8 @@ def _each_once(df):
     first = df.reset_index('table').groupby(key, observed=True)['table']
     twice = first.agg(['min','max']).query('min!=max').reset_index()
     if len(twice): raise ValueError(
-        f'{twice["min"][0]} and {twice["max"][0]} both list {in_words(twice.loc[0, key].to_dict())}. '
-        'Open one of them, or move the other away.')
+        f'{twice["min"][0]} and {twice["max"][0]} both list '
+        f'{in_words(twice.loc[0, key].to_dict())}. Open one of them, or move the other away.')
 
 @layout('load_data', "CellProfiler's LoadData", _load_tables)
 def load_data(listing, found):
@@ -742,8 +742,8 @@ def _told_apart(df, key):
 def _our_titles(df):
     "A table under our titles, and the column of folders that its files are in"
     df = df.rename(columns=_chammi)
-    names = {k: c for k,titles in _titles_of.items() if k not in df and (c := _first_of(df, titles))}
-    df = tidied(df.rename(columns={c:k for k,c in names.items()}))
+    found = {_first_of(df, titles): k for k,titles in _titles_of.items() if k not in df}
+    df = tidied(df.rename(columns={c:k for c,k in found.items() if c}))
     folder = _first_of(df, _folder)
     return df,df[folder] if folder else pd.Series('', df.index)
 

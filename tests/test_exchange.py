@@ -624,3 +624,56 @@ def test_a_damaged_tiff_does_not_hinder_recognition(tmp_path):
 def test_zarr_channels_are_in_the_order_of_the_file(tmp_path):
     put_plate(tmp_path/'P.zarr', ['0'], names=['Mito','DAPI','GFP'])
     assert scan(tmp_path, 'ome_zarr').names=={'0':'Mito', '1':'DAPI', '2':'GFP'}
+
+def test_zarr_image_half_copied(tmp_path):
+    for o in ('B03_s1','C02_s1'): put_image(tmp_path/f'{o}.zarr', pixels(0, 2, 4, 6))
+    shutil.rmtree(tmp_path/'C02_s1.zarr'/'0')
+    s = scan(tmp_path, 'ome_zarr')
+    assert set(s.table['well'])=={'B3'} and any('C02_s1.zarr' in o for o in s.said)
+
+def test_zarr_on_the_web(tmp_path, monkeypatch):
+    "A web server lists no files; the plate says what it holds"
+    import functools, http.server, threading
+    images = put_plate(tmp_path/'web'/'P1.zarr', ['0'], '0.4', names=['DAPI','GFP','Cy5'])
+    monkeypatch.setenv('CELLMAE_CACHE', str(tmp_path/'cache'))
+    handler = functools.partial(type('Quiet', (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *o: None)),
+                                directory=str(tmp_path/'web'))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: same_pixels(Screen.open(f'http://127.0.0.1:{server.server_port}/P1.zarr'), 'C02', '0', ['DNA','GFP','Cy5'], images['C/2/0'])
+    finally: server.shutdown()
+
+@pytest.mark.parametrize('inside', ['', 'P'])
+def test_zarr_in_a_plain_zip(tmp_path, inside):
+    images = put_plate(tmp_path/'made'/inside, ['0'], '0.4')
+    pack(tmp_path/'made', tmp_path/'P.zip')
+    s = Screen.open(tmp_path/'P.zip')
+    same_pixels(s, 'C02', '0', ['0','1','2'], images['C/2/0'])
+    assert set(s.table['plate'])=={'P'}
+
+def test_companion_opened_by_itself(tmp_path):
+    x = pixels(0, 2, 1, 4, 6)
+    (tmp_path/'x.companion.ome').write_text(ome_set({(0,c): (f'w{c}.ome.tif', '') for c in range(2)}, z=1, labels=('B3',)))
+    for c in range(2): put_pages(tmp_path/f'w{c}.ome.tif', x[c], BINARY.format(''))
+    same_pixels(Screen.open(tmp_path/'x.companion.ome'), 'B03', '0', ['DNA','GFP'], x[:,0])
+
+def test_arrays_opened_by_themselves(tmp_path):
+    x = pixels(0, 3, 14, 16)
+    np.savez(tmp_path/'crops.npz', images=x)
+    pd.DataFrame(dict(well=['B03','B03','C02'])).to_csv(tmp_path/'metadata.csv', index=False)
+    same_pixels(Screen.open(tmp_path/'crops.npz'), 'C02', '2', ['0'], x[2:])
+
+def test_load_data_of_plates_that_only_their_files_name(tmp_path):
+    for p in ('P1','P2'): load_table('/x').to_csv(tmp_path/f'{p}.csv', index=False)
+    assert set(scan(tmp_path, 'load_data').table['plate'])=={'P1','P2'}
+
+def test_load_data_of_one_plate_twice_is_refused(tmp_path):
+    for o in ('a','b'): load_table('/x', Metadata_Plate='P1').to_csv(tmp_path/f'{o}.csv', index=False)
+    with pytest.raises(ValueError, match='a.csv and b.csv both list plate P1, well B03'): scan(tmp_path, 'load_data')
+
+def test_a_home_made_table_with_folders_and_planes(tmp_path):
+    x = put_tiffs(tmp_path, [f'{w}/{c}{z}.tif' for w in ('B3','C2') for c in ('a','b') for z in '12'])
+    rows = [dict(filename=f'{c}{z}.tif', path=w, well=w, channel=c, plane=z) for w in ('B3','C2') for c in 'ab' for z in '12']
+    pd.DataFrame(rows).to_csv(tmp_path/'t.csv', index=False)
+    same_pixels(Screen.open(tmp_path, z=2), 'C02', '1', ['a','b'], [x['C2/a2.tif'], x['C2/b2.tif']])
+    with pytest.raises(ValueError, match='z'): Screen.open(tmp_path)
