@@ -451,7 +451,7 @@ def _metaxpress_part(listing, of):
     files = dict(zip(table['channel'][::-1], table['file'][::-1]))
     dyes,size = _in_images(listing, dict([*files.items()][:1]) if names else files)
     if told.get('ZProjection', '').upper()=='TRUE': table['z'] = table['z'].replace('0', None)
-    if table['z'].notna().any(): table['z'] = table['z'].fillna('projection')
+    if table['z'].notna().any(): table['z'] = table['z'].fillna('')
     table['file'] = table['file'].str[len(home)+1 if home else 0:]
     about = measures(told.get('PixelSizeUM', size), told.get('YWells'), told.get('XWells'))
     plate = plate or Path(own or '').stem
@@ -493,12 +493,12 @@ def _by_action(table, names):
     return table.assign(channel=channel), {k: names.get(c) for k,c in number}
 
 def _projections(table):
-    "Planes that were made from others are called so"
+    "Planes that were made from others have no number"
     made = table['file'].str.match(r'(?i)projection[\\/]')
     if 'merged' in table: made |= table['merged'].fillna('').str.lower().ne('')
     if made.all(): return table.drop(columns='z', errors='ignore')
     if not made.any() or 'z' not in table: return table
-    return table.assign(z=table['z'].mask(made, 'projection'))
+    return table.assign(z=table['z'].mask(made, ''))
 
 # %% ../nbs/08_instruments.ipynb #b7b7699f
 @layout('yokogawa', 'Yokogawa CV7000, CV8000 or CQ1', '*.mlf')

@@ -235,8 +235,8 @@ def test_imagexpress_names(tmp_path, site, wave):
 
 def test_imagexpress_projection(tmp_path):
     "ZStep_0 is the projection if the table says so, and a plane if it does not"
-    for says,zero in ((b'TRUE','projection'), (b'FALSE','0')):
-        root = tmp_path/zero
+    for says,zero in ((b'TRUE',''), (b'FALSE','0')):
+        root = tmp_path/says.decode()
         files = [f'P/TimePoint_1/ZStep_{z}/9987_{w}_s1_w1.TIF'
                  for z in range(3) for w in ('B03','C02')]
         homes = 'P','P/TimePoint_1','P/TimePoint_1/ZStep_1'
@@ -290,7 +290,7 @@ def test_imagexpress_database(tmp_path):
     put(tmp_path, [f'My plate_x/2023-02-21/1334/My plate_x_B03_s1_w1_thumb{GUID}.tif'])
     found = scan(tmp_path, 'imagexpress')
     got = dict(zip(pixels(tmp_path, found), rows(found, 'plate','well','channel','z')))
-    eq(got, {0:['My plate_x','B03','DAPI','projection'], 1:['My plate_x','C02','DAPI','projection'],
+    eq(got, {0:['My plate_x','B03','DAPI',''], 1:['My plate_x','C02','DAPI',''],
              2:['My plate_x','B03','DAPI','1'], 3:['My plate_x','B03','FITC_05','1']})
     eq(found.names, {'1':'DAPI', '10':'FITC_05'})
     eq((found.about, found.left), (dict(pixel_size=.5), []))
@@ -309,9 +309,9 @@ def test_imagexpress_images_that_are_none(tmp_path):
 
 def test_imagexpress_real(data):
     found = scan(data/'faim_imagexpress', 'imagexpress')
-    eq(found.table['z'].value_counts().to_dict(), {'projection':12, '1':12})
+    eq(found.table['z'].value_counts().to_dict(), {'':12, '1':12})
     got = found.table.groupby('z', observed=True)['channel'].unique().map(sorted).to_dict()
-    eq(got, {'projection': [f'FITC_05 ({i})' for i in (1,2,3)],
+    eq(got, {'': [f'FITC_05 ({i})' for i in (1,2,3)],
              '1': [f'FITC_05 ({i})' for i in (1,2,4)]})
     eq(found.about, dict(pixel_size=1.3668))
 
@@ -374,7 +374,7 @@ def test_cq1(tmp_path, shape):
     put(tmp_path, [o[0].replace('\\', '/') for o in records], **measured(records, *shape))
     found = scan(tmp_path, 'yokogawa')
     eq(rows(found, 'well','z','channel'), [
-        [w,z,c] for w in ('B03','C02') for z in ('1','2','projection')
+        [w,z,c] for w in ('B03','C02') for z in ('1','2','')
         for c in ('DAPI','Alexa 488')])
     eq((pixels(tmp_path, found), found.about['plate_shape']), ([*range(1,13)], shape))
 
@@ -495,3 +495,63 @@ def test_polynomial():
 
 @pytest.mark.parametrize('key', ['phenix','imagexpress','yokogawa','incell','scanr'])
 def test_are_registered(key): assert key in LAYOUTS
+
+
+# All the way: one line opens, pixels are those of the files
+
+def opened(root, **how):
+    "A screen, with what it prints kept"
+    from cellmae.screen import Screen
+    return Screen.open(root, **how)
+
+def values(screen, well):
+    "Channel -> the one value of its pixels at the first site of a well"
+    x = screen.read(int(np.flatnonzero(screen.table['well'].astype(str)==well)[0]))
+    return {c: int(only) for c,y in zip(screen.channels, x) for only in [np.unique(y).item()]}
+
+def test_open_phenix_planes(tmp_path):
+    "One plane, the largest of all, or a question"
+    shots,name,text = harmony('V7')
+    put(tmp_path, [f'Images/{o}' for o,_ in shots], **{f'Images/{name}': text})
+    with expect_fail(ValueError, "z='max'"): opened(tmp_path)
+    for how,a,b in ((2,7,8), (1,5,6), ('max',7,8)):
+        eq(values(opened(tmp_path, z=how), 'C02'), {'Alexa 647':a, 'DNA':b})
+
+def test_open_phenix_flatfield(tmp_path):
+    "Pixels are divided by the profile of their own channel"
+    shots = [shot(2, 3, ch=c, name=DYES[c]) for c in DYES]
+    put(tmp_path, **{'Index.idx.xml': index(shots, flat={1:profile(TERMS, [3,2]), 3:EVEN})})
+    for o,_ in shots: tifffile.imwrite(tmp_path/o, np.full((2,3), 1000, np.uint16))
+    f = open_flatfield(tmp_path/'Index.idx.xml', None, {'flatfield':1}).read()
+    s = opened(tmp_path, illum=True)
+    x = s.read(0)
+    assert f.std()>.05
+    eq(x[s.channels.index('Alexa 647')].tolist(), np.rint(1000/f).tolist())
+    eq(x[s.channels.index('DNA')].tolist(), np.full((2,3), 1000).tolist())
+    eq(opened(tmp_path, illum=False).read(0).max(), 1000)
+
+@pytest.mark.parametrize('how,want', [('projection', {'DNA':1}), (1, {'DNA':2, 'Cy5':3}),
+                                      ('max', {'DNA':4, 'Cy5':5})])
+def test_open_imagexpress_projection_or_steps(tmp_path, how, want):
+    "Never both: the projection is no plane of the steps, and has channels of its own"
+    files = [f'TimePoint_1/ZStep_{z}/9987_B03_s1_w{c}.TIF'
+             for z,c in ((0,1), (1,1), (1,10), (2,1), (2,10))]
+    put(tmp_path, files, **{'9987.HTD': HTD % b'TRUE'})
+    with expect_fail(ValueError, 'projection'): opened(tmp_path)
+    eq(values(opened(tmp_path, z=how), 'B03'), want)
+
+def test_open_scanr_hash(tmp_path):
+    dyes = ['405 nm #1','488 nm #1']
+    at = [position(15, 'B3', 1, dyes), position(26, 'C2', 1, dyes)]
+    files = [f'data/{o}' for names,_ in at for o in names]
+    put(tmp_path, files, **{'data/metadata.ome.xml': ome(*at)})
+    eq(values(opened(tmp_path), 'C02'), {'405 nm #1':3, '488 nm #1':4})
+
+def test_open_yokogawa_and_incell(tmp_path):
+    taken = [cv(w, 1, c) for w in ('B03','C02') for c in (1,2)]
+    put(tmp_path/'cv', [o[0] for o in taken], **measured(taken))
+    eq(values(opened(tmp_path/'cv'), 'C02'), {'DNA':3, 'Alexa 488':4})
+    lines = [(r, c, 0, 'DAPI', 'DAPI', f'{"ABC"[r-1]} - {c}(fld 1 wv DAPI - DAPI).tif', 0)
+             for r,c in ((2,3), (3,2))]
+    put(tmp_path/'ge', [o[5] for o in lines], **{'P.xdce': stack(lines)})
+    eq(values(opened(tmp_path/'ge'), 'C02'), {'DNA':2})
