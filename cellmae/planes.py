@@ -82,15 +82,22 @@ def parse_address(
 # %% ../nbs/04_planes.ipynb #2a134d9d
 def _size(shape): return 'x'.join(map(str, shape))
 
-def _planewise(axes, shape, dtype, plane, lead, names=None):
-    "What `plane(i)` reads one by one, numbered along the first `lead` axes"
+def _wanted(axes, at): return tuple(at.get(k, slice(None)) for k in axes.lower())
+
+def _whole(axes, shape, dtype, get, names=None):
+    "What comes as a whole from `get()`"
+    return Stored(axes, tuple(shape), dtype, names, lambda **at: get()[_wanted(axes, at)])
+
+def _planewise(axes, shape, dtype, lead, fill, names=None):
+    "Planes numbered along the first `lead` axes: `fill(i, out)` reads one into an array"
+    shape = tuple(shape)
     def read(**at):
-        want = tuple(at.get(k, slice(None)) for k in axes.lower())
-        if not lead: return plane(0)[want]
+        want = _wanted(axes, at)
         ids = np.arange(prod(shape[:lead])).reshape(shape[:lead])[want[:lead]]
-        xs = [plane(i)[want[lead:]] for i in ids.flat]
-        return np.stack(xs).reshape(ids.shape+xs[0].shape) if ids.ndim else xs[0]
-    return Stored(axes, tuple(shape), dtype, names, read)
+        x = np.empty((ids.size, *shape[lead:]), dtype)
+        for i,out in zip(ids.flat, x): fill(int(i), out)
+        return x.reshape(ids.shape+shape[lead:])[(...,*want[lead:])]
+    return Stored(axes, shape, dtype, names, read)
 
 def _without(s, k, read):
     "The same once a number along axis `k` is chosen by `read`"
@@ -100,19 +107,29 @@ def _without(s, k, read):
 # %% ../nbs/04_planes.ipynb #7c2295d4
 def _own_axes(p, axes):
     "Axes of a page of a TIFF: its samples are colours if they say so, else channels"
+    if 'S' not in axes: return axes
     n,alpha = p.samplesperpixel,{1,2} & set(p.extrasamples)
     colours = p.photometric in (2,6) and (n<4 or alpha) or n==2 and alpha
     return axes if colours else axes.replace('S', 'C')
 
+def _shown(p, x):
+    "Pixels of a page, looked up if it has a palette"
+    return _shades(x, p.colormap.T) if p.photometric==3 else x
+
+def _fill(page, p, i, out):
+    "Read page number `i`, which is like `p`, into an array"
+    page(i, out)
+    if p.photometric==3: out[:] = _shown(p, out)
+
 def _paged(lead, sizes, page, p, own=None, names=None):
-    "Pages like `p`, of which `page(i)` reads one, numbered along the axes `lead`"
+    "Pages like `p`, numbered along the axes `lead`: `page(i, out)` reads one"
     more = [(k,n) for k,n in zip(lead, sizes) if n>1]
     axes,shape = ''.join(k for k,n in more),(*(n for k,n in more),*p.shape)
     own = own or p.axes
-    if 'S' in own and 'C' not in axes: own = _own_axes(p, own)
-    plane = page if p.photometric!=3 else lambda i: _shades(page(i), p.colormap.T)
+    if 'C' not in axes: own = _own_axes(p, own)
     thin = axes in ('I','Q') and own=='YX' and shape[-1]<min(10, *shape[:2])
-    return _planewise('YXC' if thin else axes+own, shape, p.dtype, plane, len(more), names)
+    fill = partial(_fill, page, p)
+    return _planewise('YXC' if thin else axes+own, shape, p.dtype, len(more), fill, names)
 
 # %% ../nbs/04_planes.ipynb #78e7ed44
 def _one_of(n, i, image):
@@ -129,12 +146,11 @@ def _row_of(t, s):
     "A series of pages"
     p,lead = s.keyframe,len(s.shape)-len(s.keyframe.shape)
     axes,sizes = s.axes[:lead],s.shape[:lead]
-    if s.shape[lead:]!=p.shape or s.transform:
-        return _planewise(s.axes, s.shape, s.dtype, lambda i: s.asarray(), 0)
-    def page(i):
-        if s.dataoffset is None: return s[i].asarray()
+    if s.shape[lead:]!=p.shape or s.transform: return _whole(s.axes, s.shape, s.dtype, s.asarray)
+    def page(i, out):
+        if s.dataoffset is None: s[i].asarray(out=out); return
         at = s.dataoffset+i*p.nbytes # one after the other, whatever the number of directories
-        return t.filehandle.read_array(t.byteorder+p.dtype.char, p.size, at).reshape(p.shape)
+        t.filehandle.read_array(t.byteorder+p.dtype.char, p.size, at, out=out)
     return _paged(axes, sizes, page, p, s.axes[lead:], _labels(t, axes, sizes))
 
 def _alike(series):
@@ -148,7 +164,8 @@ def _series(t, i):
     full = [o for o in found if not o.keyframe.is_reduced] or found
     if i is None and len(full)==1: return _row_of(t, full[0])
     if i is None and _alike(full):
-        return _paged('I', (len(full),), lambda i: full[i][0].asarray(), full[0].keyframe)
+        page = lambda i,out: full[i][0].asarray(out=out)
+        return _paged('I', (len(full),), page, full[0].keyframe)
     return _one_of(len(found), i, lambda i: _row_of(t, found[i]))
 
 # %% ../nbs/04_planes.ipynb #aff306be
@@ -174,8 +191,8 @@ def _said(t):
 def _cut(why):
     return ImageError('unreadable', '', f'Cut short: {why}. Copy it again, or leave the site out.')
 
-def _opened_tiff(f):
-    "An open TIFF, all pages of which are there"
+def _open_tiff(f):
+    "A TIFF, all pages of which are there"
     t = TiffFile(f, _multifile=False)
     last,o,kind = t.pages[len(t.pages)-1].offset,t.filehandle,t.tiff
     o.seek(last)
@@ -185,11 +202,12 @@ def _opened_tiff(f):
     if after in (0,t.pages.first.offset): return t
     raise _cut(f'behind {len(t.pages)} pages there were more')
 
-def _page(t, i):
-    "One page by its number"
+def _page(t, i, named):
+    "One page by its number; `named`: with the name of its channel"
     if i>=len(t.pages): raise _no_page(i, len(t.pages))
     p = t.pages[i].aspage()
-    return _paged('', (), lambda _: p.asarray(), p)
+    names = _said(t) if named else None
+    return _whole(_own_axes(p, p.axes), p.shape, p.dtype, lambda: _shown(p, p.asarray()), names)
 
 def _no_page(i, n):
     return ImageError('wrong channel count', '', f'It has no page {i}, but {n}, counted from 0.')
@@ -269,20 +287,27 @@ def _ome_image(t, px, own):
     names = _names_of(px, here[order.index('C')])
     return _paged(order, pages.shape, partial(_ome_page, t, pages, order), p, names=names)
 
-def _ome_page(t, pages, order, i):
-    "Page of plane number `i`, which may be missing"
-    if 0<=(n := pages.flat[i])<len(t.pages): return t.pages[int(n)].asarray()
+def _ome_page(t, pages, order, i, out):
+    "Read plane number `i`, which may be missing"
+    if 0<=(n := pages.flat[i])<len(t.pages): return t.pages[int(n)].asarray(out=out)
     at = zip(order.lower(), np.unravel_index(i, pages.shape), pages.shape)
     at = ', '.join(f'{k}={j}' for k,j,n in at if n>1)
     raise ImageError('missing', '', f'The plane {at} is not in the file, though its description '
                      'names it. Copy it again, or leave the site out.')
 
 # %% ../nbs/04_planes.ipynb #4a73e664
+_more = re.compile('"axes"|images=|truncated') # the first page is not all, or not what it seems
+
 class _Tiff:
-    "An open TIFF of which the first page is not all"
+    "An open TIFF, and what its description says"
     def __init__(self, f):
-        self.file = _opened_tiff(f)
+        self.file = _open_tiff(f)
         self.close = self.file.close
+
+    def plain(self, named):
+        "Is all there is one page, which need not be described?"
+        t,p = self.file,self.file.pages.first
+        return not (len(t.pages)>1 or p.is_stk or named and t.is_ome or _more.search(p.description))
 
     @cached_property
     def ome(self):
@@ -292,24 +317,14 @@ class _Tiff:
         here = lambda px: any(_is_own(o, own) for o in px.iterfind('TiffData'))
         return [*filter(here, root.iterfind('Image/Pixels'))],own
 
-    def image(self, at):
-        "The page or the series that `at` chooses"
+    def image(self, at, named):
+        "The page or the series that `at` chooses; `named`: with the name of a single channel, too"
         t,page,i = self.file,at.pop('page', None),at.pop('series', None)
-        if page is not None: return _page(t, page)
+        if page is None and i is None and self.plain(named): page = 0
+        if page is not None: return _page(t, page, named)
         images,own = self.ome
         if not images: return _series(t, i)
         return _one_of(len(images), i, lambda i: _ome_image(t, images[i], own))
-
-# %% ../nbs/04_planes.ipynb #2c33de50
-_more = re.compile('"axes"|images=|truncated') # the first page is not all, or not what it seems
-
-def _quick(o, at, named):
-    "The page of a plain TIFF, None if there is more to it; `named`: with its channel's name"
-    t = _opened_tiff(o)
-    p = t.pages.first
-    if at.keys() & {'page','series'} or named and t.is_ome or p.is_stk or len(t.pages)>1: return
-    if _more.search(p.description): return
-    return _paged('', (), lambda _: p.asarray(), p, names=_said(t) if named else None)
 
 # %% ../nbs/04_planes.ipynb #5d73a897
 _exact = {
@@ -325,7 +340,7 @@ def _decoder(head):
 def _decoded(x):
     "An array of rows, columns and samples"
     axes = 'YX' if x.ndim==2 else 'YXS' if x.shape[2] in (2,3,4) else 'YXC'
-    return _planewise(axes, x.shape, x.dtype, lambda i: x, 0)
+    return _whole(axes, x.shape, x.dtype, lambda: x)
 
 def _pillow(o, at):
     "A picture that Pillow opens"
@@ -339,7 +354,7 @@ def _pillow(o, at):
                                                f'grey levels. {_cure}')
     (axes,dtype),(w,h) = _modes[im.mode],im.size
     shape = (h, w, *[len(im.getbands())]*(len(axes)>2))
-    return _planewise(axes, shape, np.dtype(dtype), lambda i: _intensities(im), 0)
+    return _whole(axes, shape, np.dtype(dtype), partial(_intensities, im))
 
 # %% ../nbs/04_planes.ipynb #50d08efb
 _cure = 'Save the channel by itself, in grey levels of 8 or 16 bits.'
@@ -385,11 +400,11 @@ def _refuse(path):
 # %% ../nbs/04_planes.ipynb #4d817cc1
 _TIFF = b'II*\0',b'MM\0*',b'II+\0',b'MM\0+'
 
-def _picture(o, at, named):
-    "What is in an open file that is no container; None: a TIFF that holds more than a page"
+def _picture(o, at):
+    "What is in an open file that is no container: a picture, or an open TIFF"
     head = o.read(26)
     o.seek(0)
-    if head[:4] in _TIFF: return _quick(o, at, named)
+    if head[:4] in _TIFF: return _Tiff(o)
     decode = _decoder(head)
     return _decoded(decode(o.read())) if decode else _pillow(o, at)
 
@@ -405,27 +420,31 @@ def open_picture(
     at:dict, # `page`, `series`
 )->Stored:
     "A picture in memory"
-    return _picture(BytesIO(raw), at, True) or _Tiff(BytesIO(raw)).image(at)
+    s = _picture(BytesIO(raw), at)
+    return s.image(at, True) if isinstance(s, _Tiff) else s
 
 def _boxed(a, box, at):
     "What is in a container, which may hand over the bytes of a picture"
     s = OPENERS[box](a.path, a.inner, at)
     return open_picture(s, None, at) if isinstance(s, bytes) else s
 
+_long = set() # TIFFs of so many pages that they are kept open
+
 @contextmanager
 def _found(a, at, named):
     "What is at the path of an address"
     box,_ = box_in(a.path)
     if not box and os.path.isdir(a.path): box = _nameless(a.path)
-    if box: yield _boxed(a, box, at)
-    else:
-        _refuse(a.path)
-        path = local(a.path) if '://' in a.path else a.path
+    if box: yield _boxed(a, box, at); return
+    _refuse(a.path)
+    path = local(a.path) if '://' in a.path else a.path
+    if path not in _long:
         with open(path, 'rb') as o:
-            s = _picture(o, at, named)
-            if s: yield s
-        if s: return
-        with held(path, _Tiff) as t: yield t.image(at)
+            s = _picture(o, at)
+            if not isinstance(s, _Tiff): yield s; return
+            if len(s.file.pages)<=100: yield s.image(at, named); return
+        _long.add(path)
+    with held(path, _Tiff) as t: yield t.image(at, named)
 
 # %% ../nbs/04_planes.ipynb #9bb39a4e
 _stands = dict(c='CSIQ', z='ZIQ', t='T') # axes that a selector may mean, the likeliest first

@@ -376,6 +376,20 @@ def test_many_threads_one_file(tmp_path):
     with ThreadPoolExecutor(8) as pool: xs = pool.map(lambda o: read_plane(f'{f}#t={o[0]},z={o[1]},c={o[2]}'), at)
     for (t,z,c),x in zip(at, xs): assert (x == X[t,z,c]).all()
 
+def test_a_file_of_many_pages(tmp_path):
+    "It stays open, and is still read right once it is written anew, or gone"
+    x = g.integers(0, 4000, (60, 2, 16, 24)).astype(np.uint16)
+    f = ome(tmp_path/'a.ome.tif', x, 'TCYX', DYES)
+    at = [(t,c) for t in range(60) for c in range(2)]
+    with ThreadPoolExecutor(8) as pool: xs = list(pool.map(lambda o: read_plane(f'{f}#t={o[0]},c={o[1]}'), at))
+    assert (np.stack(xs) == x.reshape(-1, 16, 24)).all() and (read_plane(f'{f}#page=117') == x[58,1]).all() and names_of(f) == DYES
+    ome(f, x[::-1], 'TCYX')
+    assert (read_plane(f'{f}#t=1,c=1') == x[58,1]).all() and names_of(f) is None
+    tiff(f, x[0,0])
+    assert (read_plane(f) == x[0,0]).all()
+    f.unlink()
+    with pytest.raises(ImageError, match='missing'): read_plane(f)
+
 def test_a_file_that_is_written_anew(tmp_path):
     f = ome(tmp_path/'a.ome.tif', X, 'TZCYX')
     assert (read_plane(f'{f}#t=1,z=1,c=1') == X[1,1,1]).all()
