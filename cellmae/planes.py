@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'NOT_READ', 'Address', 'address', 'parse_address', 'open_picture', 'look_into', 'nth', 'projected',
-           'read_site', 'read_image', 'read_plane', 'size_of', 'names_of', 'paths_of']
+           'read_site', 'read_image', 'read_plane', 'size_of', 'names_of']
 
 # %% ../nbs/04_planes.ipynb #6d9a4058
 import os, re
@@ -584,7 +584,7 @@ def _read(f, z=None, t=None, single=False):
         x = _chw(x.astype(x.dtype.newbyteorder('='), copy=False), axes)
         return _single(x, axes) if single else x
 
-def _planes_of(f): return f if isinstance(f, tuple) else str(f).split('|')
+def _planes_of(f): return str(f).split('|')
 
 def _stack(f, z, t, single):
     "`(C,H,W)` of an address, or of several that are planes of one image"
@@ -655,8 +655,3 @@ def size_of(address)->tuple: # `(H,W)`
 def names_of(address)->list|None: # None: the file has none
     "Names of the channels as the file has them"
     return look_into(_planes_of(address)[0]).names
-
-def paths_of(root, name):
-    "The file of a name, or all files of its planes"
-    fs = tuple(root/f for f in name.split('|'))
-    return fs if len(fs)>1 else fs[0]
