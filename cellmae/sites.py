@@ -261,22 +261,32 @@ def _spread(name, values, df, site):
     return pd.DataFrame(grid, columns=[f'{name}_{c}' for c in channels])
 
 # %% ../nbs/05_sites.ipynb #0e199e5e
-ELSEWHERE = '^(Image_)?(FileName|PathName|URL)_'
+ELSEWHERE = '^(Image_)?(FileName|PathName|URL|Series|Frame)_'
 
 def _paths(values):
     "Names of files as text, with `/` between folders"
     fs = [f.strip() if type(f) is str else label(f) for f in values]
     return [f.replace('\\', '/') for f in fs] if '\\' in ''.join(fs) else fs
 
+def _ends(at, c, n):
+    "What `Series_` or `Frame_` choose within the files of a channel, as ends of addresses"
+    told = {k: at.get(f'{was}_{c}', ()) for k,was in (('series','Series'),('page','Frame'))}
+    told = {k:v for k,v in told.items() if set(v)-{'','0'}}
+    if len(told)==2: raise ValueError(f'Series_{c} and Frame_{c} both choose within files. Write '
+                                      f'addresses, `file_{c}`: `a.tif#series=1,z=3`.')
+    return next(([f'#{k}={i or 0}' for i in v] for k,v in told.items()), ['']*n)
+
 def _load_data(df):
-    "Files by channel from CellProfiler's columns `FileName_`, `PathName_`, or else `URL_`"
+    "Files by channel from CellProfiler's columns `FileName_` and `PathName_`, or else `URL_`"
     at = {re.sub('^Image_', '', str(c)): _paths(df[c]) for c in df if re.search(ELSEWHERE, str(c))}
-    names = {c[9:]: at[c] for c in at if c.startswith('FileName_')}
-    names = names or {c[4:]: at[c] for c in at if c.startswith('URL_')}
-    ways = {c: at.get(f'PathName_{c}', ['']*len(df)) for c in names}
-    join = lambda way,f: f'{way.rstrip("/")}/{f}' if way and f else f
-    return {re.sub('^Orig', '', c): [join(w, f) for w,f in zip(ways[c], fs)]
-            for c,fs in names.items()}
+    names = dict.fromkeys(c.partition('_')[2] for c in at if c.startswith(('FileName_','URL_')))
+    return {re.sub('^Orig', '', c): _whole(at, c, len(df)) for c in names}
+
+def _whole(at, c, n):
+    "Addresses of a channel: a name in its folder, or else a URL, and what is chosen there"
+    way,name,url = (at.get(f'{k}_{c}', ['']*n) for k in ('PathName','FileName','URL'))
+    files = [f'{w.rstrip("/")}/{f}' if w and f else f or u for w,f,u in zip(way, name, url)]
+    return [f and f+end for f,end in zip(files, _ends(at, c, n))]
 
 def file_columns(df):
     "Names of files by raw channel; `file` where one image holds all"

@@ -677,3 +677,22 @@ def test_a_home_made_table_with_folders_and_planes(tmp_path):
     pd.DataFrame(rows).to_csv(tmp_path/'t.csv', index=False)
     same_pixels(Screen.open(tmp_path, z=2), 'C02', '1', ['a','b'], [x['C2/a2.tif'], x['C2/b2.tif']])
     with pytest.raises(ValueError, match='z'): Screen.open(tmp_path)
+
+@pytest.mark.parametrize('kind', ['Series','Frame'])
+def test_load_data_within_files(tmp_path, kind):
+    "Sites are images or pages of one file"
+    x = pixels(0, 2, 4, 6)
+    with tifffile.TiffWriter(tmp_path/'all.tif', ome=kind=='Series') as w:
+        for o in x: w.write(o, contiguous=kind=='Frame', photometric='minisblack')
+    pd.DataFrame({'Metadata_Well':['B03','C02'], 'FileName_OrigDNA':'all.tif', 'PathName_OrigDNA':str(tmp_path),
+                  'Series_OrigDNA':[0,int(kind=='Series')], 'Frame_OrigDNA':[0,int(kind=='Frame')]}).to_csv(tmp_path/'t.csv', index=False)
+    for s in (Screen.open(tmp_path), Screen(tmp_path/'t.csv')):
+        same_pixels(s, 'B03', '1', ['DNA'], x[:1])
+        same_pixels(s, 'C02', '1', ['DNA'], x[1:])
+
+def test_load_data_some_files_here_and_some_on_the_web(tmp_path):
+    df = load_table('/home/x').assign(URL_OrigDNA=['','s3://b/c.tiff'], URL_OrigER='')
+    df.loc[1,'FileName_OrigDNA'] = ''
+    df.to_csv(tmp_path/'load_data.csv', index=False)
+    t = scan(tmp_path, 'load_data').table
+    assert list(t['file_DNA'])==['/home/x/r02c03-ch1.tiff','s3://b/c.tiff'] and list(t['file_ER'])[1]=='/home/x/r03c02-ch2.tiff'
