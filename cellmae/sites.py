@@ -116,10 +116,6 @@ def filled(df):
     return df
 
 # %% ../nbs/05_sites.ipynb #79fffe78
-def choose_plane(df, field, want, name): # until `layouts` calls `choose`
-    df = df.rename(columns={'time':'t'})
-    return choose(df, **({'z':want,'t':'all'} if name=='z' else {'z':'max','t':want}))[0]
-
 def _numbered(df, columns):
     "A number per combination of the columns that there are, sorted as people count"
     codes = np.zeros(len(df), int)
@@ -207,7 +203,7 @@ def choose(
 def _once(df, code, where):
     "Refuse two files for one place"
     if not len(code) or code.max()+1==len(code): return
-    a = code[pd.Series(code).duplicated().to_numpy()][0]
+    a = code[pd.Series(code).duplicated().to_numpy()].min()
     pair = ' and '.join(sorted(df['file'].to_numpy()[code==a])[:2])
     raise ValueError(f'{where}: two files for one site and channel, {pair}. Add {{site}}, {{z}} '
                      'or {t} where they differ, or spell out the one you want.')
