@@ -163,14 +163,16 @@ def _rows(part, names, root):
     known = dict(home=part.home, file=file, channel=table['channel'].map(names))
     plate = part.plate or _place(f'{root}/{part.home}'.rstrip('/')).rpartition('/')[2]
     table = table.assign(plate=plate, **known)
-    return table[_long(table, 'home')].drop_duplicates()
+    single = [k for k in ('z','t') if k in table and table[k].nunique()==1]
+    return table[_long(table, 'home')].drop(columns=single).drop_duplicates()
 
 def _table(listing, parts, numbers):
-    "All rows; what only some plates count has one value on the others"
+    "All rows; plates of one plane or time are of the first where others have several"
     root = str(listing.root) if '://' in str(listing.root) else Path(listing.root).absolute()
     rows = [_rows(p, n, root) for p,n in zip(parts, numbers)]
     table = pd.concat(rows, ignore_index=True).dropna(axis=1, how='all')
-    return table.fillna(dict(illum='')).fillna('1')
+    first = {k: _by_number({*table[k].dropna()}-{''})[0] for k in ('z','t') if k in table}
+    return table.fillna(dict(first, illum='')).fillna('1')
 
 def _batches(table):
     "Plates of one name from several folders are told apart by their folders"

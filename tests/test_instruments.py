@@ -100,6 +100,16 @@ def test_phenix_channels_go_by_names(tmp_path):
     eq(found.names, {o: o for o in dyes})
     assert '1 is Alexa 647 or HOECHST 33342' in found.said[0]
 
+def test_phenix_times_of_two_versions(tmp_path):
+    "Harmony 5 counts times from 0 and 7 from 1: one time each is no choice; several are"
+    for plate,times in (('P1', [0]), ('P2', [1]), ('P3', [1,2])):
+        shots = [shot(2, 3, t=t, name='DAPI') for t in times]
+        put(tmp_path, [f'{plate}/{o}' for o,_ in shots],
+            **{f'{plate}/Index.idx.xml': index(shots, plate=plate)})
+        found = scan(tmp_path, 'phenix')
+        eq('t' in found.table, plate=='P3')
+    eq(rows(found, 'plate','t'), [['P1','1'], ['P2','1'], ['P3','1'], ['P3','2']])
+
 def test_phenix_plate_measured_twice(tmp_path):
     "Two measurements of a plate are two batches, not two images of a site"
     for m in 'ab':
@@ -249,7 +259,8 @@ def test_imagexpress_two_plates_and_a_well_without_images(tmp_path):
     files = ['a/TimePoint_1/A_B03_w1.tif', 'b/TimePoint_2/B_C02_w10.tif', 'b/overview_C02.tif']
     put(tmp_path, files, **{'a/A.htd': HTD % b'FALSE', 'b/B.HTD': HTD % b'FALSE'})
     found = scan(tmp_path, 'imagexpress')
-    eq(rows(found, 'plate','well','channel','t'), [['A','B03','DAPI','1'], ['B','C02','Cy5','2']])
+    eq(rows(found, 'plate','well','channel'), [['A','B03','DAPI'], ['B','C02','Cy5']])
+    assert 't' not in found.table # one time each
     eq(found.left, ['b/overview_C02.tif'])
     assert any('without an image: 1 of 2 wells, such as C02' in o for o in found.said)
 
