@@ -13,8 +13,9 @@ from functools import lru_cache
 from os.path import splitext
 from pathlib import Path
 from .files import moved, progress, read_table, write_whole
-from .labels import well_name
-from .images import ImageError, check_pixels, fit_range, to_uint8
+from .labels import did_you_mean, well_name
+from .images import (STAINS, ImageError, canonical_stain, check_pixels, fit_range,
+                            to_uint8)
 from .containers import OPENERS, is_remote, local
 from .planes import (NOT_READ, SUFFIXES, address as address_of, look_into,
                             parse_address, read_plane, read_site)
@@ -57,6 +58,7 @@ class Screen:
         if how.get('own') and controls is None and not names:
             self.table,self.channels,self._raw = df,how['channels'],None # in order, as saved
         else: self._raw = self._arrange(df, how['channels'], how.get('names'), controls, names)
+        self._lit()
         self._whole,self._ranges = self,how['ranges']
         if self._ranges is not None: self._ranges = np.float32(self._ranges)
 
@@ -70,18 +72,22 @@ def _arrange(self:Screen, df, channels, found, controls, names):
     light = {f'illum_{c}':fs for c,fs in illum_columns(df).items()}
     df,files = self._unfolded(df, at_home({**file_columns(df), **light}, self.root, self.replace))
     light = {c[6:]: files.pop(c) for c in light}
-    if 'file' in files: found = self._names_within(files['file'], len(channels or ())>1)
+    found = found or self._names_within(files, channels)
     new = name_channels(files, channels, found) # as the files call them -> as we do
     if 'file' not in files: files = {f'file_{n}': files[r] for r,n in new.items()}
     files |= {f'illum_{new.get(c, c)}':fs for c,fs in light.items()}
     self.channels = list(new.values())
     df = df.drop(columns=[c for c in df if str(c).startswith('illum_')])
     self.table = arranged(df, files, controls, self.root.resolve().name)
-    if self.illum and not light: raise ValueError(
-        '`illum=True`, but nothing says how the light falls: no column `illum_<channel>`.')
     if light and not self.illum:
         print('Illumination functions are there, but not applied: `illum=True` divides by them')
     return new
+
+@patch
+def _lit(self:Screen):
+    "Refuse to divide by what is not there"
+    if self.illum and not any(str(c).startswith('illum_') for c in self.table): raise ValueError(
+        '`illum=True`, but nothing says how the light falls: no column `illum_<channel>`.')
 
 # %% ../nbs/13_screen.ipynb #169940f9
 @patch
@@ -103,19 +109,37 @@ def _some(n, most=8):
     return np.unique(np.linspace(0, n-1, min(n, most)).astype(int))
 
 @patch
-def _names_within(self:Screen, files, several):
-    "Names of channels as a few files have them; None if they have none"
+def _looked(self:Screen, files):
+    "What some addresses lead to, as far as they are there: `{address: Stored}`"
     seen = {}
-    for f in [files[i] for i in _some(len(files)) if files[i]]:
-        try: s = look_into(self.address(f).split('|')[0])
+    for f in files:
+        try: seen[f] = look_into(self.address(f).split('|')[0])
         except ImageError as e:
-            if e.problem in ABSENT: continue
-            raise
-        if several and _length(s, 'S')>2: raise ImageError('in colours', f, 'A picture, such as an '
-            'overlay of stains: its colours are no channels. Save each channel by itself.')
-        seen.setdefault(tuple(s.names or ()), f)
-    if len(seen)<2: return list(next(iter(seen), ())) or None
-    (a,f),(b,g) = list(seen.items())[:2]
+            if e.problem not in ABSENT: raise
+    return seen
+
+# %% ../nbs/13_screen.ipynb #7f450bb2
+@patch
+def _names_within(self:Screen, files, channels):
+    "Names of channels in the files: a list, `{raw: name}` of stains, or None if there are none"
+    some = {r: [fs[i] for i in _some(len(fs)) if fs[i]] for r,fs in files.items()}
+    if 'file' in files: return self._names_in_planes(some['file'], channels)
+    first = {r: [*self._looked(fs[:1]).values()] for r,fs in some.items()}
+    names = {r: s[0].names[0] for r,s in first.items() if s and s[0].names and len(s[0].names)==1}
+    is_stain = lambda n: canonical_stain(n) in STAINS
+    return {r:n for r,n in names.items() if is_stain(n) and not is_stain(r)}
+
+@patch
+def _names_in_planes(self:Screen, files, channels):
+    "Names of the planes of a few files, which must agree"
+    seen = self._looked(files)
+    for f,s in seen.items():
+        if len(channels or ())>1 and _length(s, 'S')>2: raise ImageError('in colours', f,
+            'A picture, such as an overlay of stains: its colours are no channels. Save each '
+            'channel by itself.')
+    names = {tuple(s.names or ()): f for f,s in reversed(seen.items())}
+    if len(names)<2: return list(next(iter(names), ())) or None
+    (b,g),(a,f) = list(names.items())[-2:]
     raise ValueError(f'The channels of {f} are {list(a)}, those of {g} {list(b)}. Open them as '
                      'two screens, or save them alike.')
 
@@ -270,26 +294,42 @@ def _from_table(f, saved, given):
     "A table, and how to read its images: as given, else as saved with it"
     own = 'table' in saved and not any(given[k] for k in ('channels','root','replace'))
     if given['channels']: saved.pop('ranges', None) # they belong to the channels saved
-    root = f.parent/saved.pop('root', '')
+    root,still = f.parent/saved.pop('root', ''),saved.get('still', (None,None))
+    still = [given[k] if given[k] is not None else how for k,how in zip('zt', still)]
     how = {**given, 'root':root, **saved, **{k:v for k,v in given.items() if v is not None}}
-    return (pd.read_parquet if own else read_table)(f),{**how, 'own':own}
+    df = (pd.read_parquet if own else read_table)(f)
+    return df,{**how, 'still':still, 'own': own and 'all' not in still}
 
-def _is_table(x):
+def _is_table(f):
     "A file that lists sites, rather than holding them or being a mark of what does"
     kinds = {*SUFFIXES, *OPENERS, *('.'+o for o in NOT_READ)}-{'.parquet'}
-    return splitext(x)[1].lower() not in kinds and not recognise(x)
+    return f.is_file() and splitext(f)[1].lower() not in kinds and not recognise(f)
 
+def _table_at(x):
+    "The table that a path leads to, or None; and what was saved with it"
+    if is_remote(x) and splitext(x)[1] in ('.csv','.gz','.parquet','.tsv'): x = local(x)
+    if is_remote(x): return None,{}
+    f = Path(x)
+    if not f.exists():
+        raise FileNotFoundError(f'{x}: missing. Check the path; `Screen.save` makes a folder.')
+    return _kept(f) if f.is_dir() else (f if _is_table(f) else None,{})
+
+# %% ../nbs/13_screen.ipynb #9f5ec959
 def _opened(x, given, **options):
     "A table, and how to read its images: as given, as saved, or as it was found"
-    if isinstance(x, pd.DataFrame): return x,given
-    x = local(x) if is_remote(x) and splitext(x)[1] in ('.csv','.gz','.parquet','.tsv') else x
-    if not is_remote(x) and not Path(x).exists():
-        raise FileNotFoundError(f'{x}: missing. Check the path; `Screen.save` makes a folder.')
-    f,saved = _kept(Path(x)) if Path(x).is_dir() else (Path(x),{})
-    if f and f.is_file() and _is_table(f): return _from_table(f, saved, given)
+    listed = isinstance(x, pd.DataFrame)
+    f,saved = (None,{}) if listed else _table_at(x)
+    if listed or f: _no_options(options)
+    if listed: return x,given
+    if f: return _from_table(f, saved, given)
     found = find_plates(x, z=given['z'], t=given['t'], **options)
-    return found.table,{**given, 'root':found.root, 'still':found.still, 'names':found.names,
-                        'found':found}
+    return found.table,{**given, 'root': given['root'] or found.root, 'still':found.still,
+                        'names':found.names, 'found':found}
+
+def _no_options(options):
+    "Refuse what means nothing to a table"
+    odd = [k for k,v in options.items() if v is not None]
+    if odd: raise ValueError(f'{odd[0]} is no option of a table.{did_you_mean(odd[0], KEYS)}')
 
 # %% ../nbs/13_screen.ipynb #53e6573a
 def _constant(well, names):
@@ -299,7 +339,8 @@ def _constant(well, names):
 
 def _mapped(cls, df, how, meta, controls, names):
     "A screen with its plate map"
-    if meta is not None: df,names = join_plate_map(df, meta, names),{}
+    if meta is not None:
+        df,names,how = join_plate_map(df, meta, names),{},{**how, 'own':False}
     s = cls.__new__(cls)
     s._fill(df, how, controls, names)
     return s
@@ -346,7 +387,7 @@ def _tell(self:Screen, found, **given):
     places = dict(plate=SITE[:2], well=WELL, site=site_key(self.table))
     n = {k: len(self.table[on].drop_duplicates()) for k,on in places.items()}
     print(f"{found.what}: {', '.join(f'{m:,} {k}' + 's'*(m!=1) for k,m in n.items())}")
-    print(f"Channels: {', '.join(self.channels)}{self._pixels()}")
+    print(f"Channels: {', '.join(self.channels)} ({self._pixels()})")
     for o in found.said: print(o)
     for o in leftovers(found.left): print(f'Left out: {o}')
     given = {k:v for k,v in dict(channels=self._raw, **given).items() if v is not None}
@@ -360,13 +401,23 @@ def _code(k, v):
 # %% ../nbs/13_screen.ipynb #e10c0b16
 @patch
 def _pixels(self:Screen):
-    "Size and type of the first site that can be read; what is wrong with all of them is raised"
+    "What the first site that can be read looks like; what is wrong with all of them is raised"
     for i in _some(len(self)):
         try: x = self.read(i)
         except ImageError as e:
             if e.problem not in ABSENT: raise
-        else: return f" ({'x'.join(map(str, x.shape[1:]))}, {x.dtype})"
-    return ' (no file of a few could be read: `check` says why)'
+        else: return f"{'x'.join(map(str, x.shape[1:]))} {x.dtype}{self._depths(i)}"
+    return 'none of a few can be read: `check` says why'
+
+@patch
+def _depths(self:Screen, i):
+    "What is chosen of planes and times, and of how many"
+    files = self.files(i)
+    first = files if isinstance(files, str) else files[0]
+    s,n = look_into(first.split('|')[0]),first.count('|')+1
+    deep = dict(z=max(n, _length(s, 'Z')), t=_length(s, 'T'))
+    chosen = {k: getattr(self, k) for k in deep if getattr(self, k) is not None}
+    return ''.join(f', {k}={v!r}'+f' of {deep[k]}'*(deep[k]>1) for k,v in chosen.items())
 
 # %% ../nbs/13_screen.ipynb #c94ef556
 @patch(cls_method=True)

@@ -99,18 +99,21 @@ def test_arrayscan_has_nothing_between_well_and_field(tmp_path, capsys):
         ['AS_09125_050116030001', w, f] for w in ('C07', 'D03') for f in ('00', '01')]
     assert same(capsys).fingerprint() == s.fingerprint()
 
-@pytest.mark.parametrize('names,said', [
-    ([f'01_POS{p}_{c}.TIF' for p in ('002', '076') for c in 'DF'], 'wells are numbers, such as 002.*plate_shape'),
-    ([f'W00{w}F0001T0001Z000C{c}.tif' for w in ('13', '25') for c in '12'], 'wells are numbers, such as 0013.*plate_shape')])
-def test_wells_that_are_running_numbers(tmp_path, names, said, capsys):
-    write(tmp_path, *names)
-    with pytest.raises(ValueError, match=said): Screen.open(tmp_path)
-    for shape,wells in (((8, 12), {'POS002': 'A02', 'POS076': 'G04', '13': 'B01', '25': 'C01'}),
-                        ((16, 24), {'POS002': 'A02', 'POS076': 'D04', '13': 'A13', '25': 'B01'})):
-        s = Screen.open(tmp_path, plate_shape=shape)
-        holds(s, names)
-        assert s.wells.well.tolist() == [w for k,w in wells.items() if any(k in n[:9] for n in names)]
-        assert same(capsys).fingerprint() == s.fingerprint()
+def test_positions_are_no_wells_but_are_kept_apart(tmp_path, capsys):
+    names = [f'01_POS{p}_{c}.TIF' for p in ('002', '076', '218') for c in 'DF']
+    s = Screen.open(write(tmp_path, *names))
+    holds(s, names)
+    assert s.wells.well.tolist() == ['POS002', 'POS076', 'POS218']
+    out = capsys.readouterr().out
+    assert '3 of 3 wells are no place on a plate, such as POS002' in out
+
+@pytest.mark.parametrize('shape,wells', [((8, 12), ['B01', 'C01']), ((16, 24), ['A13', 'B01'])])
+def test_wells_that_are_running_numbers(tmp_path, shape, wells, capsys):
+    names = [f'W00{w}F0001T0001Z000C{c}.tif' for w in ('13', '25') for c in '12']
+    with pytest.raises(ValueError, match='wells are numbers, such as 0013.*plate_shape'): Screen.open(write(tmp_path, *names))
+    s = Screen.open(tmp_path, plate_shape=shape)
+    holds(s, names)
+    assert s.wells.well.tolist() == wells and same(capsys).fingerprint() == s.fingerprint()
 
 def test_names_in_a_zip_open_as_the_folder_does(tmp_path, capsys):
     write(tmp_path/'plates', *phenix)
@@ -320,7 +323,7 @@ def test_a_table_says_what_it_is(tmp_path, capsys):
     (tmp_path/'list.csv').write_text('well,gene,file_DAPI\nB3,DMSO,a.tif\nC2,X,b.tif\n')
     s = Screen.open(tmp_path/'list.csv', perturbation='gene')
     out = capsys.readouterr().out
-    assert 'A table of sites: 1 plate, 2 wells, 2 sites' in out and 'DNA (6x8, uint16)' in out
+    assert 'A table of sites: 1 plate, 2 wells, 2 sites' in out and 'DNA (6x8 uint16)' in out
     assert eval(out.split('The same: ')[1], dict(Screen=Screen)).fingerprint() == s.fingerprint()
     holds(s, ['a.tif', 'b.tif'])
 
@@ -367,6 +370,34 @@ def test_paths_of_another_machine_can_be_replaced(tmp_path, capsys):
     again = Screen(s.save(tmp_path/'out'))
     assert again.replace == s.replace and (again.read(1) == s.read(1)).all()
     assert same(capsys).fingerprint() == s.fingerprint()
+
+def test_a_table_takes_no_options_of_layouts(tmp_path):
+    write(tmp_path, 'a.tif')
+    (tmp_path/'list.csv').write_text('well,file_DAPI\nB3,a.tif\n')
+    for o in (dict(plate_shape=(8, 12)), dict(pertubation='gene')):
+        with pytest.raises(ValueError, match=f'{[*o][0]} is no option'): Screen.open(tmp_path/'list.csv', **o)
+
+def test_a_table_in_memory(tmp_path, capsys):
+    t = pd.DataFrame(dict(well=['B3', 'C2'], file_DAPI=['a.tif', 'b.tif']))
+    s = Screen.open(t, root=write(tmp_path, 'a.tif', 'b.tif'))
+    holds(s, ['a.tif', 'b.tif'])
+    assert same(capsys, table=t).fingerprint() == s.fingerprint()
+
+def test_another_choice_of_planes_than_was_saved(tmp_path):
+    for w in ('B03', 'C02'): ome(tmp_path/f'P_{w}_s1_w1.tif', stack(ord(w[0]), 3, 6, 8), 'ZYX')
+    s = Screen.open(tmp_path, z='max')
+    s.save(tmp_path/'out')
+    for z in (1, 'mean', 'all'):
+        a,b = Screen(tmp_path/'out', z=z),Screen.open(tmp_path, z=z)
+        assert a.z == z and len(a) == len(b) and all((a.read(i) == b.read(i)).all() for i in range(len(a)))
+
+@pytest.mark.parametrize('channels,want', [(None, ['DNA', '2']), ({'1': 'DNA', '2': 'ER'}, ['DNA', 'ER']), ({'1': 'ER', '2': 'DNA'}, None)])
+def test_a_file_per_channel_names_it_too(tmp_path, channels, want):
+    for w,(c,n) in product(('B03', 'C02'), {1: 'Hoechst', 2: 'FITC'}.items()):
+        ome(tmp_path/f'P_{w}_s1_w{c}.tif', stack(c, 6, 8), 'YX', n)
+    if want: assert Screen.open(tmp_path, channels=channels).channels == want
+    else:
+        with pytest.raises(ValueError, match="Channel 1 is 'Hoechst' in the files, not 'ER'"): Screen.open(tmp_path, channels=channels)
 
 # --- scale
 
