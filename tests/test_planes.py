@@ -2,8 +2,11 @@
 import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from struct import pack
+from threading import Thread
 from zipfile import ZipFile
 
 import h5py
@@ -315,7 +318,9 @@ def test_pictures(ending, bits, tmp_path):
     elif ending=='jxr': f.write_bytes(imagecodecs.jpegxr_encode(x, level=1.))
     elif ending=='tif': tiff(f, x)
     else: Image.fromarray(x).save(f)
-    for o in (f, f'{f}#c=0', f'{f}#z=0,t=0'): assert (read_plane(o) == x).all()
+    for o in (f, f'{f}#c=0', f'{f}#z=0,t=0', f'{f}#series=0', f'{f}#page=0'): assert (read_plane(o) == x).all()
+    for k in ('c', 'z', 't', 'series', 'page'):
+        with pytest.raises(ImageError, match=f'no {k}[= ]1'): read_plane(f'{f}#{k}=1')
     assert size_of(f) == x.shape and look_into(f).read().dtype == x.dtype == look_into(f).dtype
 
 def test_channels_of_a_colour_picture(tmp_path):
@@ -336,6 +341,26 @@ def test_pictures_in_a_zip(inner, tmp_path):
 def test_a_store_under_any_name(tmp_path):
     as_zarr(tmp_path/'plate', X, 'TZCYX')
     assert (read_site(tmp_path/'plate', 3, 1) == X[1,3]).all() and names_of(f'{tmp_path}/plate#c=1') == DYES[1:]
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    "A folder, and where it is on the web"
+    monkeypatch.setenv('CELLMAE_CACHE', str(tmp_path/'cache'))
+    (tmp_path/'www').mkdir()
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=tmp_path/'www')) as o:
+        Thread(target=o.serve_forever, daemon=True).start()
+        yield tmp_path/'www',f'http://127.0.0.1:{o.server_port}'
+        o.shutdown()
+
+def test_what_is_remote(web):
+    folder,url = web
+    ome(folder/'a #1.ome.tif', X[0], 'ZCYX', DYES); as_h5(folder/'a.h5', X[0], 'ZCYX')
+    with ZipFile(folder/'a.zip', 'w') as z: z.write(folder/'a #1.ome.tif', 'b/a.tif')
+    for f in ('a%20%231.ome.tif#', 'a%20%231.ome.tif?key=1&b=2#', 'a.h5?key=1#/a,', 'a.zip#b/a.tif,'):
+        assert (read_plane(f'{url}/{f}c=1,z=3') == X[0,3,1]).all() and size_of(f'{url}/{f}c=0') == (24, 36)
+    assert names_of(f'{url}/a%20%231.ome.tif') == DYES
+    assert (read_site((folder/'a #1.ome.tif').as_uri(), 2) == X[0,2]).all()
+    with pytest.raises(ImageError, match=f'{url}/none.tif#c=1: missing.*404'): read_site(f'{url}/none.tif#c=1')
 
 # ---- planes in files of their own
 
