@@ -7,9 +7,10 @@ __all__ = ['Part', 'fields_of', 'attributes_of', 'measures', 'wells_of', 'names_
            'polynomial', 'open_flatfield', 'phenix', 'htd', 'metaseries', 'imagexpress', 'yokogawa', 'incell', 'scanr']
 
 # %% ../nbs/08_instruments.ipynb #fb9fc780
-import json, re
+import gc, json, re
 import numpy as np, pandas as pd
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from .files import progress
 from .images import ImageError
 from .labels import row_letters, well_name
 from .layouts import Scan, layout
+from .patterns import Listing
 from .planes import SUFFIXES
 
 # %% ../nbs/08_instruments.ipynb #555a98fb
@@ -38,6 +40,19 @@ class Part(NamedTuple):
 def home_of(name):
     "Folder of a name in a listing, empty for the root"
     return name.rpartition('/')[0]
+
+def whole(listing, found):
+    "The listing; of the folder, where somebody named the metadata file itself"
+    return Listing(listing.root) if listing.names==[*found] else listing
+
+@contextmanager
+def uncollected():
+    "Half the time for XML: it makes a million objects, and no garbage to look for"
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
 
 def only(values):
     "The one value that is said, or None"
@@ -138,7 +153,7 @@ def _read(read, listing, o):
 def _parts(listing, read, each):
     "What each metadata file says, if one of them names images, and what a person should know"
     many = progress(each, what='plates') if len(each)>3 else each
-    parts = [_read(read, listing, o) for o in many]
+    with uncollected(): parts = [_read(read, listing, o) for o in many]
     said = [s for p in parts for s in p.said]
     parts = [p for p in parts if len(p.table)]
     if parts: return parts, said
@@ -191,6 +206,7 @@ def joined(
     each, # What it reads in turn: names of metadata files, one per plate
 )->Scan:
     "All plates as one table, without the images that are absent"
+    listing = whole(listing, each)
     parts,said = _parts(listing, read, each)
     numbers = [names_once(p.table['channel'], p.names) for p in parts]
     table,batches = _batches(_table(listing, parts, numbers))
@@ -463,6 +479,7 @@ def _metaxpress_part(listing, of):
 @layout('imagexpress', 'ImageXpress', _of_metaxpress)
 def imagexpress(listing, found)->Scan:
     "Plates of MetaXpress: exported with a table, as in its database, or only called so"
+    listing = whole(listing, found)
     tables = [o for o in found if o.lower().endswith('.htd')]
     table = _named(found if found and not tables else listing.images)
     plates = _plates_of(table, tables) if len(table) else {}

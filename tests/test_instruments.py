@@ -558,6 +558,15 @@ def test_open_scanr_hash(tmp_path):
     put(tmp_path, files, **{'data/metadata.ome.xml': ome(*at)})
     eq(values(opened(tmp_path), 'C02'), {'405 nm #1':3, '488 nm #1':4})
 
+@pytest.mark.parametrize('name,texts', [
+    ('Index.idx.xml', {'Index.idx.xml': index([shot(2, 3, name='DAPI')])}),
+    ('9987.HTD', {'9987.HTD': HTD % b'FALSE'})])
+def test_open_metadata_file(tmp_path, name, texts):
+    "Who names the file that knows means its folder"
+    put(tmp_path, [shot(2,3)[0], 'TimePoint_1/9987_B03_w1.TIF'], **texts)
+    s = opened(tmp_path/name)
+    eq(values(s, 'B03'), {'DNA': 1 if name.endswith('xml') else 2})
+
 def test_open_yokogawa_and_incell(tmp_path):
     taken = [cv(w, 1, c) for w in ('B03','C02') for c in (1,2)]
     put(tmp_path/'cv', [o[0] for o in taken], **measured(taken))
