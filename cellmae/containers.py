@@ -180,6 +180,15 @@ def _stamp(path):
         raise ImageError('missing', path, cure) from e
     return s.st_mtime_ns,s.st_size,s.st_ino
 
+def _meaning(e, path):
+    "An error, as a sentence to the person whose file it is"
+    if isinstance(e, PermissionError):
+        return ImageError('no permission', path, 'Ask its owner for the right to read it.')
+    if is_remote(path):
+        return ImageError('not fetched', path, f'{e}. Check the connection and your rights.')
+    return ImageError('unreadable', path, f'Cut short, or not what its name says ({e}). Copy it '
+                      'again, or leave the site out.')
+
 @contextmanager
 def held(
     path, # Of the container
@@ -195,11 +204,7 @@ def held(
             if o.it is None: o.it = open(path, *args)
             yield o.it
     except (ImageError,MemoryError): raise
-    except PermissionError as e:
-        raise ImageError('no permission', path, 'Ask its owner for the right to read it.') from e
-    except Exception as e:
-        cure = f'Cut short, or not what its name says ({e}). Copy it again, or leave the site out.'
-        raise ImageError('unreadable', path, cure) from e
+    except Exception as e: raise _meaning(e, path) from e
     finally: shelf.give(o)
 
 # %% ../nbs/03_containers.ipynb #c0a10045
@@ -352,37 +357,40 @@ def _store(path):
     if os.path.isdir(path): return import_module('zarr.storage').LocalStore(path, read_only=True)
     with held(path, _packed_store) as store: return store
 
-def _raw(store, key):
-    "Content of a file in a store, None where there is no such file"
+@lru_cache(10_000)
+def _packed_raw(path, key, stamp):
     from zarr.core.sync import sync
     from zarr.core.buffer import default_buffer_prototype
-    if hasattr(store, 'root'):
-        f = store.root/key
-        return f.read_bytes() if f.is_file() else None
-    raw = sync(store.get(key, default_buffer_prototype()))
+    try: raw = sync(_store(path).get(key, default_buffer_prototype()))
+    except Exception as e: raise _meaning(e, path) from e
     return raw and raw.to_bytes()
 
-def _json(store, node, name, where):
-    "What a file of metadata says, None where there is no such file"
-    raw = _raw(store, _joined(node, name))
-    try: return raw if raw is None else json.loads(raw)
-    except ValueError as e:
-        cure = f'{name} is cut short ({e}). Copy the store again.'
-        raise ImageError('unreadable', where, cure) from e
+def _raw(path, key):
+    "Content of a file in a store, None where there is no such file"
+    if not os.path.isdir(path): return _packed_raw(path, key, _stamp(path))
+    f = Path(path, key)
+    return f.read_bytes() if f.is_file() else None
 
 # %% ../nbs/03_containers.ipynb #c0a1002a
 def _joined(*parts): return '/'.join(filter(None, parts))
 
+def _json(path, node, name):
+    "What a file of metadata says, None where there is no such file"
+    raw = _raw(path, _joined(node, name))
+    try: return raw if raw is None else json.loads(raw)
+    except ValueError as e:
+        cure = f'{name} is cut short ({e}). Copy the store again.'
+        raise ImageError('unreadable', _joined(path, node), cure) from e
+
 def _node(path, node):
     "Attributes of a group or an array of a store, and whether it is an array"
-    where = _joined(path, node)
-    look = partial(_json, _store(path), node, where=where)
-    if (v3 := look(name='zarr.json')) is not None:
+    look = partial(_json, path, node)
+    if (v3 := look('zarr.json')) is not None:
         return v3.get('attributes', {}),v3.get('node_type')=='array'
-    attrs,array = look(name='.zattrs'),look(name='.zarray')
-    if attrs is None and array is None and look(name='.zgroup') is None:
+    attrs,array = look('.zattrs'),look('.zarray')
+    if attrs is None and array is None and look('.zgroup') is None:
         cure = 'There is no zarr.json, .zattrs or .zarray: half-copied, or nothing of this name.'
-        raise ImageError('missing', where, f'{cure} Copy it again, or leave it out.')
+        raise ImageError('missing', _joined(path, node), f'{cure} Copy it again, or leave it out.')
     return attrs or {},array is not None
 
 def _refuse_group(path, node, image):
@@ -427,6 +435,7 @@ def _cut(a, key):
     with open(f, 'rb') as o: head = o.read(16)
     return int.from_bytes(head[12:], 'little')>f.stat().st_size or len(head)<16
 
+# %% ../nbs/03_containers.ipynb #c0a10051
 def _open_array(path, node):
     try: return import_module('zarr').open_array(_store(path), path=node, mode='r')
     except FileNotFoundError as e:
