@@ -682,8 +682,10 @@ def rxrx3_core(listing, found):
     df,said = _complete(df)
     df = wide(df, listing.root)
     tables = tables_with(listing, 'experiment_name', 'plate', 'address')
-    if tables: df = join_plate_map(df, rxrx_labels(listed_table(listing, _only_table(tables))), {})
-    return Scan(df, stains, said=said)
+    if not tables: return Scan(df, stains, said=[*said, 'No metadata_rxrx3_core.csv is beside the '
+                               'images: what was done to the wells is not known'])
+    meta = rxrx_labels(listed_table(listing, _only_table(tables)))
+    return Scan(join_plate_map(df, meta, {}), stains, said=said)
 
 # %% ../nbs/09_exchange.ipynb #9e010071
 _chammi = {'experiment.study':'batch', 'experiment.plate':'plate', 'experiment.well':'well',

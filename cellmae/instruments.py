@@ -136,9 +136,7 @@ def located(
     often = Counter(out)
     return [o if o and (often[o]==1 or o==f) else None for o,f in zip(out, full)]
 
-# %% ../nbs/08_instruments.ipynb #1166c699
-_everywhere = re.compile(r'(?i)(?:^|/)(?:images?|data|projection|timepoint_?\d+)$') # names no plate
-
+# %% ../nbs/08_instruments.ipynb #c06a0abc
 def _read(read, listing, o):
     "A part; records that lack something say where"
     try:
@@ -160,6 +158,9 @@ def _parts(listing, read, each):
     why = ['its metadata name no images.', *said, 'Export it again.'] if each else [
         'no images with metadata of this microscope. Check the path, and `layout`.']
     raise ValueError(f'{listing.root}: {" ".join(why)}')
+
+# %% ../nbs/08_instruments.ipynb #1166c699
+_everywhere = re.compile(r'(?i)(?:^|/)(?:images?|data|projection|timepoint_?\d+)$') # names no plate
 
 def _long(table, *more):
     "Columns of a table of images, in this order"
@@ -189,6 +190,7 @@ def _table(listing, parts, numbers):
     first = {k: _by_number({*table[k].dropna()}-{''})[0] for k in ('z','t') if k in table}
     return table.fillna(dict(first, illum='')).fillna('1')
 
+# %% ../nbs/08_instruments.ipynb #c939f020
 def _batches(table):
     "Plates of one name from several folders are told apart by their folders"
     often = table.drop_duplicates(['plate','home'])['plate'].value_counts()

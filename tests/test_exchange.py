@@ -142,8 +142,8 @@ def test_zarr_cycles_of_one_field_are_channels(tmp_path):
 def test_zarr_cycles_of_several_fields_are_asked(tmp_path):
     put_plate(tmp_path/'P.zarr', ['0','1','2','3'], acquired=lambda f: int(f)//2,
               names=lambda o: ['a','b','c'] if o[-1] in '01' else ['d','e','f'])
-    with pytest.raises(ValueError, match='Choose one: `acquisition='): scan(tmp_path, 'ome_zarr')
-    assert len(scan(tmp_path, 'ome_zarr', acquisition=1).table)==12
+    with pytest.raises(ValueError, match='Choose one: `acquisition='): Screen.open(tmp_path)
+    assert Screen.open(tmp_path, acquisition=1).channels==['d','e','f']
 
 def test_zarr_plates_of_one_name_in_two_folders(tmp_path):
     for b in ('one','two'): put_plate(tmp_path/b/'P.zarr', ['0'])
@@ -545,7 +545,7 @@ def test_rxrx3_core_half_downloaded(tmp_path):
     put_core(tmp_path, 2)
     (tmp_path/'data/train-00001-of-00002.parquet').unlink()
     s = scan(tmp_path, 'rxrx3_core')
-    assert list(s.table['well'])==['B03'] and '1 sites lack channels' in s.said[0]
+    assert list(s.table['well'])==['B03'] and '1 sites lack channels' in s.said[0] and 'No metadata_' in s.said[1]
 
 # A row per channel
 
@@ -696,3 +696,40 @@ def test_load_data_some_files_here_and_some_on_the_web(tmp_path):
     df.to_csv(tmp_path/'load_data.csv', index=False)
     t = scan(tmp_path, 'load_data').table
     assert list(t['file_DNA'])==['/home/x/r02c03-ch1.tiff','s3://b/c.tiff'] and list(t['file_ER'])[1]=='/home/x/r03c02-ch2.tiff'
+
+@pytest.mark.parametrize('version', ['0.4','0.5'])
+def test_zarr_of_the_reference_writer(tmp_path, version):
+    "A plate as the library ome-zarr writes it, with a pyramid and names"
+    writer,formats = pytest.importorskip('ome_zarr.writer'),pytest.importorskip('ome_zarr.format')
+    fmt = dict(zip(('0.4','0.5'), (formats.FormatV04,formats.FormatV05)))[version]()
+    top = zarr.open_group(tmp_path/'P1.zarr', mode='w', zarr_format=2 if version=='0.4' else 3)
+    writer.write_plate_metadata(top, list('ABCDEFGH'), [str(i+1) for i in range(12)], list(WELLS), fmt=fmt)
+    x = {}
+    for w in WELLS:
+        well = top.require_group(w)
+        writer.write_well_metadata(well, ['0','1'], fmt=fmt)
+        for f in '01':
+            x[w,f] = pixels(len(x), 2, 40, 60)
+            writer.write_image(x[w,f], well.require_group(f), axes='cyx', fmt=fmt,
+                               omero=dict(channels=[dict(label=n, color="FFFFFF", window=dict(start=0, end=1, min=0, max=1))
+                                                    for n in ("DAPI","GFP")]))
+    found = scan(tmp_path, 'ome_zarr')
+    assert found.about['plate_shape']==(8,12) and set(found.table['channel'])=={'DAPI','GFP'}
+    s = Screen.open(tmp_path)
+    same_pixels(s, 'B03', '1', ['DNA','GFP'], x['B/3','1'])
+    same_pixels(s, 'C02', '0', ['DNA','GFP'], x['C/2','0'])
+
+def test_gallery_with_illumination(tmp_path):
+    home = tmp_path/'workspace/load_data_csv/b1/P1'
+    home.mkdir(parents=True)
+    way = 's3://cellpainting-gallery/cpg/source/images/b1'
+    df = load_table(f'{way}/images/P1/Images').assign(FileName_IllumDNA='P1_IllumDNA.npy', PathName_IllumDNA=f'{way}/illum/P1',
+                                                      FileName_IllumER='P1_IllumER.npy', PathName_IllumER=f'{way}/illum/P1')
+    df.to_csv(home/'load_data_with_illum.csv', index=False)
+    x = put_tiffs(tmp_path/'images/b1/images/P1/Images', TIFFS)
+    (tmp_path/'images/b1/illum/P1').mkdir(parents=True)
+    for c,k in (('DNA',2.),('ER',4.)): np.save(tmp_path/f'images/b1/illum/P1/P1_Illum{c}.npy', np.full((4,6), k))
+    same_pixels(Screen.open(tmp_path), 'C02', '1', ['DNA','ER'], [x[o] for o in TIFFS[2:]])
+    s = Screen.open(tmp_path, illum=True)
+    i, = np.flatnonzero(s.table['well']=='C02')
+    np.testing.assert_allclose(s.read(i), [x[TIFFS[2]]/2, x[TIFFS[3]]/4], atol=.51)
