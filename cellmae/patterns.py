@@ -341,16 +341,21 @@ def _read(names, pattern):
 # %% ../nbs/06_patterns.ipynb #6907820a
 def _indexed(wells, shape, pattern):
     "Names of wells from running numbers, which count from 1 over the columns of a row"
-    if not all(map(str.isdigit, wells.unique())): return wells
+    number = _running(wells.unique())
+    if number is None or shape is None and not wells.iloc[0].isdigit(): return wells
     if shape is None: raise ValueError(
         f'{pattern}: the wells are numbers, such as {wells.iloc[0]}. Give rows and columns of the '
         'plate, `plate_shape=(8,12)` or `(16,24)`; they count over the columns of a row.')
-    n,cols = int(np.prod(shape)),shape[1]
-    odd = [o for o in wells.unique() if not 1<=int(o)<=n]
-    if odd: raise ValueError(f'{pattern}: no well {odd[0]} on a plate of {shape[0]} x {cols}. '
+    (rows,cols),odd = shape,[o for o,i in number.items() if not 0<=i<np.prod(shape)]
+    if odd: raise ValueError(f'{pattern}: no well {odd[0]} on a plate of {rows} x {cols}. '
                              'They count from 1: correct `plate_shape`, or write {well+1}.')
-    return wells.map({o: row_letters((int(o)-1)//cols)+f'{(int(o)-1)%cols+1:02d}'
-                      for o in wells.unique()})
+    return wells.map({o: f'{row_letters(i//cols)}{i%cols+1:02d}' for o,i in number.items()})
+
+def _running(names):
+    "Numbers from 0 of wells such as `0013` or `POS002`, or None"
+    ms = [re.fullmatch(r'(\D*)(\d+)', o) for o in names]
+    if all(ms) and len({m[1] for m in ms})==1 and not all(map(_is_place, names)):
+        return {m[0]: int(m[2])-1 for m in ms}
 
 def _one_more(column):
     "Numbers that count from 0, counted from 1"
@@ -475,7 +480,7 @@ PRESETS = [Preset(*o) for o in (
     ('Micro-Manager, plate', '{well}-Site_{site}/img_{t}_{channel}_{z}', 'all from 0'),
     ('Micro-Manager', 'img_channel{channel}_position{site}_time{t}_z{z}',
      "all from 0; no wells: `well='A01'`"),
-    ('CellProfiler, Fly', '{_}_{well}_{channel}', 'a position is a well', r'POS\d+'),
+    ('CellProfiler, Fly', '{_}_{well}_{channel}', 'a position is a well, or `plate_shape=`', r'POS\d+'),
     ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''),
     ('plain', '{well}_s{site}_{channel}', ''),
     ('plain, with its plate', '{plate}_{well}_s{site}_{channel}', ''),

@@ -145,6 +145,12 @@ def test_a_running_number_without_its_plate_is_a_question(tmp_path, name, shape,
     with pytest.raises(ValueError, match=said): read(tmp_path, 'W{well}C{channel}.tif', plate_shape=shape)
     assert read(touch(tmp_path/'0', 'W0000C1.tif'), 'W{well+1}C{channel}.tif', 'well', plate_shape=(8, 12)) == [['A01']]
 
+def test_positions_are_wells_of_a_plate_where_its_shape_is_given(tmp_path):
+    touch(tmp_path, '01_POS002_D.TIF', '01_POS218_D.TIF')
+    assert read(tmp_path, '01_{well}_{channel}.TIF', 'well') == [['POS002'], ['POS218']]
+    assert read(tmp_path, '01_{well}_{channel}.TIF', 'well', plate_shape=(16, 24)) == [['A02'], ['J02']]
+    assert read(touch(tmp_path/'x', 'B03_1.tif', 'B04_1.tif'), '{well}_{channel}.tif', 'well', plate_shape=(16, 24)) == [['B03'], ['B04']]
+
 def test_folders_without_wells_have_one(tmp_path):
     touch(tmp_path, 'Ch1.tif', 'Ch2.tif')
     assert read(tmp_path, 'Ch{channel}.tif', 'well', 'channel', well='B03') == [['B03', '1'], ['B03', '2']]
