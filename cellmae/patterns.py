@@ -339,6 +339,8 @@ def _read(names, pattern):
     return pd.DataFrame(rows, columns=['file',*rx.groupindex]),left
 
 # %% ../nbs/06_patterns.ipynb #6907820a
+def _is_place(w): return bool(re.fullmatch('[A-Z]{1,2}[0-9]{2}', well_name(w)))
+
 def _indexed(wells, shape, pattern):
     "Names of wells from running numbers, which count from 1 over the columns of a row"
     number = _running(wells.unique())
@@ -419,8 +421,6 @@ def long_by_names(
     return _settled(df, pattern, plate_shape, well)
 
 # %% ../nbs/06_patterns.ipynb #e211a9aa
-def _is_place(w): return bool(re.fullmatch('[A-Z]{1,2}[0-9]{2}', well_name(w)))
-
 def _check_places(df, pattern):
     "Refuse a `{well}` that took more than the well; mention names that are no place on a plate"
     wells = df['well'].unique()
@@ -480,7 +480,7 @@ PRESETS = [Preset(*o) for o in (
     ('Micro-Manager, plate', '{well}-Site_{site}/img_{t}_{channel}_{z}', 'all from 0'),
     ('Micro-Manager', 'img_channel{channel}_position{site}_time{t}_z{z}',
      "all from 0; no wells: `well='A01'`"),
-    ('CellProfiler, Fly', '{_}_{well}_{channel}', 'a position is a well, or `plate_shape=`', r'POS\d+'),
+    ('CellProfiler, Fly', '{_}_{well}_{channel}', 'POS: a well, or `plate_shape=`', r'POS\d+'),
     ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''),
     ('plain', '{well}_s{site}_{channel}', ''),
     ('plain, with its plate', '{plate}_{well}_s{site}_{channel}', ''),
