@@ -12,6 +12,7 @@ import imagecodecs, numpy as np
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial, reduce
 from io import BytesIO
+from logging import NullHandler, getLogger
 from math import prod
 from operator import index
 from pathlib import Path
@@ -27,8 +28,8 @@ from .images import ImageError
 class Address(NamedTuple):
     "Where an image is: a file, a place inside, and numbers that choose among what is there"
     path:str # Of a file, of a folder that is a container, or a URL
-    inner:str|None=None # Path, key or name inside a container
-    at:dict={} # Numbers from 0 that choose: `c`, `z`, `t`, `series`, `page`, `row`, ...; or `axes`
+    inner:str|None # Path, key or name inside a container
+    at:dict # Numbers from 0 that choose: `c`, `z`, `t`, `series`, `page`, `row`, ...; or `axes`
 
 def address(
     path, # Of a file
@@ -71,10 +72,10 @@ def parse_address(
     "Take an address apart; a `#` that is part of a file's name stays there"
     s = str(s)
     box,end = box_in(s)
-    if not box and '#' not in s: return Address(s)
+    if not box and '#' not in s: return Address(s, None, {})
     path,_,tail = s[end:].partition('#') if box else s.rpartition('#')
     inner,choices = _tail.fullmatch(tail).groups()
-    if not box and (inner or not choices): return Address(s)
+    if not box and (inner or not choices): return Address(s, None, {})
     below = path.partition('?')[0] if box else ''
     inner = '/'.join(filter(None, [below.replace('\\', '/').strip('/'), inner]))
     return Address(s[:end]+path[len(below):], inner or None, _numbers(choices, s))
@@ -188,6 +189,8 @@ def _said(t):
     return [name] if name else None
 
 # %% ../nbs/04_planes.ipynb #577fbdf7
+getLogger('tifffile').addHandler(NullHandler()) # what it would print to stderr is told as an error
+
 def _cut(why):
     return ImageError('unreadable', '', f'Cut short: {why}. Copy it again, or leave the site out.')
 
@@ -200,7 +203,7 @@ def _open_tiff(f):
     o.seek(last+kind.tagnosize+tags*kind.tagsize)
     after, = unpack(kind.offsetformat, o.read(kind.offsetsize))
     if after in (0,t.pages.first.offset): return t
-    raise _cut(f'behind {len(t.pages)} pages there were more')
+    raise _cut(f'page {len(t.pages)}, counted from 0, is not there')
 
 def _page(t, i, named):
     "One page by its number; `named`: with the name of its channel"
@@ -283,7 +286,7 @@ def _ome_image(t, px, own):
     pages = _pages_of(px, order, own, t.pages.first.samplesperpixel, n)
     here = _those_here(px, pages, own)
     pages = pages[np.ix_(*here)]
-    p = t.pages[min(n-1, pages[pages>=0].flat[0])].aspage()
+    p = t.pages[min(n-1, int(pages[pages>=0][0]))].aspage()
     names = _names_of(px, here[order.index('C')])
     return _paged(order, pages.shape, partial(_ome_page, t, pages, order), p, names=names)
 
@@ -393,7 +396,7 @@ NOT_READ = dict(
 def _refuse(path):
     "Say of a format that is not read what to do with it"
     whose = NOT_READ.get(path.rpartition('.')[2].lower())
-    if not whose or not os.path.exists(path): return
+    if not whose or not (os.path.exists(path) or '://' in path): return
     raise ImageError('not read', '', f'{whose} files are not read. Convert them to OME-Zarr with '
                      'bioformats2raw, or export them as TIFF from the program they belong to.')
 

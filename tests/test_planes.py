@@ -96,7 +96,7 @@ def test_planes_of_every_kind(kind, tmp_path):
         assert (read_site(f, 3, t) == X[i,3]).all() and (read_site([f'{f}#c=1', f'{f}#c=0'], 'mid', t) == X[i,2,::-1]).all()
         assert (read_site(f, 'max', t) == X[i].max(0)).all() and (read_site(f, 'mean', t) == np.rint(X[i].mean(0))).all()
     assert (read_plane(f'{f}#c=1,t=2,z=4') == X[2,4,1]).all() and (read_plane(Path(f'{f}#c=0'), z='max', t=1) == X[1,:,0].max(0)).all()
-    with pytest.raises(ImageError, match='wrong channel count'): read_plane(f, z=0, t=0)
+    with pytest.raises(ImageError, match='2 channels in one of several files. Choose: `#c=0` to `#c=1`'): read_plane(f, z=0, t=0)
     with pytest.raises(ImageError, match='no t=3, but 3'): read_site(f, 0, 3)
 
 deep = g.integers(0, 4000, (40, 1, 256, 256)).astype(np.uint16)
