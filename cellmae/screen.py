@@ -387,7 +387,9 @@ def _tell(self:Screen, found, **given):
     places = dict(plate=SITE[:2], well=WELL, site=site_key(self.table))
     n = {k: len(self.table[on].drop_duplicates()) for k,on in places.items()}
     print(f"{found.what}: {', '.join(f'{m:,} {k}' + 's'*(m!=1) for k,m in n.items())}")
-    print(f"Channels: {', '.join(self.channels)} ({self._pixels()})")
+    only = ' (numbers: name them with `channels=`)' if all(map(str.isdigit, self.channels)) else ''
+    print(f"Channels: {', '.join(self.channels)}{only}")
+    print(f'Images: {self._pixels()}')
     for o in found.said: print(o)
     for o in leftovers(found.left): print(f'Left out: {o}')
     given = {k:v for k,v in dict(channels=self._raw, **given).items() if v is not None}
@@ -542,7 +544,7 @@ def fingerprint(self:Screen)->str: # 12 hex digits
     "Short hash of channels in order, planes, sites, labels and files, wherever these lie"
     how = [self.channels, self.z, self.t, self.illum]
     h = hashlib.sha256(json.dumps(how, default=int).encode())
-    for c in KEYS: h.update('\\0'.join(map(str, self.table[c])).encode())
+    for c in site_key(self.table)+LABEL: h.update('\\0'.join(map(str, self.table[c])).encode())
     files = [f for c in self._file_cols() for f in self.table[c]]
     h.update('\\0'.join(f.rpartition('/')[2] for names in files for f in names.split('|')).encode())
     for f in files[::1+len(files)//1000]: h.update(_seal(self.address(f)))

@@ -323,7 +323,7 @@ def test_a_table_says_what_it_is(tmp_path, capsys):
     (tmp_path/'list.csv').write_text('well,gene,file_DAPI\nB3,DMSO,a.tif\nC2,X,b.tif\n')
     s = Screen.open(tmp_path/'list.csv', perturbation='gene')
     out = capsys.readouterr().out
-    assert 'A table of sites: 1 plate, 2 wells, 2 sites' in out and 'DNA (6x8 uint16)' in out
+    assert 'A table of sites: 1 plate, 2 wells, 2 sites' in out and 'Images: 6x8 uint16' in out
     assert eval(out.split('The same: ')[1], dict(Screen=Screen)).fingerprint() == s.fingerprint()
     holds(s, ['a.tif', 'b.tif'])
 
