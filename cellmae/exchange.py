@@ -20,6 +20,7 @@ from zipfile import BadZipFile, ZipFile
 from .containers import is_remote, local
 from .files import read_table, text_of
 from .images import ImageError, PANELS
+from .labels import is_control
 from .layouts import Scan, layout
 from .patterns import Listing
 from .planes import SUFFIXES
@@ -410,13 +411,15 @@ def _called(tables):
     return dict(zip(tables, folders if len(set(stems))<len(stems) else stems))
 
 def _each_once(df):
-    "Refuse a site that two tables list"
+    "Refuse a site that is listed twice, by one table or by two"
     key = [k for k in SITE if k in df]
-    first = df.reset_index('table').groupby(key, observed=True)['table']
-    twice = first.agg(['min','max']).query('min!=max').reset_index()
-    if len(twice): raise ValueError(
-        f'{twice["min"][0]} and {twice["max"][0]} both list '
-        f'{in_words(twice.loc[0, key].to_dict())}. Open one of them, or move the other away.')
+    twice = df.reset_index('table')[df.duplicated(key, keep=False).to_numpy()]
+    if not len(twice): return
+    a,b = twice[(twice[key]==twice[key].iloc[0]).all(axis=1)]['table'].iloc[:2]
+    where = in_words(twice.iloc[0][key].to_dict())
+    if a!=b: raise ValueError(f'{a} and {b} both list {where}. Open one, or move the other away.')
+    raise ValueError(f'{a} lists {where} twice. Keep the row that you want, or tell them apart by '
+                     'a column `Metadata_Site`.')
 
 @layout('load_data', "CellProfiler's LoadData", _load_tables)
 def load_data(listing, found):
@@ -691,6 +694,7 @@ def rxrx3_core(listing, found):
 _chammi = {'experiment.study':'batch', 'experiment.plate':'plate', 'experiment.well':'well',
            'experiment.reagent':'perturbation', 'imaging.multi_channel_id':'site',
            'imaging.channel_type':'channel', 'geometry.z_slice':'z', 'geometry.timepoint':'t'}
+_control = 'experiment.control' # `no`, or which control it is
 _titles_of = dict(
     file=('file','filename','file_name','filepath','file_path','image','image_path','image_file',
           'storage.path','storage.filename','path'),
@@ -743,6 +747,8 @@ def _told_apart(df, key):
 def _our_titles(df):
     "A table under our titles, and the column of folders that its files are in"
     df = df.rename(columns=_chammi)
+    if (said := df.get(_control)) is not None and (said!='unknown').any():
+        df['control'] = said.map({v: is_control(v) for v in said.unique()})
     found = {_first_of(df, titles): k for k,titles in _titles_of.items() if k not in df}
     df = tidied(df.rename(columns={c:k for c,k in found.items() if c}))
     folder = _first_of(df, _folder)

@@ -77,6 +77,8 @@ def tidy(df, names):
     "Metadata columns under our names, as text"
     df = _renamed(df, names)
     first = {_short(c): c for c in reversed(list(df))}
+    for k in ('fieldid','field','fov'): # what others call a site
+        if k in first: first.setdefault('site', first[k])
     df = df.rename(columns={c:k for k,c in first.items() if k in [*KEYS,'t'] and k not in df})
     if 'well' not in df: df['well'] = _wells_by_row(df, first)
     for k in [*SITE,'t','perturbation']:

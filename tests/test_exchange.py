@@ -558,7 +558,7 @@ def test_chammi_75(tmp_path):
                 tifffile.imwrite(tmp_path/'o.tif', x[well,c])
                 z.write(tmp_path/'o.tif', f'{well}_{c}.tif')
                 (tmp_path/'o.tif').unlink()
-                rows.append({'experiment.study':study, 'experiment.plate':'P1', 'experiment.well':well, 'experiment.reagent':'DMSO' if k else 'taxol',
+                rows.append({'experiment.study':study, 'experiment.plate':'P1', 'experiment.well':well, 'experiment.reagent':'x' if k else 'taxol',
                     'experiment.control':'negative' if k else 'no', 'imaging.multi_channel_id':f'{study}_{k}', 'imaging.channel':c,
                     'imaging.channel_type':kind, 'microscopy.fov':'1', 'geometry.z_slice':'unknown', 'geometry.timepoint':'unknown',
                     'storage.zip':f'plate{k}', 'storage.filename':f'{well}_{c}.tif'})
@@ -733,3 +733,23 @@ def test_gallery_with_illumination(tmp_path):
     s = Screen.open(tmp_path, illum=True)
     i, = np.flatnonzero(s.table['well']=='C02')
     np.testing.assert_allclose(s.read(i), [x[TIFFS[2]]/2, x[TIFFS[3]]/4], atol=.51)
+
+def test_load_data_with_fields_that_are_called_otherwise(tmp_path):
+    df = pd.concat([load_table('/x', 'row').assign(Metadata_FieldID=i) for i in ('1','2')])
+    df.to_csv(tmp_path/'load_data.csv', index=False)
+    t = scan(tmp_path, 'load_data').table
+    assert list(zip(t['well'], t['site']))==[('B03','1'),('C02','1'),('B03','2'),('C02','2')]
+
+def test_load_data_that_lists_a_site_twice_is_refused(tmp_path):
+    pd.concat([load_table('/x')]*2).to_csv(tmp_path/'load_data.csv', index=False)
+    with pytest.raises(ValueError, match='load_data.csv lists well B03, site 1 twice'): scan(tmp_path, 'load_data')
+
+def test_rxrx_packed(tmp_path):
+    x,meta = put_rxrx(tmp_path/'made', plates=(1,), sites=(1,))
+    meta.assign(sirna='s1', well_type='treatment').to_csv(tmp_path/'made'/'metadata.csv', index=False)
+    pack(tmp_path/'made', tmp_path/'rxrx1.zip')
+    s = Screen.open(tmp_path/'rxrx1.zip')
+    t = s.table
+    i, = np.flatnonzero((t['batch']=='HUVEC-01') & (t['well']=='AF48'))
+    np.testing.assert_array_equal(s.read(i), [x['HUVEC-01',1,'AF48',1,c] for c in range(1,7)])
+    assert set(t['perturbation'])=={'s1'}
