@@ -21,7 +21,7 @@ from .containers import below, is_remote, local, opener_of
 from .files import text_of
 from .labels import row_letters, well_name
 from .planes import NOT_READ, SUFFIXES
-from .sites import as_text, choose, ranked, row_name, wide
+from .sites import WELL, choose, wide
 
 # %% ../nbs/06_patterns.ipynb #778317b6
 def _closed(e): print(f'{e.filename} is left out: {e.strerror}')
@@ -283,8 +283,8 @@ def _no_images(root, other):
     "Why a folder has no images, and what to do"
     whose = {k: NOT_READ.get(k.lower()[1:]) for k,_ in other.most_common(4) if k}
     kinds = ', '.join(f'{other[k]} {k}'+f' ({o})'*bool(o) for k,o in whose.items())
-    cure = f'Export or convert what is there: {kinds}.' if kinds else 'Check the path.'
-    return f'{root}: no images (of {", ".join(SUFFIXES)}). {cure}'
+    cure = f'Export them as TIFF or convert them with bioformats2raw: {kinds}.'
+    return f'{root}: no images (of {", ".join(SUFFIXES)}). {cure if kinds else "Check the path."}'
 
 def _reach(name, pieces):
     "How many pieces of a pattern a name follows, and where it leaves them"
@@ -363,15 +363,20 @@ def _one_more(column):
     "Numbers that count from 0, counted from 1"
     return column.map({o: str(int(o)+1) for o in column.unique()})
 
+def _even(df, well):
+    "Do the numbers of a well's channels differ by the same from site to site?"
+    steps = df.set_index([*well,'site','channel'])['seq'].unstack('channel')
+    shift = steps.sub(steps.iloc[:,0], axis=0).groupby(level=well, observed=True)
+    return steps.notna().all(axis=None) and shift.nunique().le(1).all(axis=None)
+
 def _ranked_sites(df, pattern):
     "Sites from numbers that run on over channels: the rank within well and channel"
-    well = [k for k in ('batch','plate','well','row','col','z','t') if k in df]
-    df = df.assign(seq=df['seq'].astype(int), channel=df.get('channel', '')).sort_values('seq')
+    well = [k for k in (*WELL,'row','col','z','t') if k in df]
+    if 'channel' not in df or df.duplicated([*well,'seq']).any(): # it is a number of the site
+        return df.rename(columns={'seq':'site'})
+    df = df.assign(seq=df['seq'].astype(int)).sort_values('seq')
     df['site'] = df.groupby([*well,'channel'], observed=True).cumcount()+1
-    steps = df.set_index([*well,'site','channel'])['seq'].unstack('channel')
-    shift = steps.sub(steps.iloc[:,0], axis=0)
-    even = shift.groupby(level=well, observed=True).nunique(dropna=False).le(1).all(axis=None)
-    if even and steps.notna().all(axis=None): return df.drop(columns='seq').sort_index()
+    if _even(df, well): return df.drop(columns='seq').sort_index()
     raise ValueError(f'{pattern}: {{seq}} does not run evenly over the channels of each well, so '
                      'that sites cannot be told from it: a file is absent. Leave that well out.')
 
@@ -453,6 +458,7 @@ class Preset(NamedTuple):
     note:str='' # What numbers count from, what a person has to say
     well:str='' # Regular expression of a well that is no letter and number
 
+# %% ../nbs/06_patterns.ipynb #eaf563d0
 PRESETS = [Preset(*o) for o in (
     ('Opera Phenix, Operetta', 'r{row}c{col}f{site}p{z}-ch{channel}sk{t}fk{_}fl{_}', 'all from 1'),
     ('RxRx', '{well}_s{site}_w{channel}', 'all from 1'),
@@ -466,6 +472,8 @@ PRESETS = [Preset(*o) for o in (
     ('InCell', '{well}(fld {site} wv {channel})', 'all from 1'),
     ('ScanR', '{well}--W{_}--P{site}--Z{z}--T{t}--{channel}', 'site from 1, z and t from 0'),
     ('ArrayScan, kinetic', '{plate}i{_}t{t}{well}f{site}d{channel}', 'all from 0'),
+    ('EVOS, planes', '{plate}_R_p{_}_z{z}_{t}_{well}f{site}d{channel}', 'all from 0'),
+    ('EVOS', '{plate}_R_p{_}_{t}_{well}f{site}d{channel}', 'all from 0'),
     ('ArrayScan', '{plate}_{well}f{site}d{channel}', 'all from 0'),
     ('Cytation', '{well}_{_}_{_}_{site}_{channel}_{t}', 'all from 1'),
     ('Harmony, tiles', 'Timepoint{t}_Row{row}_Well{col}_{channel}_zstack{z}_{site}',
@@ -475,16 +483,19 @@ PRESETS = [Preset(*o) for o in (
     ('Nikon', '{_}{well}xy{site}c{channel}', 'all from 1'),
     ('Leica Matrix Screener', 'image--L{_}--S{plate}--U{col+1}--V{row+1}--J{_}--E{_}--O{_}--{site}'
      '--T{t}--Z{z}--C{channel}', 'all from 0; a field is `X08--Y00`'),
-    ('Leica LAS X', '{_}Series{site}_z{z}_ch{channel}', "no wells: `well='A01'`"),
-    ('Zeiss, split', '{plate}_S{site}_T{t}_C{channel}', "scenes are no wells: `well='A01'`"),
+    ('Leica LAS X', '{_}Series{site}_z{z}_ch{channel}', 'well: `well=`, or the folder'),
+    ('Leica LAS X, times', '{_}Pos{site}_t{t}_z{z}_ch{channel}', 'well: `well=`, or the folder'),
+    ('Zeiss, split', '{plate}_S{site}_T{t}_C{channel}', 'scenes are no wells: `well=`, or folders'),
     ('Micro-Manager, plate', '{well}-Site_{site}/img_{t}_{channel}_{z}', 'all from 0'),
     ('Micro-Manager', 'img_channel{channel}_position{site}_time{t}_z{z}',
-     "all from 0; no wells: `well='A01'`"),
+     'all from 0; well: `well=`, or the folder'),
     ('CellProfiler, Fly', '{_}_{well}_{channel}', 'POS: a well, or `plate_shape=`', r'POS\d+'),
     ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''),
     ('plain', '{well}_s{site}_{channel}', ''),
     ('plain, with its plate', '{plate}_{well}_s{site}_{channel}', ''),
-    ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'))]
+    ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'),
+    ('a file per site', '{well}_s{site}', 'its planes are the channels'),
+    ('a file per well', '{well}', 'its planes are the channels'))]
 
 # %% ../nbs/06_patterns.ipynb #2cb74e7f
 _derived = re.compile('(?i)(^|[^a-z])(masks?|outlines?|overlays?|segment)')
@@ -512,9 +523,14 @@ def _lead(ways, plate):
     return out
 
 # %% ../nbs/06_patterns.ipynb #c612d899
+def _images(there):
+    "Images, or else what holds some: HDF5, NumPy's files, those of vendors"
+    return there.images or [o for s,names in there.by_suffix.items() if opener_of(s) for o in names]
+
 def _by_depth(there):
     "`(folders, names)` of images that lie equally deep; masks only where there is nothing else"
-    pictures = [o for o in there.images if not _derived.search(o)] or there.images
+    images = _images(there)
+    pictures = [o for o in images if not _derived.search(o)] or images
     groups = defaultdict(lambda: ({},[]))
     for o in pictures:
         folders,names = groups[o.count('/')]
@@ -528,12 +544,15 @@ def _end(name):
     "Suffix, with `.ome` if there is one"
     return re.search(r'(\.ome)?\.\w+$', name, re.I)[0]
 
+def _is_well(folder): # P1, P2 are plates
+    return _is_place(folder) and not re.fullmatch('P[1-9]', folder)
+
 def _below(preset, folders, end):
     "Patterns of a preset below these folders: in a folder per well, in a folder per plate"
     own,plate = preset.pattern.count('/'),'{_}' if '{plate}' in preset.pattern else '{plate}'
     ways = [d[:len(d)-own] for d in folders]
     if len(folders[0])<own: return []
-    wells = '{well}' in preset.pattern and ways[0] and all(_is_place(d[-1]) for d in ways)
+    wells = '{row}' not in preset.pattern and ways[0] and all(_is_well(d[-1]) for d in ways)
     leads = [_lead([d[:-1] for d in ways], plate)]*bool(wells),[_lead(ways, plate)]
     return [lead+mid+preset.pattern+end for some,mid in zip(leads, ('{well}/',''))
             for lead in some if lead is not None]
@@ -568,7 +587,7 @@ def guess_pattern(
 def _places(pattern, names):
     "What a pattern takes for the wells"
     ms = [_regex(pattern).fullmatch(o) or _regex(pattern, False, False).fullmatch(o) for o in names]
-    return [m and tuple(m.groupdict().get(k) for k in ('plate','well','row','col')) for m in ms]
+    return [m and tuple(m.groupdict().get(k) for k in ('well','row','col')) for m in ms]
 
 def _call(root, pattern):
     "How to open a folder by a pattern"
@@ -577,15 +596,16 @@ def _call(root, pattern):
 
 def instrument_pattern(there, well=None):
     "The pattern that the images of a listing follow, or a question"
-    if not there.images: raise FileNotFoundError(_no_images(there.root, there.other))
+    images = _images(there)
+    if not images: raise FileNotFoundError(_no_images(there.root, there.other))
     found = guess_pattern(there)
     best = found[found['share']>=max(.9, found['share'].max())]
-    ways = {str(_places(o, _some_of(there.images, 50))): o for o in best['pattern'][::-1]}
+    ways = {str(_places(o, _some_of(images, 50))): o for o in best['pattern'][::-1]}
     if len(ways)==1:
         pattern = best['pattern'].iloc[0]
         if _has_well(pattern) or well: return pattern
     some = [*ways.values()] or [*found[found['share']>.05].drop_duplicates('file')['pattern']]
     how = ' or '.join(_call(there.root, o) for o in some) or \
         "`Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`"
-    raise FileNotFoundError(f'{there.root}: {len(there.images)} images, such as {there.images[0]}. '
+    raise FileNotFoundError(f'{there.root}: {len(images)} images, such as {images[0]}. '
                             f'Say how they are named: {how}.')

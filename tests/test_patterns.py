@@ -224,10 +224,11 @@ def test_folders_of_instruments_open_with_every_pixel_in_its_well(tmp_path, inst
         assert s.read(i)[:,0,0].tolist() == [value(r, c, n, 1), value(r, c, n, 2)]
 
 def test_every_preset_is_tried_or_needs_a_word():
-    alike = {'ImageXpress, one site', 'ImageXpress, one channel', 'InCell, planes, times', 'InCell, times', 'CellProfiler, Fly'}
+    alike = {'ImageXpress, one site', 'ImageXpress, one channel', 'InCell, planes, times', 'InCell, times', 'CellProfiler, Fly',
+             'EVOS', 'EVOS, planes', 'a file per site', 'a file per well'} # in the other tests
     assert {p.name for p in PRESETS} == {*NAMES, *alike, *NO_WELLS}
 
-NO_WELLS = {'Leica LAS X': 'x/Series009_z00_ch0{}.tif', 'Zeiss, split': 'plate1_S00001_T00009_C0000{}.tiff',
+NO_WELLS = {'Leica LAS X': 'x/Series009_z00_ch0{}.tif', 'Leica LAS X, times': 'Pos008_t000_z00_ch0{}.tif', 'Zeiss, split': 'plate1_S00001_T00009_C0000{}.tiff',
             'Micro-Manager': 'img_channel00{}_position008_time000000000_z000.tif'}
 
 @pytest.mark.parametrize('preset', NO_WELLS)
@@ -273,3 +274,23 @@ def test_two_hundred_thousand_names_are_read_in_seconds(tmp_path):
     t = time.process_time()
     df = sites_by_names(l, '{plate}/{well}_s{site}_w{channel}.tif')[0]
     assert len(df) == 34560 and time.process_time()-t < 3
+
+@pytest.mark.parametrize('names,wells', [
+    (['E01/plate1_S00001_T00001_C00001.tiff', 'E02/plate1_S00001_T00001_C00001.tiff'], ['E01', 'E02']),
+    (['x/E01/Series009_z00_ch00.tif', 'x/F02/Series009_z00_ch00.tif'], ['E01', 'F02']),
+    (['E01/Pos008_t000_z00_ch00.tif'], ['E01']), (['E01/img_channel000_position008_time000000000_z000.tif'], ['E01']),
+    (['B03_s1.ome.tif', 'C02_s1.ome.tif'], ['B03', 'C02']), (['B03.tif', 'C02.tif'], ['B03', 'C02']), (['P/B03.npy', 'P/C02.npy'], ['B03', 'C02']),
+    (['x_R_p00_0_B03f00d0.TIF', 'x_R_p00_0_C02f00d0.TIF'], ['B03', 'C02'])])
+def test_wells_are_in_the_name_or_in_the_folder(tmp_path, names, wells):
+    l = Listing(touch(tmp_path, *names))
+    assert sites_by_names(l, instrument_pattern(l))[0].well.tolist() == wells
+
+def test_folders_called_p1_are_plates_and_no_wells(tmp_path):
+    l = Listing(touch(tmp_path, 'P1/Series009_z00_ch00.tif', 'P2/Series009_z00_ch00.tif'))
+    with pytest.raises(FileNotFoundError, match=r"{plate}/\S*Series{site}.*well='A01'"): instrument_pattern(l)
+
+def test_a_running_number_that_channels_share_is_the_site(tmp_path):
+    touch(tmp_path, *[f'WellE01_Channel{c}_Seq{i:04d}.tif' for c in ('DAPI', 'GFP') for i in (9, 10)])
+    (tmp_path/'WellE01_ChannelGFP_Seq0009.tif').unlink()
+    t = sites_by_names(tmp_path, 'Well{well}_Channel{channel}_Seq{seq}.tif')[0]
+    assert t.site.tolist() == ['0009', '0010'] and t.file_GFP.tolist() == ['', 'WellE01_ChannelGFP_Seq0010.tif']
