@@ -499,14 +499,12 @@ def open_zarr(
 @opener('.zip')
 def open_zip(
     path, # Or a URL
-    inner, # Name of a picture in it, not needed if there is one; or path of an image of a Zarr
+    inner, # Name of a picture in it; not needed if there is one
     at:dict, # Nothing; what is for the picture stays
-)->bytes: # Of the picture; `Stored` of a Zarr
-    "A picture in a zip file, or a Zarr that was packed as any folder"
+)->bytes: # Of the picture
+    "A picture in a zip file"
     path = local(path)
     with held(path, ZipFile) as z:
-        if {f'{inner}/zarr.json', f'{inner}/.zattrs'} & z.NameToInfo.keys():
-            return open_zarr(path, inner, at)
         if inner not in z.NameToInfo:
             inside = [o for o in z.namelist() if o[-1]!='/' and '__MACOSX' not in o]
             inner = _one_of(inside, inner, path)
@@ -644,34 +642,30 @@ def open_lif(
 # %% ../nbs/03_containers.ipynb #c0a10041
 _zeiss = dict(Gray8='u1', Gray16='u2', Gray32Float='f4', Bgr24='u1', Bgr48='u2', Bgr96Float='f4')
 
-def _czi(path): return _vendor('pylibCZIrw.czi', path).CziReader(str(path))
+class _Czi:
+    "A file of Zeiss, which is asked about itself once"
+    def __init__(self, path):
+        self.file = f = _vendor('pylibCZIrw.czi', path).CziReader(str(path))
+        self.close,box = f.close,f.total_bounding_box
+        self.sizes = {k:b-a for k,(a,b) in box.items() if b-a>1 and k not in 'XY'}
+        self.types = sorted(set(f.pixel_types.values()))
+        xml = import_module('xml.etree.ElementTree').fromstring(f.raw_metadata)
+        self.about = xml.find('./Metadata/Information/Image/Dimensions')
+        scenes = sorted(f.scenes_bounding_rectangle_no_pyramid.items())
+        self.scenes = scenes or [(None,f.total_bounding_rectangle_no_pyramid)]
 
-def _scenes(f):
-    "Number and place of each scene; a file of one image may have none"
-    scenes = sorted(f.scenes_bounding_rectangle_no_pyramid.items())
-    return scenes or [(None,f.total_bounding_rectangle_no_pyramid)]
+    def says(self, what): return [] if self.about is None else self.about.findall(what)
 
 def _czi_plane(path, series, where):
     "A plane of Zeiss's file"
-    with held(path, _czi) as f:
-        scene,place = _scenes(f)[series]
-        x,there = f.read(roi=place, plane=where, scene=scene),[]
+    with held(path, _Czi) as f:
+        scene,place = f.scenes[series]
+        x,there = f.file.read(roi=place, plane=where, scene=scene),[]
         if not x.any():
-            f.enumerate_subblocks_subset(lambda i,_: there.append(i), where or None, place, True)
+            note = lambda i,_: there.append(i) or True
+            f.file.enumerate_subblocks_subset(note, where or None, place, True)
         if not x.any() and not there: raise _blank(f'{path}#series={series}', f'Plane {where}')
         return x[...,0] if x.shape[-1]==1 else x[...,::-1] # blue comes first
-
-# %% ../nbs/03_containers.ipynb #c0a10042
-def _czi_says(f, what):
-    "Elements of the description of a file of Zeiss"
-    root = import_module('xml.etree.ElementTree').fromstring(f.raw_metadata)
-    return root.findall(f'./Metadata/Information/Image/Dimensions/{what}')
-
-def _czi_about(f):
-    "Sizes along the axes of a file of Zeiss, its types of pixels, and names of channels"
-    sizes = {k:b-a for k,(a,b) in f.total_bounding_box.items() if b-a>1 and k not in 'XY'}
-    names = [o.get('Name') for o in _czi_says(f, 'Channels/Channel')]
-    return sizes,sorted(set(f.pixel_types.values())),names
 
 # %% ../nbs/03_containers.ipynb #c0a10043
 @opener('.czi')
@@ -682,16 +676,15 @@ def open_czi(
 )->Stored:
     "A scene in a file of Zeiss"
     path = local(path)
-    with held(path, _czi) as f:
-        sizes,types,names = _czi_about(f)
-        scenes = _scenes(f)
-        series = _chosen(at, 'series', len(scenes), path, 'scenes')
-        if len(types)>1 or types[0] not in _zeiss:
-            raise ImageError('not read', path, f'Pixels of {", ".join(types)}. Export as TIFF.')
-        sizes.update(Y=scenes[series][1].h, X=scenes[series][1].w)
-        if 'Bgr' in types[0]: sizes['S'] = 3
+    with held(path, _Czi) as f:
+        series = _chosen(at, 'series', len(f.scenes), path, 'scenes')
+        if len(f.types)>1 or f.types[0] not in _zeiss:
+            raise ImageError('not read', path, f'Pixels of {", ".join(f.types)}. Export as TIFF.')
+        sizes = dict(f.sizes, Y=f.scenes[series][1].h, X=f.scenes[series][1].w)
+        if 'Bgr' in f.types[0]: sizes['S'] = 3
+        names = [o.get('Name') for o in f.says('Channels/Channel')]
         plane = partial(_czi_plane, path, series)
-        return _planewise(plane, sizes, _zeiss[types[0]], names, path)
+        return _planewise(plane, sizes, _zeiss[f.types[0]], names, path)
 
 # %% ../nbs/03_containers.ipynb #c0a1004b
 def _nd2_series(f):
@@ -699,18 +692,18 @@ def _nd2_series(f):
     return [o.name or '' for o in points[0]] if points else ['']
 
 def _czi_series(f):
-    said = {o.get('Index'): ' '.join(filter(None, [o.findtext('ArrayName'), o.get('Name')]))
-            for o in _czi_says(f, 'S/Scenes/Scene')}
-    return [said.get(str(i), '') for i,_ in _scenes(f)]
+    said = {o.get('Index'): o.findtext('ArrayName') or o.get('Name') or ''
+            for o in f.says('S/Scenes/Scene')}
+    return [said.get(str(i), '') for i,_ in f.scenes]
 
 _series = {'.nd2': (_nd2,_nd2_series), '.lif': (_lif,lambda f: [o.path for o in f.images]),
-           '.czi': (_czi,_czi_series)}
+           '.czi': (_Czi,_czi_series)}
 
 # %% ../nbs/03_containers.ipynb #c0a1004c
 def series_of(
     path, # Of a file of Nikon, Leica or Zeiss
 )->list: # Names, empty where the file has none; `#series=` counts along them
-    "Names of the positions in one file, such as `B04 P1`"
+    "Wells of the positions in one file, or else what they are called there"
     path = local(path)
     open,names = _series[path.suffix.lower()]
     with held(path, open) as f: return names(f)

@@ -594,7 +594,7 @@ def test_names_of_positions(tmp_path):
     with czi.edit_czi(str(f)) as e, e.edit_session() as b:
         scenes = ''.join(f'<Scene Index="{i}" Name="P{i+1}"><ArrayName>B0{i+3}</ArrayName></Scene>' for i in (1,0))
         b.set_xml(b.get_xml().replace('<Dimensions>', f'<Dimensions><S><Scenes>{scenes}</Scenes></S>'))
-    assert series_of(f)==['B03 P1','B04 P2']
+    assert series_of(f)==['B03','B04']
     x = np.swapaxes(X, 1, 2)
     assert series_of(nd2(tmp_path/'x.nd2', x, NAMES))==['B03_0','B04_0']
     assert series_of(lif(tmp_path/'x.lif', {'B/3/R1':x[0], 'B/4/R1':x[1]}, [('Gray',None)]*3))==['B/3/R1','B/4/R1']
