@@ -6,16 +6,16 @@
 __all__ = ['centres_of', 'cell_crop', 'Cells', 'rows_of', 'site_sizes', 'find_cells', 'with_cells', 'as_cells']
 
 # %% ../nbs/15_cells.ipynb #c1a00a0f
-import os, re, time, warnings
+import json, os, re, time, warnings
 import numpy as np, pandas as pd
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fastcore.basics import listify, patch
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from .files import progress, read_table, write_whole
-from .labels import clean, well_name
+from .labels import did_you_mean
 from .patterns import Listing, sites_by_names
 from .planes import SUFFIXES, read_plane, size_of
 from .sites import SITE, WELL, about, in_words, site_key, tidy
@@ -117,7 +117,8 @@ def rows_of(
     on = [k for k in site_key(screen.table) if k in keys]
     there = _spelt(screen.table, on)
     if there.duplicated().any():
-        one,lack = there[there.duplicated()].iloc[0],[k for k in SITE if k not in on]
+        one = there[there.duplicated()].iloc[0]
+        lack = [k for k in site_key(screen.table) if k not in on]
         raise ValueError(f'Cells that say {in_words(one)} could be on several sites of the screen. '
                          f'Add a column {" or ".join(lack[::-1])}.')
     there['row'] = np.arange(len(there))
@@ -146,9 +147,9 @@ def save(self:Cells,
 
 # %% ../nbs/15_cells.ipynb #5c0e11c1
 _position = re.compile(
-    r'(?:(?P<what>\w+?)_)??(?P<kind>location_|areashape_|)(?:cent(?:er|re|roid)|position)_'
-    r'(?P<a>[xy01])(?:_px|(?P<um>_um))?'
-    r'|(?P<b>[xy])(?:_(?:cent(?:er|re|roid)|px|pixels?))?(?P<um2>_um)?')
+    r'(?:(?P<what>\w+?)_)??(?P<kind>location_|areashape_|)(?:cent(?:er|re|roid)|position|axis)_'
+    r'(?P<a>[xy01])(?:_px|_um)?'
+    r'|(?P<b>[xy])(?:_(?:cent(?:er|re|roid)|px|pixels?))?(?:_um)?')
 _rank = ['','nuclei','nucleus','cells','cell','cytoplasm']
 
 def _lower(c):
@@ -156,12 +157,14 @@ def _lower(c):
     c = re.sub('[\xb5\u03bc]m|microns?', 'um', str(c).lower())
     return re.sub('^(image_)?metadata_', '', re.sub(r'\W+', '_', c).strip('_'))
 
+def _is_um(c): return _lower(c).endswith('_um')
+
 def _pairs(columns):
     "`{(object, is it in um?, kind): {'y': column, 'x': column}}`"
     found = {}
     for c in columns:
         if not (m := _position.fullmatch(_lower(c))): continue
-        key = m['what'] or '',bool(m['um'] or m['um2']),m['kind'] or ''
+        key = m['what'] or '',_is_um(c),m['kind'] or ''
         axis = (m['a'] or m['b']).replace('0', 'y').replace('1', 'x')
         found.setdefault(key, {}).setdefault(axis, c)
     return {k: v for k,v in found.items() if len(v)==2}
@@ -169,9 +172,10 @@ def _pairs(columns):
 # %% ../nbs/15_cells.ipynb #5c0e11c2
 def _positions(columns):
     "The columns of `y` and `x`, what they are the centres of, and whether they are in um"
-    pairs,deep = _pairs(columns),[c for c in columns if re.fullmatch('centroid_2', _lower(c))]
+    pairs = _pairs(columns)
+    deep = [c for c in columns if re.fullmatch('(centroid|axis)_2', _lower(c))]
     if deep: raise ValueError(f'Positions have three numbers, of which the first is z: name the '
-                              f"other two, `y='centroid-1'`, `x={deep[0]!r}`.")
+                              f"other two, `y={deep[0][:-1]+'1'!r}`, `x={deep[0]!r}`.")
     place = lambda k: (_rank.index(k[0]) if k[0] in _rank else 9, k[1], k[2]!='location_')
     if not pairs: raise ValueError(
         f'No columns of positions among {[*columns][:12]}. Name them: `y=...`, `x=...`.')
@@ -192,22 +196,24 @@ def _keys(df, names):
     said = {c: own.get(c) or _aliases.get(_lower(c), _lower(c)) for c in df
             if c in own or _lower(c) in _places}
     keys = df[[*said]].rename(columns=said)
-    return keys.loc[:,~keys.columns.duplicated()]
+    keys = keys.loc[:,~keys.columns.duplicated()]
+    return keys.drop(columns=[k for k in ('row','col') if 'well' in keys and k in keys])
 
 def _images(screen):
     "Each file of the screen, as the table has it, and its row"
     for c in (c for c in screen.table if re.match('file(_|$)', str(c))):
         for i,files in enumerate(screen.table[c]):
-            for f in files.split('|'): yield f,i
+            for f in files.split('|'): yield re.sub(r'#\w+=.*', '', f),i
 
-def _last(f): return re.split(r'[\\/]', str(f))[-1]
+def _parts(f): return re.split(r'[\\/]', str(f))
+def _last(f): return _parts(f)[-1]
+def _stem(f): return re.sub(r'(\.ome)?\.\w+$', '', _last(f), flags=re.I)
 
-def _image_names(screen):
-    "The row of the screen's table by the name of each image; -1 for a name of several sites"
-    rows = {}
-    for f,i in _images(screen):
-        if rows.setdefault(_last(f), i)!=i: rows[_last(f)] = -1
-    return rows
+def _image_names(screen, called):
+    "`{name: {row: folders}}` of all images, called by their file or by its stem"
+    names = {}
+    for f,i in _images(screen): names.setdefault(called(f), {})[i] = {*_parts(f)[:-1]}
+    return names
 
 # %% ../nbs/15_cells.ipynb #5c0e1c61
 def _three(o, mark=', '): return mark.join(str(k) for k,_ in zip(o, range(3)))
@@ -232,6 +238,7 @@ def _one_time(screen, keys):
 # %% ../nbs/15_cells.ipynb #5c0e11c7
 _no_site = ('Which site a cell is on is not said: the table has {}. Add a column `well` (and '
             '`site`, `plate` where there are several)')
+_file = re.compile('(image_)?file.*|image(_name)?')
 _by_number = ("; CellProfiler's `ImageNumber` means nothing without its table of images: "
               "`cells.merge(pd.read_csv('Image.csv'), on='ImageNumber')`")
 
@@ -239,18 +246,23 @@ def _rows(screen, df, names):
     "The row of the screen's table for each row of `df`, -1 where there is none"
     keys = _keys(df, names)
     if 'well' in keys or 'row' in keys: return _rows_by_keys(screen, keys)
-    files = [c for c in df if re.match('(image_)?file', _lower(c))]
+    files = [c for c in df if _file.fullmatch(_lower(c))]
     if not files: raise ValueError(_no_site.format([*df][:12])+_by_number*('ImageNumber' in df)+'.')
-    codes,found = pd.factorize(df[files[0]])
-    by = _image_names(screen)
-    rows = np.array([by.get(_last(f), -1) for f in found]+[-1])[codes]
-    _say_unmet(rows, lambda i: f'image {df[files[0]].iloc[i]}', f'{_three(by)}')
+    return _rows_by_files(screen, df[files])
+
+def _rows_by_files(screen, df):
+    "Rows by names of images, of the first column that names one"
+    names = _image_names(screen, _last)
+    one = {f: next(iter(rows)) for f,rows in names.items() if len(rows)==1}
+    each = [df[c].map({f: one.get(_last(f), -1) for f in df[c].unique()}) for c in df]
+    rows = next((o for o in each if (o>=0).any()), each[0]).fillna(-1).to_numpy(int)
+    _say_unmet(rows, lambda i: f'image {df.iloc[i,0]}', _three(names))
     return rows
 
 def _rows_by_keys(screen, keys):
     code = keys.groupby([*keys], sort=False, dropna=False, observed=True).ngroup()
     _,first,code = np.unique(code, return_index=True, return_inverse=True)
-    each = _one_time(screen, tidy(keys.iloc[first].astype(str), {}))
+    each = _one_time(screen, tidy(keys.iloc[first].astype(object), {}))
     rows,there = rows_of(screen, each)[code],screen.table[site_key(screen.table)]
     _say_unmet(rows, lambda i: in_words(each.iloc[code[i]]),
                _three(map(in_words, there.head(3).to_dict('records')), '; '))
@@ -263,29 +275,47 @@ def _column(df, pattern, what):
     for c in df:
         if like.fullmatch(_lower(c)) and pd.api.types.is_numeric_dtype(df[c]): return df[c]
 
+_label = 'label|(number_)?object_?number|(cell|object|nucleus)_id'
+
 def _in_pixels(v, pixel_size):
     if pixel_size: return v/pixel_size
     raise ValueError('Positions are in micrometers. Say how large a pixel is: `pixel_size=` in um.')
 
+def _unlisted(df, at):
+    "A row per cell, where cells of an image are listed in one: `[12, 40]`"
+    if not df[at['x']].astype(str).str.startswith('[').any(): return df
+    lists = {c: df[c].astype(str).map(json.loads) for c in at.values()}
+    return df.assign(**lists).explode([*lists], ignore_index=True)
+
+# %% ../nbs/15_cells.ipynb #5c0e1c81
+def _check_named(df, names):
+    "Refuse options that name no column of ours, or none of the table"
+    may = [*SITE,'t','y','x','label','area']
+    odd,gone = [k for k in names if k not in may],[c for c in names.values() if c not in df]
+    if odd: raise ValueError(f'No option {odd[0]}.{did_you_mean(odd[0], may)} Columns are {may}.')
+    if gone: raise ValueError(f'No column {gone[0]!r}: the table has {[*df][:12]}.')
+
 def _centres(screen, df, names, pixel_size):
     "`row,label,y,x,area` of a table with a row per cell"
-    own = {k: names[k] for k in ('y','x') if k in names}
-    at,what,um = (own,'',False) if len(own)==2 else _positions(df)
-    rows = _rows(screen, df, {k: c for k,c in names.items() if k not in own})
+    _check_named(df, names)
+    both = 'y' in names and 'x' in names
+    at,what,um = (names,'',_is_um(names['x'])) if both else _positions(df)
+    df = _unlisted(df, {k: at[k] for k in ('y','x')})
     yx = {k: pd.to_numeric(df[at[k]], errors='coerce') for k in ('y','x')}
     if um: yx = {k: _in_pixels(v, pixel_size) for k,v in yx.items()}
-    label = _column(df, r'label|(number_)?object_?number|(cell|object)_id', what)
-    if label is None: label = pd.Series(rows).groupby(rows).cumcount()+1
-    area = _column(df, '(areashape_)?area', what)
-    return pd.DataFrame(dict(row=rows, label=np.asarray(label), area=np.nan if area is None
-                             else np.asarray(area), **{k: np.asarray(v) for k,v in yx.items()}))
+    rows = _rows(screen, df, {k: c for k,c in names.items() if k not in ('y','x')})
+    label = df.get(names.get('label'), _column(df, _label, what))
+    if label is None or label.isna().any(): label = pd.Series(rows).groupby(rows).cumcount()+1
+    area = df.get(names.get('area'), _column(df, '(areashape_)?area', what))
+    own = dict(row=rows, label=label, **yx, area=np.nan if area is None else area)
+    return pd.DataFrame({k: np.broadcast_to(v, len(df)) for k,v in own.items()})
 
 # %% ../nbs/15_cells.ipynb #5c0e11d0
 def _wanted(c, names):
     c = str(c)
     key = _lower(c) in _places or c in names.values() or c=='ImageNumber'
-    like = r'(image_)?file.*|.*(label|object_?number|(cell|object)_id|area)'
-    return key or _position.fullmatch(_lower(c)) or re.fullmatch(like, _lower(c))
+    own = re.fullmatch(f'(.*_)?({_label}|area)', _lower(c))
+    return key or own or _position.fullmatch(_lower(c)) or _file.fullmatch(_lower(c))
 
 def _read_centres(f, names):
     "The columns of a table that say where cells are"
@@ -314,24 +344,27 @@ def _from_table(screen, table, names, pixel_size):
     return _centres(screen, df, names, pixel_size)
 
 # %% ../nbs/15_cells.ipynb #5c0e11d3
-def _site_of(stem, images):
+def _site_of(mask, images):
     "The row of the image whose name is in that of a mask, -1 if there is none"
+    stem,folders = _stem(mask),{*_parts(mask)[:-1]}
     cuts = [m.start() for m in re.finditer('[^A-Za-z0-9]', stem)]
     starts,ends = [0,*(c+1 for c in cuts)],[*cuts,len(stem)]
     parts = {stem[a:b] for a in starts for b in ends if a<b}
-    return next((images[o] for o in sorted(parts, key=len, reverse=True) if o in images), -1)
-
-def _stem(f): return re.sub(r'(\.ome)?\.\w+$', '', _last(f), flags=re.I)
+    rows = next((images[o] for o in sorted(parts, key=len, reverse=True) if o in images), {-1:()})
+    shared = {i: len(folders.intersection(o)) for i,o in rows.items()}
+    alike = [i for i,n in shared.items() if n==max(shared.values())]
+    if len(alike)==1: return alike[0]
+    raise ValueError(f'{mask} could be the mask of {len(alike)} images of this name. Say how masks '
+                     'are called: `masks="masks/{plate}/{well}_{site}.tif"`.')
 
 def _by_image(screen, folder, like):
     "`{file: row}` of masks that are called as images are"
-    there,stems = Listing(folder),{_stem(f): i for f,i in _image_names(screen).items()}
+    there,names = Listing(folder),_image_names(screen, _stem)
     own = {os.path.abspath(screen.address(f)) for f,_ in _images(screen)}
     files = [f for f in there.names if f.lower().endswith((*SUFFIXES,'.npy'))
              and fnmatch(f.lower(), like.lower() or '*')
              and os.path.abspath(there.path(f)) not in own]
-    found = {f: _site_of(_stem(f), stems) for f in files}
-    return _met(there, found)
+    return _met(there, {f: _site_of(f, names) for f in files})
 
 def _met(there, found):
     "Rows by path of files, and names of files that have none"
@@ -345,11 +378,19 @@ def _split(where):
     n = next((i for i,p in enumerate(parts) if re.search('[{*?]', p)), len(parts))
     return '/'.join(parts[:n]) or '.','/'.join(parts[n:])
 
+def _first(screen, i): return str(listify(screen.files(i))[0])
+
+def _labels_in_zarr(screen, name):
+    "`{address: row}` of label images that lie in the groups of images, as `labels/nuclei`"
+    groups = {i: f'{_first(screen, i).partition("#")[0]}/{name}' for i in range(len(screen))}
+    return {f: i for i,f in groups.items() if os.path.isdir(f)}
+
 def _mask_files(screen, masks):
     "`{file: row}` of the masks, and files that belong to no site"
     if str(masks) in screen.table:
         return {screen.address(f): i for i,f in enumerate(screen.table[str(masks)]) if f},[]
     folder,like = _split(masks)
+    if '.zarr/' in _first(screen, 0) and not like: return _labels_in_zarr(screen, masks),[]
     folder = next((f for f in (Path(screen.root, folder), Path(folder)) if f.is_dir()), None)
     if folder is None: raise ValueError(f'masks={str(masks)!r}: neither a column of the table, nor '
                                         'a folder, such as `masks/` or `masks/*_nuclei.tif`.')
@@ -378,7 +419,7 @@ def _of_mask(screen, i, f):
     with about(f):
         if str(f).lower().endswith(('.jpg','.jpeg')): raise ValueError(
             'JPEG changes the numbers of cells. Save masks as PNG or TIFF.')
-        m,size = read_plane(str(f)),size_of(listify(screen.files(i))[0])
+        m,size = read_plane(str(f)),size_of(_first(screen, i))
         if m.shape!=size: raise ValueError(f'a mask of {m.shape} for an image of {size} '
             f'({_place(screen, i)}). Save it at the scale of the image.')
         t = centres_of(m)
@@ -416,11 +457,11 @@ def site_sizes(
     def look():
         for i in todo:
             if time.monotonic()>end: return
-            try: sizes[i] = size_of(listify(screen.files(i))[0])
+            try: sizes[i] = size_of(_first(screen, i))
             except Exception: pass # what is wrong with it is said when it is read
-    try:
-        with ThreadPoolExecutor(workers) as pool: [pool.submit(look) for _ in range(workers)]
-    finally: deque(todo, 0)
+    with ThreadPoolExecutor(workers) as pool:
+        try: wait([pool.submit(look) for _ in range(workers)])
+        finally: deque(todo, 0) # all stop
     return sizes
 
 # %% ../nbs/15_cells.ipynb #5c0e11e3

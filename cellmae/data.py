@@ -54,7 +54,7 @@ class Sites:
     def __init__(self,
         screens, # A `Screen`, anything `open_screen` takes, or a list of them
         cache_gb:float=2., # Memory for images already read, in GB
-        cells=None, # Windows at these cells: `Cells`, or what `find_cells` takes; one per screen
+        cells=None, # Windows at these: `Cells`, a table of centres or its path; one per screen
     ):
         self.screens = [open_screen(s) for s in listify(screens)]
         self.starts = np.cumsum([0]+[len(s) for s in self.screens])

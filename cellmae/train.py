@@ -410,7 +410,7 @@ def make_loaders(
     if not isinstance(data, DataLoaders): return screen_dls(data, r.crop, r.bs, **kwargs),r
     dl = data.train
     has = dict(crop=dl.size, bs=dl.per_batch*dl.crops)
-    wrong = [k for k,v in given(**asked).items() if has.get(k)!=v]
+    wrong = [k for k,v in given(**asked).items() if k not in has or has[k]!=v]
     if wrong: raise ValueError(f'{wrong[0]} is settled by the loaders that you pass in '
         f'({has.get(wrong[0], "as they are")}): ask `screen_dls` for it.')
     device = kwargs.get('device')
