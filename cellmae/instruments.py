@@ -327,7 +327,7 @@ def _harmony(listing, index):
              if e.findtext('ChannelName')}
     if 'name' in table: names.update(zip(table['channel'], table['name']))
     table['well'] = wells_of(table['row'], table['col'])
-    table,dim = _lit(table, index, root, names)
+    table,dim = _lit(table, f'{listing.lead}{index}', root, names)
     table,said = _written(_times(table), index)
     plate = root.findtext('.//Plate/PlateID') or root.findtext('.//Plate/Name') or ''
     return Part(home_of(index), table, names, plate.strip(), [*said, *dim],
@@ -345,6 +345,7 @@ def _lit(table, index, root, names):
     met = {e.get('ChannelID'): e.findtext('FlatfieldProfile') for e in root.iter('Entry')
            if e.findtext('FlatfieldProfile')}
     if not any(map(_curve, met.values())): return table, []
+    if '#' in index: return table, ['Flat fields are not read in a zip: unpack it.']
     at = {k: f'{index}#flatfield={k}' for k in met}
     flat = [k for k in _by_number({*table['channel']}) if not _curve(met.get(k, ''))]
     even = ', '.join(names.get(k) or k for k in flat)

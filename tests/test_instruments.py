@@ -1,5 +1,5 @@
 """What microscopes write beside their images, in tiny folders as they leave them"""
-import json
+import json, shutil
 
 import numpy as np, pytest, tifffile
 from fastcore.test import expect_fail, test_close as close, test_eq as eq
@@ -557,6 +557,13 @@ def test_open_scanr_hash(tmp_path):
     files = [f'data/{o}' for names,_ in at for o in names]
     put(tmp_path, files, **{'data/metadata.ome.xml': ome(*at)})
     eq(values(opened(tmp_path), 'C02'), {'405 nm #1':3, '488 nm #1':4})
+
+def test_open_phenix_in_a_zip(tmp_path):
+    shots,name,text = harmony('V5', flat={1:profile(TERMS, [3,2])})
+    put(tmp_path/'a', [f'Images/{o}' for o,_ in shots], **{f'Images/{name}': text})
+    shutil.make_archive(tmp_path/'P', 'zip', tmp_path/'a')
+    eq(values(opened(tmp_path/'P.zip', z=2), 'C02'), {'Alexa 647':7, 'DNA':8})
+    assert 'not read in a zip' in ' '.join(scan(tmp_path/'P.zip', 'phenix').said)
 
 @pytest.mark.parametrize('name,texts', [
     ('Index.idx.xml', {'Index.idx.xml': index([shot(2, 3, name='DAPI')])}),
