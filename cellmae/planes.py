@@ -126,9 +126,10 @@ def _paged(lead, sizes, page, p, own=None, names=None):
     "Pages like `p`, numbered along the axes `lead`: `page(i, out)` reads one"
     more = [(k,n) for k,n in zip(lead, sizes) if n>1]
     axes,shape = ''.join(k for k,n in more),(*(n for k,n in more),*p.shape)
+    if axes=='Q': axes = 'I' # as unknown as that
     own = own or p.axes
     if 'C' not in axes: own = _own_axes(p, own)
-    thin = axes in ('I','Q') and own=='YX' and shape[-1]<min(10, *shape[:2])
+    thin = axes=='I' and own=='YX' and shape[-1]<min(10, *shape[:2])
     fill = partial(_fill, page, p)
     return _planewise('YXC' if thin else axes+own, shape, p.dtype, len(more), fill, names)
 
@@ -441,7 +442,7 @@ def _found(a, at, named):
     with held(path, _Tiff) as t: yield t.image(at, named)
 
 # %% ../nbs/04_planes.ipynb #9bb39a4e
-_stands = dict(c='CSIQ', z='ZIQ', t='T', series='', page='') # axes that are meant, likeliest first
+_stands = dict(c='CSI', z='ZI', t='T', series='', page='') # axes that are meant, likeliest first
 _problems = dict(c='wrong channel count', z='a stack', t='a stack')
 
 def _fixed(s, k, i):
@@ -548,7 +549,7 @@ def _chw(x, axes):
     gone = tuple(i for i,k in enumerate(axes) if x.shape[i]==1 and k not in 'YX')
     x,axes = x.squeeze(gone),''.join(k for i,k in enumerate(axes) if i not in gone)
     rest = re.sub('[YX]', '', axes)
-    if len(rest)>1 or rest not in 'CSIQ':
+    if len(rest)>1 or rest not in 'CSI':
         odd = [f'`#{k.lower()}=0`' for k in rest if k not in 'CSIQ']
         cure = f'Choose along them, {", ".join(odd)}' if odd else 'Save channels, height, width'
         raise ImageError('wrong channel count', '', f'Stored as {axes} {_size(x.shape)}. {cure}.')
@@ -571,7 +572,7 @@ def _read(f, z=None, t=None, single=False):
     with _opened(f) as s:
         _ask(s, dict(Z=z, T=t))
         s = _along(s, 'T', t)
-        s = _along(s, 'ZIQ' if single and z is not None else 'Z', z)
+        s = _along(s, 'ZI' if single and z is not None else 'Z', z)
         x,axes = _greys(s.read(), s.axes)
         if x.dtype==np.int32 and 0<=x.min()<=x.max()<65536: x = x.astype(np.uint16)
         x = _chw(x.astype(x.dtype.newbyteorder('='), copy=False), axes)

@@ -306,6 +306,25 @@ def test_colours_and_samples(tmp_path):
     ome(tmp_path/'o.ome.tif', rgb, 'YXS', photometric='rgb')
     assert (read_image(tmp_path/'o.ome.tif') == np.moveaxis(rgb, -1, 0)).all()
 
+last = lambda x: np.ascontiguousarray(np.moveaxis(x, 0, -1))
+S3,S4,S5 = X[0,:3,0],np.concatenate([X[0,:3,0], np.full((1, 24, 36), 65535, np.uint16)]),X[0,:,1]
+
+@pytest.mark.parametrize('stored,kw,axes,x', [
+    (last(S3), dict(planarconfig='contig', extrasamples=['unspecified']*2), 'YXC', S3), (last(S5), dict(planarconfig='contig'), 'YXC', S5),
+    (S5, dict(planarconfig='separate'), 'CYX', S5), (last(S4), dict(photometric='rgb', extrasamples=['unassalpha']), 'YXS', S3),
+    (last(S4), dict(photometric='rgb', extrasamples=['unspecified']), 'YXC', S4), (S3, dict(bitspersample=12), 'IYX', S3), (S3, dict(compression='jpegxl'), 'IYX', S3),
+    (S3, dict(compression='jpeg2000'), 'IYX', S3),
+    (last(S3), {}, 'YXC', S3), (last(S3)[:,:4], {}, 'YXC', S3[...,:4])]) # pages of three columns are no pages
+def test_samples(stored, kw, axes, x, tmp_path):
+    "What is a colour, what a channel, what a row of pages"
+    f = tiff(tmp_path/'a.tif', stored, **kw)
+    assert look_into(f).axes == axes and (read_image(f) == x).all() and size_of(f) == x.shape[-2:]
+    for c in (0, len(x)-1): assert (read_plane(f'{f}#c={c}') == x[c]).all()
+
+def test_volumes(tmp_path):
+    f = tiff(tmp_path/'a.tif', X[0,:,0], volumetric=True, tile=(5, 16, 16), metadata=dict(axes='ZYX'))
+    assert look_into(f).axes == 'ZYX' and (read_plane(f, z=3) == X[0,3,0]).all()
+
 # ---- pictures
 
 @pytest.mark.parametrize('ending', ['png', 'jp2', 'j2k', 'jxl', 'jxr', 'bmp', 'tif'])
