@@ -345,7 +345,7 @@ def _lit(table, index, root, names):
     met = {e.get('ChannelID'): e.findtext('FlatfieldProfile') for e in root.iter('Entry')
            if e.findtext('FlatfieldProfile')}
     if not any(map(_curve, met.values())): return table, []
-    if '#' in index: return table, ['Flat fields are not read in a zip: unpack it.']
+    if '.zip#' in index.lower(): return table, ['Flat fields are not read in a zip: unpack it.']
     at = {k: f'{index}#flatfield={k}' for k in met}
     flat = [k for k in _by_number({*table['channel']}) if not _curve(met.get(k, ''))]
     even = ', '.join(names.get(k) or k for k in flat)
