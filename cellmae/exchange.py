@@ -651,7 +651,8 @@ def _only_table(found):
     "The one table of a collection"
     use = fullest(found)
     if len(use)==1: return use[0]
-    raise ValueError(f'{use[0]} and {use[1]} are two collections. Open each folder by itself.')
+    raise ValueError(f'{use[0]} and {use[1]} both say what was done to wells. Leave one of them '
+                     'there, or open the folder of each collection by itself.')
 
 @layout('rxrx', 'RxRx', _rxrx_tables)
 def rxrx(listing, found):

@@ -110,11 +110,12 @@ def _at_wells(df, well, path):
 
 # %% ../nbs/07_layouts.ipynb #17541a4b
 def _unused(there, table):
-    "Images that a scan does not name"
+    "Images that a scan does not name, not even by a path on another machine"
     cols = [c for c in table if c.startswith('file')]
     used = {f for c in cols for f in table[c]}
     files = used | {f.rpartition('#')[0] for f in used if '#' in f}
-    return [o for o in there.images if o not in files]
+    away = {f.rpartition('/')[2] for f in files.difference(there.names)}
+    return [o for o in there.images if o not in files and o.rpartition('/')[2] not in away]
 
 # %% ../nbs/07_layouts.ipynb #9d3e4792
 def find_plates(

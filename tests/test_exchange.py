@@ -753,3 +753,14 @@ def test_rxrx_packed(tmp_path):
     i, = np.flatnonzero((t['batch']=='HUVEC-01') & (t['well']=='AF48'))
     np.testing.assert_array_equal(s.read(i), [x['HUVEC-01',1,'AF48',1,c] for c in range(1,7)])
     assert set(t['perturbation'])=={'s1'}
+
+def test_load_data_images_of_foreign_paths_are_not_left_over(tmp_path, capsys):
+    put_tiffs(tmp_path/'im', [*TIFFS, 'another.tiff'])
+    load_table(r'D:\x\im').to_csv(tmp_path/'load_data.csv', index=False, sep=';')
+    Screen.open(tmp_path)
+    assert '1 .tiff files, such as im/another.tiff' in capsys.readouterr().out
+
+def test_rxrx_with_two_tables_is_asked(tmp_path):
+    _,meta = put_rxrx(tmp_path, plates=(1,), sites=(1,))
+    for o in 'ab': meta.to_csv(tmp_path/f'{o}.csv', index=False)
+    with pytest.raises(ValueError, match='a.csv and b.csv both say'): scan(tmp_path, 'rxrx')
