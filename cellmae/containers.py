@@ -692,8 +692,7 @@ def _nd2_series(f):
     return [o.name or '' for o in points[0]] if points else ['']
 
 def _czi_series(f):
-    said = {o.get('Index'): o.findtext('ArrayName') or o.get('Name') or ''
-            for o in f.says('S/Scenes/Scene')}
+    said = {o.get('Index'): o.findtext('ArrayName') or '' for o in f.says('S/Scenes/Scene')}
     return [said.get(str(i), '') for i,_ in f.scenes]
 
 _series = {'.nd2': (_nd2,_nd2_series), '.lif': (_lif,lambda f: [o.path for o in f.images]),
@@ -703,7 +702,7 @@ _series = {'.nd2': (_nd2,_nd2_series), '.lif': (_lif,lambda f: [o.path for o in 
 def series_of(
     path, # Of a file of Nikon, Leica or Zeiss
 )->list: # Names, empty where the file has none; `#series=` counts along them
-    "Wells of the positions in one file, or else what they are called there"
+    "Wells of the positions in one file, or what Nikon and Leica let people call them"
     path = local(path)
     open,names = _series[path.suffix.lower()]
     with held(path, open) as f: return names(f)

@@ -362,13 +362,13 @@ def clx(name, v):
     if kind: return f'<{name} runtype="{kind}" value="{str(v).lower() if kind=="bool" else v}"/>'
     return f'<{name} runtype="CLxListVariant">{"".join(clx(k if isinstance(v, dict) else "no_name", o) for k,o in (v.items() if isinstance(v, dict) else enumerate(v)))}</{name}>'
 
-def nd2(f, x, names, lose=()):
+def nd2(f, x, names, lose=(), called='B0{}_0'):
     "A file of Nikon, version 2, of `(P,Z,C,Y,X)`"
     p,z,c,h,w = x.shape
     xml = lambda v: f'<variant version="1.0">{clx("no_name", v)}</variant>'.encode()
     planes = {f'a{i}':dict(sDescription=o, uiCompCount=1, pFluorescentProbe=dict(m_uiColor=1)) for i,o in enumerate(names)}
     z_loop = dict(eType=4, uLoopPars=dict(uiCount=z, dZStep=1.))
-    points = [dict(dPosX=float(i), dPosY=0., dPosZ=0., pPosName=f'B0{i+3}_0') for i in range(p)]
+    points = [dict(dPosX=float(i), dPosY=0., dPosZ=0., pPosName=called.format(i+3)) for i in range(p)]
     chunks = {'ImageAttributes!': xml(dict(uiWidth=w, uiHeight=h, uiWidthBytes=w*c*2, uiComp=c, uiBpcInMemory=16,
                                            uiBpcSignificant=16, uiSequenceCount=p*z, eCompression=2)),
               'ImageMetadataSeq|0!': xml(dict(bCalibrated=True, dCalibration=1., sPicturePlanes=dict(uiCount=c, sPlaneNew=planes))),
@@ -587,14 +587,36 @@ def test_the_same_planes_from_every_kind(tmp_path):
     for a in whole+lists: assert (read_site(a)==X[1,:,0]).all(), a
     for a in whole: assert (read_site([f'{a}{"," if "#" in a else "#"}c=2'])==X[1,2:,0]).all(), a
 
-def test_names_of_positions(tmp_path):
+def name_scenes(f, *wells):
+    "As the microscope does, in any order"
     from pylibCZIrw import czi
+    scenes = [f'<Scene Index="{i}" Name="P1"><ArrayName>{w}</ArrayName></Scene>' for i,w in enumerate(wells)]
+    with czi.edit_czi(str(f)) as e, e.edit_session() as b:
+        dims = f'<Dimensions><S><Scenes>{"".join(scenes[::-1])}</Scenes></S>'
+        b.set_xml(b.get_xml().replace('<Dimensions>', dims))
+
+def test_names_of_positions(tmp_path):
     f = write_czi(tmp_path/'x.czi', X[:,:,:1])
     assert series_of(f)==['','']
-    with czi.edit_czi(str(f)) as e, e.edit_session() as b:
-        scenes = ''.join(f'<Scene Index="{i}" Name="P{i+1}"><ArrayName>B0{i+3}</ArrayName></Scene>' for i in (1,0))
-        b.set_xml(b.get_xml().replace('<Dimensions>', f'<Dimensions><S><Scenes>{scenes}</Scenes></S>'))
+    name_scenes(f, 'B03', 'B04')
     assert series_of(f)==['B03','B04']
     x = np.swapaxes(X, 1, 2)
     assert series_of(nd2(tmp_path/'x.nd2', x, NAMES))==['B03_0','B04_0']
     assert series_of(lif(tmp_path/'x.lif', {'B/3/R1':x[0], 'B/4/R1':x[1]}, [('Gray',None)]*3))==['B/3/R1','B/4/R1']
+
+@pytest.mark.parametrize('how', ['nd2','wells.nd2','lif','czi','nameless.czi'])
+def test_a_plate_of_a_vendor_opens(tmp_path, how):
+    from cellmae.screen import Screen
+    x,t = np.swapaxes(X, 1, 2)[:,:1],tmp_path/'P7'
+    t.mkdir()
+    if how=='nd2': nd2(t/'P7.nd2', x, NAMES)
+    if how=='wells.nd2': [nd2(t/f'Well{w}.nd2', x[i:i+1], NAMES, called='') for i,w in enumerate(('B03','B04'))]
+    if how=='lif': lif(t/'P7.lif', {'B/3/R1':x[0], 'B/4/R1':x[1]}, [(o,o) for o in NAMES])
+    if 'czi' in how: f = write_czi(t/'P7.czi', X[:,:,:1], names=NAMES)
+    if how=='nameless.czi':
+        with pytest.raises(ValueError, match="which wells.*`well='A01'`"): Screen.open(t)
+        return
+    if how=='czi': name_scenes(f, 'B03', 'B04')
+    screen = Screen.open(t)
+    assert list(screen.table['well'])==['B03','B04'] and set(screen.table['plate'])=={'P7'}
+    assert (screen.read(1)==X[1,:,0]).all() and len(screen.channels)==3
