@@ -14,7 +14,6 @@ from functools import cached_property, lru_cache, partial, reduce
 from io import BytesIO
 from logging import NullHandler, getLogger
 from math import prod
-from operator import index
 from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from struct import unpack
@@ -493,10 +492,9 @@ def look_into(
 # %% ../nbs/04_planes.ipynb #46f8728f
 def _asked(how, k, words):
     "Refuse what neither counts nor is a word"
-    if isinstance(how, str) and how in words: return
-    if isinstance(how, str): raise ValueError(
-        f"{k} is a number, {', '.join(map(repr, words[:-1]))} or {words[-1]!r}, not {how!r}.")
-    if how is not None: index(how)
+    if how is None or hasattr(how, '__index__') or isinstance(how, str) and how in words: return
+    *some,last = map(repr, words)
+    raise ValueError(f"{k} is a whole number, {', '.join(some)} or {last}, not {how!r}.")
 
 def nth(
     how, # A number from 0, `'first'`, `'mid'`, `'last'`; None: the only one
@@ -614,9 +612,10 @@ def read_site(
 )->np.ndarray: # `(C,H,W)` in the files' own dtype
     "Read a field of view"
     _asked(z, 'z', ('mid','max','mean')); _asked(t, 't', ('first','last','max','mean'))
-    if not isinstance(addresses, list): return np.ascontiguousarray(_stack(addresses, z, t, False))
+    if isinstance(addresses, (str,Path)):
+        return np.ascontiguousarray(_stack(addresses, z, t, single=False))
     _same_depth(addresses)
-    xs = [_stack(f, z, t, True) for f in addresses]
+    xs = [_stack(f, z, t, single=True) for f in addresses]
     for f,x in zip(addresses, xs): _same_kind(x, f, xs[0], addresses[0])
     return np.concatenate(xs)
 

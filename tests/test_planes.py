@@ -141,10 +141,9 @@ def test_numbers_of_planes(n):
     for i in (n, -1):
         with pytest.raises(ImageError, match=f'no z={i}, but {n}'): nth(i, n)
 
-@pytest.mark.parametrize('kw', [dict(z='middle'), dict(t='end'), dict(z='all')])
+@pytest.mark.parametrize('kw', [dict(z='middle'), dict(t='end'), dict(z='all'), dict(z=1.5), dict(t='mid')])
 def test_policies_that_are_none(kw, tmp_path):
-    with pytest.raises(ValueError, match='is a number, .* or .*, not '): read_site(ome(tmp_path/'a.tif', X, 'TZCYX'), **kw)
-    with pytest.raises(TypeError): read_site(str(tmp_path/'a.tif'), 1.5)
+    with pytest.raises(ValueError, match='is a whole number, .* or .*, not '): read_site(ome(tmp_path/'a.tif', X, 'TZCYX'), **kw)
 
 # ---- names of channels
 
