@@ -370,16 +370,16 @@ def _swapped(d, names):
     "Plates whose channels look like other channels elsewhere, as `(plate,channels,problem,cure)`"
     plates,x = _looks(d)
     if len(plates)<3 or np.isnan(x).any() or len(names)!=x.shape[1]: return
-    from scipy.optimize import linear_sum_assignment
     usual = np.median(x, 0)
     width = np.maximum(1.4826*np.median(np.abs(x-usual), 0), .1)
     for p,own in zip(plates, x):
-        cost = np.abs((own[:,None]-usual)/width).mean(-1) # (C,C)
-        a,b = linear_sum_assignment(cost)
-        off = a!=b
-        if not off.any() or cost[a,a][off].min()<5*cost[a,b][off].max(): continue
-        like = ', '.join(f'its {names[i]} like {names[k]}' for i,k in zip(a[off], b[off]))
-        yield p,', '.join(names[i] for i in a[off]),'channels swapped?',(
+        far = np.abs((own[:,None]-usual)/width).mean(-1) # (C,C)
+        like = far.argmin(1)
+        off = np.flatnonzero(like!=np.arange(len(names)))
+        if not len(off) or set(like[off])!=set(off): continue
+        if far[off,off].min()<5*far[off,like[off]].max(): continue
+        like = ', '.join(f'its {names[i]} like {names[like[i]]}' for i in off)
+        yield p,', '.join(names[i] for i in off),'channels swapped?',(
             f'Beside the other plates it looks as if channels had changed places: {like}. Look '
             'at the names in its files; open it by itself with `channels=`.')
 
@@ -527,10 +527,14 @@ def _foreseen(seen, seconds):
     return (f'{some:,} of {every:,} sites: {_counted(problems_of(seen))}. All are {gb:.3g} GB of '
             f'pixels and take some {_duration(seconds*every)}.')
 
+def place_of_problem(o):
+    "Where the problem of a row is, as far as it is said"
+    return ', '.join(f'{k} {o[k]}' for k in ('plate','well','site','channel','file') if o[k])
+
 def _so_far(seen, kept):
     "What was found before an interrupt, a line for each kind of problem"
     found = problems_of(seen)
-    lines = [f'{len(g)} {problem}, first: {in_words(g.iloc[0])} {g["file"].iat[0]}'
+    lines = [f'{len(g)} {problem}, first: {place_of_problem(g.iloc[0])}'
              for problem,g in found.groupby('problem', sort=False)]
     more = f'The next call goes on from {kept}.' if kept else '`out=` would keep it.'
     return '\n'.join([f'Stopped at {len(seen):,} of {len(seen.screen):,} sites. {more}', *lines])

@@ -13,7 +13,7 @@ from .labels import clean, row_col, row_letters, well_name, yes_no
 from .images import fit_range, to_uint8
 from .sites import SITE, WELL
 from .checks import (GOOD, SAMPLE, SATURATED, field_counts, full_share, good_planes, look_at,
-                            look_through, problems_of, spread, thinned)
+                            look_through, place_of_problem, problems_of, spread, thinned)
 from .report import Aside, Html, to_html, write_report
 
 # %% ../nbs/12_overview.ipynb #c2e8cff3
@@ -197,7 +197,7 @@ def _facts(screen, seen):
 
 def _channels(screen, seen, ranges):
     "A row per channel: how it is called, what becomes 0 and 255, what its pixels are like"
-    found = {name: raw for raw,name in getattr(screen, '_raw', {}).items()}
+    found = {name: raw for raw,name in (getattr(screen, '_raw', None) or {}).items()}
     p,rows = seen.planes,[]
     for c,name in enumerate(screen.channels):
         good = p[:,c][p['state'][:,c]==GOOD]
@@ -215,9 +215,8 @@ def _grouped(problems):
     rows = []
     for name,g in problems.groupby('problem', sort=False):
         plates,o = g.loc[g['plate']!='', WELL[:2]].drop_duplicates(),g.iloc[0]
-        where = ', '.join(f'{k} {o[k]}' for k in ('plate','well','site','channel') if o[k])
         rows.append({'problem': name, 'times': len(g), 'plates': len(plates) or '',
-                     'first': where, 'cure': o['cure']})
+                     'first': place_of_problem(o), 'cure': o['cure']})
     return pd.DataFrame(rows)
 
 def _problems(problems, most=300):
