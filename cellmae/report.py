@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'Aside', 'Html', 'to_html', 'write_report']
 
 # %% ../nbs/11_report.ipynb #a0b6b19e
-import base64, html, io
+import base64, html, io, warnings
 from pathlib import Path
 import pandas as pd
 from .files import write_whole
@@ -18,7 +18,9 @@ def _img(png:bytes):
 def _fig(fig):
     import matplotlib.pyplot as plt
     buf = io.BytesIO()
-    fig.savefig(buf, dpi=100, bbox_inches='tight', format='png')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from') # a name in letters it has not
+        fig.savefig(buf, dpi=100, bbox_inches='tight', format='png')
     plt.close(fig)
     return _img(buf.getvalue())
 
