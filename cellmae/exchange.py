@@ -94,7 +94,8 @@ def _channels(store, way, names, seen):
     if not a.get('multiscales'): return {}
     m = a['multiscales'][0]
     axes = tuple(o['name'] if isinstance(o, dict) else o for o in m.get('axes', 'tczyx'))
-    labels = tuple(o.get('label') for o in a.get('omero', {}).get('channels', ())) or tuple(names)
+    labels = [str(o.get('label') or '') for o in a.get('omero', {}).get('channels', ())]
+    labels = tuple(labels or names)
     if not labels or (axes,labels) not in seen:
         if not (shape := store.shape(way, m['datasets'][0]['path'])): return {}
         seen[axes,labels] = shape[axes.index('c')] if 'c' in axes else 1
@@ -189,6 +190,16 @@ def _numbers(df):
     names = {k:c for k,c in sorted(pairs, key=str) if isinstance(k, str)}
     return names if len(names)==len(pairs)==len(set(names.values())) else {}
 
+def _named_alike(df):
+    "Images of a plate that name no channels take the names of the others, if these agree"
+    bare = df['channel'].str.isdigit()
+    names = _numbers(df[~bare])
+    alike = bare & df['channel'].isin(names)
+    if not alike.any(): return df,[]
+    first,known = df['file'][alike].iloc[0],df['channel'].map(names)
+    said = f'Images such as {first} name no channels: they are taken to be {names}'
+    return df.assign(channel=df['channel'].mask(alike, known)),[said]
+
 # %% ../nbs/09_exchange.ipynb #9e010013
 def _plate_of(store, plate, acquisition):
     "What a scanner finds in one plate"
@@ -196,9 +207,10 @@ def _plate_of(store, plate, acquisition):
     first = store.attrs(fields[0]['way']) if fields else None
     rows,gone = _by_channel(store, fields)
     if not rows: raise ValueError(f'{store.path}: no image of the plate is there. Copy it again.')
-    df,said = _acquired(pd.DataFrame(rows), store.name, acquisition)
+    df,alike = _named_alike(pd.DataFrame(rows))
+    df,said = _acquired(df, store.name, acquisition)
     about = _known(pixel_size=_pixel_size(first or {}), plate_shape=_plate_shape(plate))
-    return Scan(df, _numbers(df), said=said+absent(empty+gone, store.name), about=about)
+    return Scan(df, _numbers(df), said=alike+said+absent(empty+gone, store.name), about=about)
 
 def _images_of(stores):
     "What a scanner finds in stores that are no plates: an image each"
@@ -208,7 +220,8 @@ def _images_of(stores):
         rows += planes
         if not planes: gone.append(o.name)
     if not rows: raise ValueError(f'{stores[0].path}: no full size is there. Copy it again.')
-    df,said = placed(pd.DataFrame(rows))
+    df = pd.DataFrame(rows)
+    df,said = placed(by_folder(df, df['file']))
     about = _known(pixel_size=_pixel_size(stores[0].attrs()))
     if gone: said = [*said, f'{len(gone)} images lack their full size, such as {gone[0]}: left out']
     return Scan(df, _numbers(df), said=said, about=about)
@@ -231,6 +244,18 @@ def placed(
     wells = {s:p.pop() for s,p in places.items()}
     s,w = next(iter(wells.items()))
     return df.assign(well=df[by].map(wells)),[f'Wells are taken from names: {s!r} is {w}']
+
+def by_folder(
+    df, # A row per plane
+    files, # A file for each row
+)->pd.DataFrame: # The same with `plate`, and `batch` where plates of two folders are called alike
+    "Plates after the folders that files lie in, if there are several"
+    ways = files.str.partition('#')[0].str.rpartition('/')[0]
+    if ways.nunique()==1: return df
+    way = ways.str.rpartition('/')
+    df = df.assign(plate=way[2].where(way[2]!='', '.'))
+    if way[2].nunique()==ways.nunique(): return df
+    return df.assign(batch=way[0].where(way[0]!='', '.'))
 
 # %% ../nbs/09_exchange.ipynb #9e010018
 def together(
@@ -553,10 +578,11 @@ def _at_wells(df):
     "Plate, well and site of each plane, as the XML says, else from names; and a sentence"
     df['stem'] = df['of'].map(lambda f: re.sub(r'(?i)(\.ome)?\.tiff?$', '', f.rpartition('/')[2]))
     if 'row' in df: return _on_plates(df[df['row'].notna()]),[]
-    df,said = placed(df, 'label')
+    df,said = placed(by_folder(df, df['of']), 'label')
     if not said: df,said = placed(df, 'stem')
     number = df['image'].astype(str)
-    once = df['of'].nunique()==1 or 'well' in df and not _twice(df.assign(site=number), 'well')
+    where = [k for k in ('batch','plate','well') if k in df]
+    once = not _twice(df.assign(site=number), *where)
     return df.assign(site=number if once else df['stem']+'_'+number),said
 
 def _twice(df, *where): return df.duplicated([*where,'site','channel','z','t']).any()
@@ -564,7 +590,10 @@ def _twice(df, *where): return df.duplicated([*where,'site','channel','z','t']).
 def _on_plates(df):
     "Plates by the names that the XML gives, unless two files mean two plates by one name"
     named = df.assign(plate=df['plate'].where(df['plate']!='', df['stem']))
-    return df.assign(plate=df['stem']) if _twice(named, 'plate', 'row', 'col') else named
+    if not _twice(named, 'plate', 'row', 'col'): return named
+    named = df.assign(plate=df['stem'])
+    if not _twice(named, 'plate', 'row', 'col'): return named
+    return named.assign(batch=df['of'].str.rpartition('/')[0])
 
 # %% ../nbs/09_exchange.ipynb #9e010042
 _more = re.compile(r'<(?:\w+:)?(?:Plate|BinaryOnly)\b')

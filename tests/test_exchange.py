@@ -764,3 +764,32 @@ def test_rxrx_with_two_tables_is_asked(tmp_path):
     _,meta = put_rxrx(tmp_path, plates=(1,), sites=(1,))
     for o in 'ab': meta.to_csv(tmp_path/f'{o}.csv', index=False)
     with pytest.raises(ValueError, match='a.csv and b.csv both say'): scan(tmp_path, 'rxrx')
+
+def test_zarr_images_without_names_among_others(tmp_path):
+    put_plate(tmp_path/'P.zarr', ['0','1'], names=lambda o: ['Mito','DAPI','GFP'] if o!='C/2/1' else None)
+    s = scan(tmp_path, 'ome_zarr')
+    t = s.table.set_index(['row','site','channel'])['file']
+    assert set(s.table['channel'])=={'Mito','DAPI','GFP'} and t['C','1','DAPI']=='P.zarr/C/2/1#c=1'
+    assert 'C/2/1' in s.said[0]
+
+@pytest.mark.parametrize('deep', ['{p}/', 'b{p}/plate/'])
+@pytest.mark.parametrize('kind', ['zarr','ome.tif'])
+def test_images_in_a_folder_per_plate(tmp_path, kind, deep):
+    x = pixels(0, 2, 2, 2, 4, 6) # plate, position, channel
+    for p in range(2):
+        (tmp_path/deep.format(p=p)).mkdir(parents=True)
+        if kind=='ome.tif': put_ome(tmp_path/deep.format(p=p)/'B03.ome.tif', x[p])
+        else: put_image(tmp_path/deep.format(p=p)/'B03_s1.zarr', x[p,0], names=['DAPI','GFP'])
+    s = Screen.open(tmp_path)
+    assert len(s.wells)==2 and len(s)==(4 if kind=='ome.tif' else 2)
+    np.testing.assert_array_equal(s.read(len(s)-1), x[1,1 if kind=='ome.tif' else 0])
+
+@pytest.mark.parametrize('folders', [('a','b'), ('a/x','b/x')])
+def test_ome_plates_called_alike_in_two_folders(tmp_path, folders):
+    x = pixels(0, 2, 2, 2, 4, 6)
+    for o,y in zip(folders, x):
+        (tmp_path/o).mkdir(parents=True)
+        put_ome(tmp_path/o/'plate.ome.tif', y, {(1,2):[0], (2,1):[1]})
+    s = Screen.open(tmp_path)
+    assert len(s.wells)==4 and s.table['batch'].nunique()==2
+    np.testing.assert_array_equal(s.read(3), x[1,1])
