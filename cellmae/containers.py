@@ -499,12 +499,14 @@ def open_zarr(
 @opener('.zip')
 def open_zip(
     path, # Or a URL
-    inner, # Name of a picture in it; not needed if there is one
+    inner, # Name of a picture in it, not needed if there is one; or path of an image of a Zarr
     at:dict, # Nothing; what is for the picture stays
-)->bytes: # Of the picture
-    "A picture in a zip file"
+)->bytes: # Of the picture; `Stored` of a Zarr
+    "A picture in a zip file, or a Zarr that was packed as any folder"
     path = local(path)
     with held(path, ZipFile) as z:
+        if {f'{inner}/zarr.json', f'{inner}/.zattrs'} & z.NameToInfo.keys():
+            return open_zarr(path, inner, at)
         if inner not in z.NameToInfo:
             inside = [o for o in z.namelist() if o[-1]!='/' and '__MACOSX' not in o]
             inner = _one_of(inside, inner, path)
