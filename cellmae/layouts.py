@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from .labels import did_you_mean
 from .patterns import PRESETS, Listing, instrument_pattern, sites_by_names
-from .sites import choose, wide
+from .sites import KEYS, choose, wide
 
 # %% ../nbs/07_layouts.ipynb #308bbb2e
 class Scan(NamedTuple):
@@ -57,13 +57,13 @@ def recognise(
 # %% ../nbs/07_layouts.ipynb #f9cf4d2c
 def _one_of(marks, path, layout):
     "The layout that was asked for, or the only one there is; two are a question, none is None"
-    if layout in marks or layout is None and len(marks)<2: return layout or next(iter(marks), None)
+    if layout in LAYOUTS: return layout
+    if layout: raise ValueError(f'{path}: no layout is called {layout!r}.'
+                                f'{did_you_mean(layout, LAYOUTS)} There are {", ".join(LAYOUTS)}.')
+    if len(marks)<2: return next(iter(marks), None)
     calls = '; '.join(f'{LAYOUTS[k].name}, by {found[0]}: '
                       f'`Screen.open({str(path)!r}, layout={k!r})`' for k,found in marks.items())
-    if layout is None: raise ValueError(f'{path}: it has the marks of several layouts. Say which '
-                                        f'one you mean. {calls}.')
-    near = did_you_mean(layout, LAYOUTS) or f' It is {calls or "none of "+", ".join(LAYOUTS)}.'
-    raise ValueError(f'{path}: nothing marks it as {layout!r}.{near}')
+    raise ValueError(f'{path}: it has the marks of several layouts. Say which you mean. {calls}.')
 
 # %% ../nbs/07_layouts.ipynb #897bb467
 class Plates(NamedTuple):
@@ -81,9 +81,12 @@ class Plates(NamedTuple):
 def _only(options, takes, path):
     "Refuse options that are not taken"
     odd = sorted({*options}-{*takes})
-    if odd: raise ValueError(f'{path}: {odd[0]} is no option here.{did_you_mean(odd[0], takes)} '
-                             f'It takes {", ".join(takes) or "none"}.')
-    return options
+    if not odd: return options
+    near = did_you_mean(odd[0], [*takes, *_always])
+    raise ValueError(f'{path}: {odd[0]} is no option here.{near} This layout takes '
+                     f'{", ".join(takes) or "none of its own"}.')
+
+_always = ('channels','meta','controls','z','t','illum','replace','well','root','layout', *KEYS)
 
 def _takes(scan, options):
     "Names of the options of a scanner; `options` itself if it takes any"
@@ -134,7 +137,7 @@ def find_plates(
         return plates_by_names(path, None, z, t, well, there=there,
                                **_only(options, ['plate_shape'], path))
     what,_,scan = LAYOUTS[key]
-    scan = scan(there, marks[key], **_only(options, _takes(scan, options), path))
+    scan = scan(there, marks.get(key, []), **_only(options, _takes(scan, options), path))
     df,still = choose(_at_wells(scan.table, well, path), z, t)
     left = dict.fromkeys([*there.passed, *scan.left, *_unused(there, scan.table)])
     return Plates(*_from_here(wide(df, path), there, there.lead), (still['z'],still['t']), what,

@@ -562,8 +562,14 @@ def _tried(preset, folders, names):
     some = _some_of(names)
     for pattern,number in product(_below(preset, folders, _end(names[0])), (True,False)):
         rx = _regex(pattern, preset.well or True, number)
-        met = [m for o in some if (m := rx.fullmatch(o))]
+        met = [m for o in some if (m := rx.fullmatch(o)) and not _swallows(m)]
         if met: return pattern,len(met)/len(some),met
+
+_plane = re.compile('(?i)(^|[ _-])(z|t)(step|stack|slice|ime|imepoint)?[ _-]?[0-9]+($|[ _-])')
+
+def _swallows(m):
+    "Does a reading take a plane or a time for a part of a site or a channel?"
+    return any(_plane.search(m[k] or '') for k in ('site','channel') if k in m.re.groupindex)
 
 # %% ../nbs/06_patterns.ipynb #e11188f3
 def guess_pattern(

@@ -386,14 +386,22 @@ def _tell(self:Screen, found, **given):
     "Say what a folder was taken for, in numbers, and the call that does the same"
     places = dict(plate=SITE[:2], well=WELL, site=site_key(self.table))
     n = {k: len(self.table[on].drop_duplicates()) for k,on in places.items()}
-    print(f"{found.what}: {', '.join(f'{m:,} {k}' + 's'*(m!=1) for k,m in n.items())}")
-    only = ' (numbers: name them with `channels=`)' if all(map(str.isdigit, self.channels)) else ''
-    print(f"Channels: {', '.join(self.channels)}{only}")
-    print(f'Images: {self._pixels()}')
-    for o in found.said: print(o)
-    for o in leftovers(found.left): print(f'Left out: {o}')
+    numbers = all(map(str.isdigit, self.channels))
+    said = [f"{found.what}: {', '.join(f'{m:,} {k}' + 's'*(m!=1) for k,m in n.items())}",
+            f"Channels: {', '.join(self.channels)}"+', to be named: `channels=`'*numbers,
+            f'Images: {self._pixels()}', *self._gaps(), *found.said]
+    said += [f'Left out: {o}' for o in leftovers(found.left)]
     given = {k:v for k,v in dict(channels=self._raw, **given).items() if v is not None}
-    print(f"The same: {found.call}{''.join(f', {k}={_code(k, v)}' for k,v in given.items())})")
+    call = found.call+''.join(f', {k}={_code(k, v)}' for k,v in given.items())
+    print(*said, f'The same: {call})', sep='\n')
+
+@patch
+def _gaps(self:Screen):
+    "A sentence for each channel that some sites have no file of"
+    for c in self.channels if 'file' not in self.table else ():
+        gone = np.flatnonzero(self.table[f'file_{c}']=='')
+        if len(gone): yield (f'No file of channel {c}: {len(gone):,} of {len(self):,} sites, such '
+                             f'as {in_words(self.table.iloc[gone[0]])}')
 
 def _code(k, v):
     "How a person would write an option"

@@ -284,7 +284,7 @@ def test_a_layout_of_ones_own(tmp_path, acme, capsys):
         assert 'Left out: 1 .tif files, such as 3.tif' in out and f"Screen.open({str(tmp_path)!r}, layout='acme'" in out
         holds(s, ['1.tif', '2.tif'])
     assert Screen.open(tmp_path, cycle=2).channels == ['GFP_2']
-    with pytest.raises(ValueError, match='cycles is no option.*It takes cycle'): Screen.open(tmp_path, cycles=2)
+    with pytest.raises(ValueError, match='cycles is no option.*takes cycle'): Screen.open(tmp_path, cycles=2)
 
 def test_two_layouts_are_a_question(tmp_path, acme):
     run_acme(tmp_path); (tmp_path/'a.xdce').write_text('<ImageStack/>')
@@ -299,6 +299,30 @@ def test_a_plate_in_the_name(tmp_path, names):
     s = Screen.open(write(tmp_path, *names))
     holds(s, names)
     assert s.channels == ['DNA', 'GFP'][:len(s.channels)] and s.table.plate.unique().tolist() == ['P1']
+
+def test_a_layout_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match='no images with metadata of this microscope'):
+        Screen.open(write(tmp_path, *human), layout='phenix')
+
+def test_a_slip_in_an_option(tmp_path):
+    write(tmp_path, *human)
+    for slip,meant in dict(chanels='channels', pertubation='perturbation', plateshape='plate_shape').items():
+        with pytest.raises(ValueError, match=f'{slip} is no option here. Did you mean {meant}'): Screen.open(tmp_path, **{slip: 'x'})
+
+def test_channels_that_some_sites_lack_are_said(tmp_path, capsys):
+    write(tmp_path, *[n for n in human if 'C07f01d2' not in n])
+    s = Screen.open(tmp_path)
+    assert 'No file of channel 2: 1 of 4 sites, such as plate AS_09125_050116030001, well C07, site 01\n' in capsys.readouterr().out
+    with pytest.raises(ImageError, match="No file of .'2'.*well C07, site 01"): s.read(1)
+
+@pytest.mark.parametrize('name', ['scan_{}_s{}_z{}_w1.tif', 'scan_{}_s{}_t{}_w1.tif', '{}_s{}_DAPI_z{}.tif', '{}_s{}_z{}_DAPI.tif',
+                                  '{}_s{}_DAPI_Z0{}.tif', '{}_s{}_time{}_DAPI.tif', '{}_s{}_p{}_w1.tif'])
+def test_planes_and_times_in_names_are_no_sites_nor_channels(tmp_path, name):
+    names = [name.format(w, s, i) for w in ('B03', 'C02') for s in '12' for i in '01']
+    try: s = Screen.open(write(tmp_path, *names))
+    except FileNotFoundError as e: assert 'Say how they are named' in str(e)
+    except ValueError as e: assert re.search('{[zt]} is one of|Add {site}, {z} or {t}', str(e))
+    else: assert len(s) == 4 and len(s.channels) == 1
 
 def test_two_ways_to_read_names_are_a_question(tmp_path):
     write(tmp_path, *[f'{r}{c}_{w}_s1_DAPI.tif' for r,c in places for w in ('D04', 'E05')])
