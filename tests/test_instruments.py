@@ -528,6 +528,22 @@ def test_open_phenix_planes(tmp_path):
     for how,a,b in ((2,7,8), (1,5,6), ('max',7,8)):
         eq(values(opened(tmp_path, z=how), 'C02'), {'Alexa 647':a, 'DNA':b})
 
+@pytest.mark.parametrize('channels', [
+    {'1':'mito', '3':'DNA'}, {'Alexa 647':'mito', 'HOECHST 33342':'DNA'},
+    {'Alexa 647':'mito', '3':'DNA'}, ['mito','DNA'], None])
+def test_open_phenix_channels(tmp_path, channels):
+    "By number, by the file's own name, in the file's order, or as the file says"
+    shots,name,text = harmony('V7')
+    put(tmp_path, [f'Images/{o}' for o,_ in shots], **{f'Images/{name}': text})
+    eq(values(opened(tmp_path, z=1, channels=channels), 'C02'),
+       {'mito' if channels else 'Alexa 647':5, 'DNA':6})
+
+def test_open_phenix_channels_that_contradict(tmp_path):
+    shots,name,text = harmony('V7')
+    put(tmp_path, [f'Images/{o}' for o,_ in shots], **{f'Images/{name}': text})
+    for wrong in (['DNA','mito'], {'3':'mito', '1':'DNA'}, {'2':'mito'}):
+        with expect_fail(ValueError): opened(tmp_path, z=1, channels=wrong)
+
 def test_open_phenix_flatfield(tmp_path):
     "Pixels are divided by the profile of their own channel"
     shots = [shot(2, 3, ch=c, name=DYES[c]) for c in DYES]
