@@ -236,15 +236,16 @@ def _number(then):
     return r'\d+?' if isinstance(then, Hole) and then.name=='_' else r'\d+(?!\d)'
 
 def _filling(hole, before, then, well, number):
-    "What may fill a hole; `well`, `number`: only what is one? Or an expression for the well"
+    "What may fill a hole; `well`, `number`: only what is one? Or its expression, or `'sites'` only"
     name = hole.name
     if hole.width: return rf'[^/\n]{{{hole.width}}}'
     if name=='well' and isinstance(well, str): return well
     if name=='well' and well: return rf'(?:{_row})\d\d' if isinstance(then, Hole) else _well
     if name=='row': return _row if isinstance(then, Hole) else rf'\d{{1,3}}|{_row}'
     if name in ('col','seq'): return r'\d+(?!\d)'
-    counts = name in ('site','z','t','cycle') or name=='channel' and re.search('[A-Za-z]$', before)
-    return _number(then) if counts and number else _any
+    counts = name in ('site','z','t','cycle') and number
+    coded = name=='channel' and number is True and re.search('[A-Za-z]$', before) # w1, ch1
+    return _number(then) if counts or coded else _any
 
 # %% ../nbs/06_patterns.ipynb #b8f8427c
 def _pieces(pattern, well=True, number=True):
@@ -276,7 +277,7 @@ def _regex(pattern, well=True, number=True):
     out = ''.join(rx for _,rx in _pieces(pattern, well, number))
     return re.compile(re.sub(r'(\\\.\w+)$', r'(?i:\1)', out)) # .tif, .TIF
 
-_levels = ((True,True), (True,False), (False,True), (False,False)) # from strict to loose
+_levels = [(well,number) for number in (True,'sites',False) for well in (True,False)]
 
 # %% ../nbs/06_patterns.ipynb #f14b8bc8
 def _no_images(root, other):
@@ -332,11 +333,18 @@ def _lines(names, rx):
 def _read(names, pattern):
     "A row per name by the strictest reading of it, and the names that have none"
     rows,left = [],[o for o in names if '\n' not in o]
-    for level in _levels:
-        found = _lines(left, rx := _regex(pattern, *level)) if left else []
+    for well,number in _levels:
+        if not left or rows and not number: break # where some are numbers, all are
+        found = _lines(left, rx := _regex(pattern, well, number))
         rows,done = rows+found,{o[0] for o in found}
         left = [o for o in left if o not in done] if len(found)<len(left) else []
     return pd.DataFrame(rows, columns=['file',*rx.groupindex]),left
+
+def _say_odd(df):
+    "Mention what is called a number and is none"
+    for k in [k for k in ('site','z','t') if k in df]:
+        odd = [o for o in df[k].unique() if not o.isdigit()]
+        if odd: print(f'{{{k}}} is no number, such as {odd[0]}')
 
 # %% ../nbs/06_patterns.ipynb #6907820a
 def _is_place(w): return bool(re.fullmatch('[A-Z]{1,2}[0-9]{2}', well_name(w)))
@@ -422,6 +430,7 @@ def long_by_names(
                            f'{there.passed[0]}')
     if rest: print(f'{len(rest)} of {len(names)} images do not match the pattern, such as '
                    f'{min(rest)}')
+    _say_odd(df)
     if there.lead: df['file'] = there.lead+df['file']
     return _settled(df, pattern, plate_shape, well)
 
@@ -457,6 +466,7 @@ class Preset(NamedTuple):
     pattern:str # Without folders above and without suffix
     note:str='' # What numbers count from, what a person has to say
     well:str='' # Regular expression of a well that is no letter and number
+    loose:bool=False # May a site be other than a number?
 
 # %% ../nbs/06_patterns.ipynb #eaf563d0
 PRESETS = [Preset(*o) for o in (
@@ -477,12 +487,12 @@ PRESETS = [Preset(*o) for o in (
     ('ArrayScan', '{plate}_{well}f{site}d{channel}', 'all from 0'),
     ('Cytation', '{well}_{_}_{_}_{site}_{channel}_{t}', 'all from 1'),
     ('Harmony, tiles', 'Timepoint{t}_Row{row}_Well{col}_{channel}_zstack{z}_{site}',
-     'a tile is a site'),
+     'a tile is a site', '', True),
     ('Nikon JOBS', 'Well{well}_Channel{channel}_Seq{seq}', 'site: rank of Seq in the channel'),
     ('Nikon JOBS, points', 'Well{well}_Point{_}_{site}_Channel{channel}_Seq{_}', 'site from 0'),
     ('Nikon', '{_}{well}xy{site}c{channel}', 'all from 1'),
     ('Leica Matrix Screener', 'image--L{_}--S{plate}--U{col+1}--V{row+1}--J{_}--E{_}--O{_}--{site}'
-     '--T{t}--Z{z}--C{channel}', 'all from 0; a field is `X08--Y00`'),
+     '--T{t}--Z{z}--C{channel}', 'all from 0; a field is `X08--Y00`', '', True),
     ('Leica LAS X', '{_}Series{site}_z{z}_ch{channel}', 'well: `well=`, or the folder'),
     ('Leica LAS X, times', '{_}Pos{site}_t{t}_z{z}_ch{channel}', 'well: `well=`, or the folder'),
     ('Zeiss, split', '{plate}_S{site}_T{t}_C{channel}', 'scenes are no wells: `well=`, or folders'),
@@ -560,7 +570,8 @@ def _below(preset, folders, end):
 def _tried(preset, folders, names):
     "The pattern of a preset below these folders, and its reading of some names; None if none fits"
     some = _some_of(names)
-    for pattern,number in product(_below(preset, folders, _end(names[0])), (True,False)):
+    numbers = (False,) if preset.loose else (True,'sites')
+    for pattern,number in product(_below(preset, folders, _end(names[0])), numbers):
         rx = _regex(pattern, preset.well or True, number)
         met = [m for o in some if (m := rx.fullmatch(o)) and not _swallows(m)]
         if met: return pattern,len(met)/len(some),met

@@ -294,3 +294,15 @@ def test_a_running_number_that_channels_share_is_the_site(tmp_path):
     (tmp_path/'WellE01_ChannelGFP_Seq0009.tif').unlink()
     t = sites_by_names(tmp_path, 'Well{well}_Channel{channel}_Seq{seq}.tif')[0]
     assert t.site.tolist() == ['0009', '0010'] and t.file_GFP.tolist() == ['', 'WellE01_ChannelGFP_Seq0010.tif']
+
+def test_where_some_sites_are_numbers_the_others_are_left_out(tmp_path, capsys):
+    touch(tmp_path, 'B03_s1.tif', 'C02_s2.tif', 'C02_s2_mask.tif')
+    assert sites_by_names(tmp_path, '{well}_s{site}.tif')[0].site.tolist() == ['1', '2']
+    assert '1 of 3 images do not match the pattern, such as C02_s2_mask.tif' in capsys.readouterr().out
+    touch(tmp_path/'x', 'B03_sa.tif', 'B03_sb.tif')
+    assert sites_by_names(tmp_path/'x', '{well}_s{site}.tif')[0].site.tolist() == ['a', 'b']
+    assert '{site} is no number, such as a' in capsys.readouterr().out
+
+@pytest.mark.parametrize('names', [['B03_s1-DAPI.tif', 'B03_s1-GFP.tif'], ['B03-DAPI.tif'], ['B03_DAPI.tif', 'B03_GFP.tif']])
+def test_channels_are_never_taken_for_sites(tmp_path, names):
+    with pytest.raises(FileNotFoundError, match='Say how they are named'): instrument_pattern(Listing(touch(tmp_path, *names)))
