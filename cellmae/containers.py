@@ -372,6 +372,8 @@ def _raw(path, key):
     return f.read_bytes() if f.is_file() else None
 
 # %% ../nbs/03_containers.ipynb #c0a1002a
+_marks = ('zarr.json','.zattrs','.zarray','.zgroup') # one of them is in each folder of a Zarr
+
 def _joined(*parts): return '/'.join(filter(None, parts))
 
 def _json(path, node, name):
@@ -499,14 +501,13 @@ def open_zarr(
 @opener('.zip')
 def open_zip(
     path, # Or a URL
-    inner, # Name of a picture in it, not needed if there is one; or path of an image of a Zarr
+    inner, # Name of a picture in it, not needed if there is one; or path of an image of Zarr
     at:dict, # Nothing; what is for the picture stays
-)->bytes: # Of the picture; `Stored` of a Zarr
-    "A picture in a zip file, or a Zarr that was packed as any folder"
+)->bytes|Stored: # Of the picture
+    "A picture in a zip file, or an image of a Zarr that is packed in it"
     path = local(path)
     with held(path, ZipFile) as z:
-        if {f'{inner}/zarr.json', f'{inner}/.zattrs'} & z.NameToInfo.keys():
-            return open_zarr(path, inner, at)
+        if any(_joined(inner, o) in z.NameToInfo for o in _marks): return open_zarr(path, inner, at)
         if inner not in z.NameToInfo:
             inside = [o for o in z.namelist() if o[-1]!='/' and '__MACOSX' not in o]
             inner = _one_of(inside, inner, path)

@@ -11,6 +11,7 @@ import csv, gzip, json, os, re
 import numpy as np, pandas as pd
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fastcore.basics import patch
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,24 +62,28 @@ class _Zarr:
             if getattr(e, 'problem', '')=='missing': return
             raise ValueError(f'{self.path}/{f}: damaged ({e}). Copy it again.') from None
 
-    def attrs(self, *way):
-        "What a group says of itself, in version 0.4 or 0.5; None if it is not there"
-        found = self.json(*way, 'zarr.json' if self.new else '.zattrs')
-        if found is None or not self.new: return found
-        found = found.get('attributes', {})
-        return found.get('ome', found)
+# %% ../nbs/09_exchange.ipynb #9e01003b
+@patch
+def attrs(self:_Zarr, *way):
+    "What a group says of itself, in version 0.4 or 0.5; None if it is not there"
+    found = self.json(*way, 'zarr.json' if self.new else '.zattrs')
+    if found is None or not self.new: return found
+    found = found.get('attributes', {})
+    return found.get('ome', found)
 
-    def shape(self, *way):
-        "Of an array; None if it is not there"
-        array = self.json(*way, 'zarr.json' if self.new else '.zarray')
-        return array and array['shape']
+@patch
+def shape(self:_Zarr, *way):
+    "Of an array; None if it is not there"
+    array = self.json(*way, 'zarr.json' if self.new else '.zarray')
+    return array and array['shape']
 
-    def address(self, way, *marks):
-        "Where the room `planes` finds an image, or a channel of it"
-        inner,head = self.inner(way),self.name
-        if self.packed: marks = inner,*marks
-        else: head = '/'.join(filter(None, (head, inner)))
-        return '#'.join(filter(None, (head, ','.join(filter(None, marks)))))
+@patch
+def address(self:_Zarr, way, *marks):
+    "Where the room `planes` finds an image, or a channel of it"
+    inner,head = self.inner(way),self.name
+    if self.packed: marks = inner,*marks
+    else: head = '/'.join(filter(None, (head, inner)))
+    return '#'.join(filter(None, (head, ','.join(filter(None, marks)))))
 
 # %% ../nbs/09_exchange.ipynb #9e010005
 def numbered(
@@ -304,6 +309,7 @@ def stores_that_say(
 
 def _ome_stores(listing): return [o.name for o in stores_that_say(listing, *_ome[:2])]
 
+# %% ../nbs/09_exchange.ipynb #9e01020b
 @layout('ome_zarr', 'OME-Zarr', _ome_stores)
 def ome_zarr(listing, found, acquisition=None):
     "Plates, or else images, of OME-Zarr 0.4 or 0.5, in folders or packed"
@@ -338,6 +344,7 @@ def _is_table(name):
     "Is this the name of a table, and not of a saved screen?"
     return name.lower().endswith(_tables) and not name.rpartition('/')[2].startswith('screen.')
 
+# %% ../nbs/09_exchange.ipynb #9e01051b
 def tables_of(
     listing:Listing, # Of a folder
 )->dict: # Name of a table -> titles of its columns, in lower case
@@ -428,6 +435,7 @@ def _add_illum(df, listing):
     stains = sorted({c for o in found.values() for c in o} & {c[5:] for c in df})
     return df.assign(**{f'illum_{c}': [found[p].get(c, '') for p in places] for c in stains})
 
+# %% ../nbs/09_exchange.ipynb #9e01057b
 def _called(tables):
     "`{table: plate}` after the file, or after its folder if all files are called alike"
     if len(tables)==1: return {tables[0]: None}
@@ -446,6 +454,7 @@ def _each_once(df):
     raise ValueError(f'{a} lists {where} twice. Keep the row that you want, or tell them apart by '
                      'a column `Metadata_Site`.')
 
+# %% ../nbs/09_exchange.ipynb #9e01057d
 @layout('load_data', "CellProfiler's LoadData", _load_tables)
 def load_data(listing, found):
     "Tables of CellProfiler, one or one per plate"
@@ -816,6 +825,7 @@ def _told_apart(df, key):
     number = df.get('imaging.channel', pd.Series('', df.index))
     return df['channel'].mask(twice, df['channel']+' '+number)
 
+# %% ../nbs/09_exchange.ipynb #9e01072b
 def _our_titles(df):
     "A table under our titles, and the column of folders that its files are in"
     df = df.rename(columns=_chammi)
@@ -835,6 +845,7 @@ def _with_files(listing, name):
     df = df.assign(file=found)
     return df[df['file']!=''],gone
 
+# %% ../nbs/09_exchange.ipynb #9e01072d
 @layout('channel_rows', 'A table with a row per channel', _long_tables)
 def channel_rows(listing, found):
     "CHAMMI-75, or any table that has a row per file"

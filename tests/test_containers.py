@@ -181,14 +181,14 @@ def packed(root, f):
             if o.is_file(): z.write(o, o.relative_to(root))
     return f
 
-@pytest.mark.parametrize('version,end', [('0.4','.zarr.zip'), ('0.5','.zarr.zip'), ('0.5','.ozx')])
+@pytest.mark.parametrize('version,end', [('0.4','.zarr.zip'), ('0.5','.zarr.zip'), ('0.5','.ozx'), ('0.4','.zip')])
 def test_zarr_in_a_zip(tmp_path, version, end):
     root = ngff(tmp_path/'p.zarr', 'B/3/0', X[0,:,0], 'cyx', version)
     f = packed(root, tmp_path/f'p{end}')
     o = opener_of(f)(f, 'B/3/0', {})
     assert o.names==NAMES and (o.read(c=1)==X[0,1,0]).all()
     next(o for o in Path(root).rglob('*') if o.is_file() and o.parent.name=='1').unlink()
-    o = open_zarr(packed(root, f), 'B/3/0', {})
+    o = opener_of(f)(packed(root, f), 'B/3/0', {})
     refuses('chunks do not exist', o.read)
 
 def test_zarr_written_anew_is_read_anew(tmp_path):
