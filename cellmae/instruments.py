@@ -30,7 +30,7 @@ from .planes import SUFFIXES
 class Part(NamedTuple):
     "What one metadata file says, in its own words"
     home:str # Folder that its names of files start from, as in a `Listing`; empty for the root
-    table:pd.DataFrame # A row per image: `file`, `well`, `channel`, maybe `site`, `z`, `t`, `illum`
+    table:pd.DataFrame # A row per image: `file, well, channel`, maybe `site, z, t, illum, page`
     names:dict = {} # Number of a channel, as in `table` -> its name
     plate:str = '' # Its name; empty where the file has none
     said:list = [] # What a person should know, a sentence each
@@ -180,7 +180,7 @@ def _rows(part, names, root):
     plate = part.plate or _place(f'{root}/{part.home}'.rstrip('/')).rpartition('/')[2]
     table = table.assign(plate=plate, **known)
     single = [k for k in ('z','t') if k in table and table[k].nunique()==1]
-    return table[_long(table, 'home')].drop(columns=single).drop_duplicates()
+    return table[_long(table, 'home', 'page')].drop(columns=single).drop_duplicates()
 
 def _table(listing, parts, numbers):
     "All rows; plates of one plane or time are of the first where others have several"
@@ -188,7 +188,7 @@ def _table(listing, parts, numbers):
     rows = [_rows(p, n, root) for p,n in zip(parts, numbers)]
     table = pd.concat(rows, ignore_index=True).dropna(axis=1, how='all')
     first = {k: _by_number({*table[k].dropna()}-{''})[0] for k in ('z','t') if k in table}
-    return table.fillna(dict(first, illum='')).fillna('1')
+    return table.fillna(dict(first, illum='', page='')).fillna('1')
 
 # %% ../nbs/08_instruments.ipynb #c939f020
 def _batches(table):
@@ -215,7 +215,7 @@ def joined(
     table,absent = _present(listing, table)
     names,odd = names_agreed(numbers)
     about,apart = _about(parts)
-    left = sorted(set(listing.images).difference(table['file']))
+    left = sorted(set(listing.images).difference(table.pop('of')))
     said = dict.fromkeys(said+absent+odd+batches+apart)
     return Scan(_one_image_each(table[_long(table)]), names, left, [*said], about)
 
@@ -224,7 +224,8 @@ def _present(listing, table):
     "Rows whose file is there, and a word about the others; refuse a table that has none"
     file = located(listing.names, table['home'], table['file'])
     gone = table[[o is None for o in file]]
-    table = table.assign(file=file).drop(columns='home').dropna(subset='file', ignore_index=True)
+    table = table.assign(file=file, of=file).dropna(subset='file', ignore_index=True)
+    if 'page' in table: table['file'] += table['page'].map(lambda o: f'#page={o}' if o else '')
     if not len(gone): return table, []
     such = gone.iloc[0]
     what = f'{such["file"] or "one without a name"} (plate {such["plate"]}, well {such["well"]})'
@@ -312,17 +313,20 @@ _image = dict(file='URL', row='Row', col='Col', site='FieldID', channel='Channel
               t='TimepointID', fast='SequenceID', name='ChannelName', state='State')
 
 def _of_harmony(listing):
-    "Indexes of Harmony; another `Index.xml` is none"
-    found = listing.named('Index.idx.xml', 'Index.xml')
-    sure = [o for o in found if o.lower().endswith('.idx.xml')]
+    "Indexes of Harmony and Columbus; another `Index.xml` is none"
+    found = listing.named('Index.idx.xml', 'Index.xml', 'ImageIndex.ColumbusIDX.xml')
+    sure = [o for o in found if o.lower().endswith('idx.xml')]
     if sure or not found or b'EvaluationInputData' in listing.bytes(found[0])[:2000]: return found
     return []
 
 def _harmony(listing, index):
     "What one index of Harmony says"
     root = listing.xml(index)
-    table = fields_of((o for o in root.iter('Image') if o.find('URL') is not None), **_image)
+    images = [o for o in root.iter('Image') if o.find('URL') is not None]
+    table = fields_of(images, **_image)
     if not len(table): return Part(home_of(index), table)
+    if table['file'].duplicated().any():
+        table['page'] = [o.find('URL').get('BufferNo', '0') for o in images]
     names = {e.get('ChannelID'): e.findtext('ChannelName').strip() for e in root.iter('Entry')
              if e.findtext('ChannelName')}
     if 'name' in table: names.update(zip(table['channel'], table['name']))

@@ -135,6 +135,23 @@ def test_phenix_twice_indexed_and_same_names(tmp_path):
     eq(found.names, {'2':'GFP (2)', '4':'GFP (4)'})
     eq(len(found.table), 2)
 
+def test_columbus(tmp_path):
+    "The same index in another space; the images of a well are pages of one file"
+    shots = [shot(*w, plane=p, ch=c, name=DYES[c])
+             for w in ((2,3), (3,2)) for p in (1,2) for c in DYES]
+    text = index(shots, space='http://www.perkinelmer.com/Columbus')
+    for i,(url,_) in enumerate(shots):
+        text = text.replace(f'<URL>{url}', f'<URL BufferNo="{i%4}">{"BC"[i//4]}-1.tif')
+    write(tmp_path, 'ImageIndex.ColumbusIDX.xml', text)
+    write(tmp_path, 'MeasurementIndex.ColumbusIDX.xml', '<ColumbusMeasurementIndex/>')
+    for i,w in enumerate('BC'):
+        pages = np.arange(4, dtype=np.uint16)[:,None,None]+np.full((2,3), 1+4*i, np.uint16)
+        tifffile.imwrite(tmp_path/f'{w}-1.tif', pages, photometric='minisblack', metadata=None)
+    found = scan(tmp_path, 'phenix')
+    eq(list(found.table['file'])[:2], ['B-1.tif#page=0','B-1.tif#page=1'])
+    eq(found.left, [])
+    eq(values(opened(tmp_path, z=2), 'C02'), {'Alexa 647':7, 'DNA':8})
+
 def test_phenix_fast_times(tmp_path):
     shots = []
     for t,f in ((1,1), (1,2), (2,1), (2,2)):
