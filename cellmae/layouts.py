@@ -13,7 +13,8 @@ from os.path import splitext
 from pathlib import Path
 from typing import Callable, NamedTuple
 from .labels import did_you_mean
-from .patterns import PRESETS, Listing, instrument_pattern, sites_by_names
+from .containers import is_remote
+from .patterns import PRESETS, Listing, instrument_pattern, is_store, sites_by_names
 from .sites import KEYS, choose, wide
 
 # %% ../nbs/07_layouts.ipynb #308bbb2e
@@ -73,6 +74,7 @@ class Plates(NamedTuple):
     still:tuple # What is yet to choose within the files, `(z,t)`
     what:str # What they were taken for
     call:str # What says so: `"Screen.open('plates', layout='phenix'"`
+    plate:str # The name of what was opened, where nothing else names a plate
     names:dict={} # Number of a channel -> its name in the files
     said:list=[] # What a person should know, a sentence each
     left:list=[] # Names of files that were passed over
@@ -92,6 +94,12 @@ def _takes(scan, options):
     "Names of the options of a scanner; `options` itself if it takes any"
     own = [*signature(scan).parameters.values()][2:]
     return options if any(p.kind==p.VAR_KEYWORD for p in own) else [p.name for p in own]
+
+def _name_of(path):
+    "What a folder, a zip file or a folder on the web is called; a file is of its folder"
+    if is_remote(path): return str(path).rstrip('/').rpartition('/')[2]
+    f = Path(path).resolve()
+    return f.stem if is_store(f) else f.parent.name if f.is_file() else f.name
 
 def _from_here(df, there, lead=''):
     "A table whose files are named as from a folder of this machine, and the folder"
@@ -141,7 +149,8 @@ def find_plates(
     df,still = choose(_at_wells(scan.table, well, path), z, t)
     left = dict.fromkeys([*there.passed, *scan.left, *_unused(there, scan.table)])
     return Plates(*_from_here(wide(df, path), there, there.lead), (still['z'],still['t']), what,
-                  f'Screen.open({str(path)!r}, layout={key!r}', scan.names, scan.said, [*left])
+                  f'Screen.open({str(path)!r}, layout={key!r}', _name_of(path), scan.names,
+                  scan.said, [*left])
 
 # %% ../nbs/07_layouts.ipynb #a551bb84
 def plates_by_names(
@@ -160,7 +169,7 @@ def plates_by_names(
     df,still = sites_by_names(there, pattern, z, t, plate_shape, well)
     whose = next((o.name for o in PRESETS if guessed and o.pattern in pattern), pattern)
     return Plates(*_from_here(df, there), (still['z'],still['t']), f'Named as by {whose}',
-                  f'Screen.from_pattern({str(root)!r}, {pattern!r}')
+                  f'Screen.from_pattern({str(root)!r}, {pattern!r}', _name_of(root))
 
 # %% ../nbs/07_layouts.ipynb #c8e15fa6
 def leftovers(

@@ -57,7 +57,7 @@ class Screen:
         self._still = tuple(how.get('still', (self.z,self.t))) # yet to choose within the files
         if how.get('own') and controls is None and not names:
             self.table,self.channels,self._raw = df,how['channels'],None # in order, as saved
-        else: self._raw = self._arrange(df, how['channels'], how.get('names'), controls, names)
+        else: self._raw = self._arrange(df, how, controls, names)
         self._lit()
         self._whole,self._ranges = self,how['ranges']
         if self._ranges is not None: self._ranges = np.float32(self._ranges)
@@ -66,19 +66,19 @@ class Screen:
 
 # %% ../nbs/13_screen.ipynb #6996c527
 @patch
-def _arrange(self:Screen, df, channels, found, controls, names):
+def _arrange(self:Screen, df, how, controls, names):
     "A table in our columns from one in anybody's; what the files call our channels"
     df = filled(tidy(df, names)).reset_index(drop=True)
     light = {f'illum_{c}':fs for c,fs in illum_columns(df).items()}
     df,files = self._unfolded(df, at_home({**file_columns(df), **light}, self.root, self.replace))
     light = {c[6:]: files.pop(c) for c in light}
-    found = found or self._names_within(files, channels)
-    new = name_channels(files, channels, found) # as the files call them -> as we do
+    found = how.get('names') or self._names_within(files, how['channels'])
+    new = name_channels(files, how['channels'], found) # as the files call them -> as we do
     if 'file' not in files: files = {f'file_{n}': files[r] for r,n in new.items()}
     files |= {f'illum_{new.get(c, c)}':fs for c,fs in light.items()}
     self.channels = list(new.values())
     df = df.drop(columns=[c for c in df if str(c).startswith('illum_')])
-    self.table = arranged(df, files, controls, self.root.resolve().name)
+    self.table = arranged(df, files, controls, how.get('plate') or self.root.resolve().name)
     if light and not self.illum:
         print('Illumination functions are there, but not applied: `illum=True` divides by them')
     return new
@@ -324,7 +324,7 @@ def _opened(x, given, **options):
     if f: return _from_table(f, saved, given)
     found = find_plates(x, z=given['z'], t=given['t'], **options)
     return found.table,{**given, 'root': given['root'] or found.root, 'still':found.still,
-                        'names':found.names, 'found':found}
+                        'names':found.names, 'plate':found.plate, 'found':found}
 
 def _no_options(options):
     "Refuse what means nothing to a table"
@@ -378,7 +378,7 @@ def _listed(df, path, how):
     "A table or a saved screen, in the words of what is found"
     what = 'A saved screen' if how.get('table') else 'A table of sites'
     call = 'table' if isinstance(path, pd.DataFrame) else repr(str(path))
-    return Plates(df, how['root'], (None,None), what, f'Screen.open({call}')
+    return Plates(df, how['root'], (None,None), what, f'Screen.open({call}', '')
 
 # %% ../nbs/13_screen.ipynb #be9058e5
 @patch
@@ -451,7 +451,7 @@ def from_pattern(cls:Screen,
     well,names = _constant(well, names)
     found = plates_by_names(root, pattern, z, t, well, plate_shape)
     how = dict(root=found.root, channels=channels, ranges=None, z=z, t=t, still=found.still,
-               illum=illum, replace=replace)
+               illum=illum, replace=replace, plate=found.plate)
     return _mapped(cls, found.table, how, meta, controls, names)
 
 # %% ../nbs/13_screen.ipynb #77128033

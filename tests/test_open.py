@@ -123,6 +123,24 @@ def test_names_in_a_zip_open_as_the_folder_does(tmp_path, capsys):
     holds(b, phenix)
     assert a.table[SITE].astype(str).equals(b.table[SITE].astype(str))
 
+def test_a_folder_on_the_web(tmp_path, monkeypatch, capsys):
+    fs = pytest.importorskip('fsspec').filesystem('memory')
+    monkeypatch.setenv('CELLMAE_CACHE', str(tmp_path/'cache'))
+    write(tmp_path/'here', *human)
+    fs.put(str(tmp_path/'here')+'/', '/away/run7', recursive=True)
+    s = Screen.open('memory://away/run7')
+    holds(s, human)
+    assert same(capsys).fingerprint() == s.fingerprint()
+    holds(open_screen(s.save(tmp_path/'saved')), human)
+
+@pytest.mark.parametrize('pack', [False, True])
+def test_a_plate_without_a_name_is_called_as_what_was_opened(tmp_path, pack):
+    write(tmp_path/'run7', 'B03_s1_w1.tif', 'C02_s1_w1.tif')
+    if pack:
+        with zipfile.ZipFile(tmp_path/'run7.zip', 'w') as z:
+            for n in ('B03_s1_w1.tif', 'C02_s1_w1.tif'): z.write(tmp_path/'run7'/n, n)
+    assert Screen.open(tmp_path/('run7.zip' if pack else 'run7')).table.plate.tolist() == ['run7']*2
+
 # --- what went wrong without a word
 
 def test_plates_that_are_numbered_anew_in_every_experiment(tmp_path, capsys):
