@@ -69,6 +69,8 @@ def _noted(folders, root, every=20.):
 
 def _aside(fs):
     "Which files of a folder are no images of wells: hidden, thumbnails, flat fields of Yokogawa"
+    text = '\n'+'\n'.join(fs).lower()
+    if not any(o in text for o in ('\n.','thumb','.mlf')): return set()
     yokogawa = any(f.endswith('.mlf') for f in fs)
     return {f for f in fs if f[0]=='.' or 'thumb' in f.lower() and _thumb.search(f)
             or yokogawa and f.startswith(('DC_','SC_'))}
@@ -330,14 +332,19 @@ def _lines(names, rx):
     found = re.findall(f'^({rx.pattern})$', '\n'.join(names), re.M)
     return found if rx.groups else [(o,) for o in found]
 
+def _without(names, rows):
+    "Names that no row is of"
+    if len(rows)==len(names): return []
+    done = {o[0] for o in rows}
+    return [o for o in names if o not in done]
+
 def _read(names, pattern):
     "A row per name by the strictest reading of it, and the names that have none"
     rows,left = [],[o for o in names if '\n' not in o]
     for well,number in _levels:
         if not left or rows and not number: break # where some are numbers, all are
         found = _lines(left, rx := _regex(pattern, well, number))
-        rows,done = rows+found,{o[0] for o in found}
-        left = [o for o in left if o not in done] if len(found)<len(left) else []
+        rows,left = rows+found,_without(left, found)
     return pd.DataFrame(rows, columns=['file',*rx.groupindex]),left
 
 def _say_odd(df):
