@@ -357,7 +357,7 @@ def _twice(seen):
     for a,b in combinations(range(len(names)), 2):
         x = r[:,a,b][~np.isnan(r[:,a,b])].astype('f4')
         if len(x) and (x>TWICE).mean()>.5: yield f'{names[a]}, {names[b]}','same thing twice',(
-            f'They correlate at {np.median(x):.3f} in {len(x)} sites: a filter that sees the dye '
+            f'They correlate at {np.median(x):.3f} (sites: {len(x)}): a filter that sees the dye '
             'of the other, or one channel under two names. Leave one out.')
 
 def _looks(d):

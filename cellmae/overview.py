@@ -12,8 +12,8 @@ from pathlib import Path
 from .labels import clean, row_col, row_letters, well_name, yes_no
 from .images import fit_range, to_uint8
 from .sites import SITE, WELL
-from .checks import (GOOD, SAMPLE, SATURATED, field_counts, full_share, good_planes, look_at,
-                            look_through, place_of_problem, problems_of, spread, thinned)
+from .checks import (GOOD, NO_SITES, SAMPLE, SATURATED, field_counts, full_share,
+                            good_planes, look_at, look_through, place_of_problem, problems_of, spread, thinned)
 from .report import Aside, Html, to_html, write_report
 
 # %% ../nbs/12_overview.ipynb #c2e8cff3
@@ -186,13 +186,14 @@ def on(table, plates):
 def _facts(screen, seen):
     "The screen in one row"
     t,w,p = screen.table,screen.wells,seen.planes[seen.planes['state']==GOOD]
+    named = w.loc[~w['control']&(w['perturbation']!=''), 'perturbation']
     sizes = [f'{h} x {w}' for h,w in np.unique(np.stack([p['h'],p['w']], 1), axis=0).tolist()]
     kinds = [np.dtype(k.decode()).name for k in np.unique(p['kind'])]
     n = {f'{k}s': len(t[SITE[:i]].drop_duplicates()) for i,k in ((4,'site'),(3,'well'),(2,'plate'))}
     how = {k: getattr(screen, k, None) for k in ('z','t','illum')}
     return pd.DataFrame([dict(
         **n, batches=t['batch'].nunique(), controls=int(w['control'].sum()),
-        perturbations=w.loc[~w['control'], 'perturbation'].nunique(), pixels=', '.join(sizes[:3]),
+        perturbations=named.nunique(), pixels=', '.join(sizes[:3]),
         type=', '.join(kinds), **{k:v for k,v in how.items() if v not in (None,False)})])
 
 def _channels(screen, seen, ranges):
@@ -275,7 +276,9 @@ def _map_of_fields(t):
     short = w[w['has']<w['usual']]
     said = f'Fields per well: {usual} as a rule.'
     if len(short): said += f' {len(short)} of {len(w)} wells have fewer.'
-    return [said, plot_plate(w, w['has'], 'RdYlBu', (0, usual))]
+    fig = plot_plate(w, w['has'], 'RdYlBu', (0, usual))
+    fig.axes[-1].locator_params('y', integer=True)
+    return [said, fig]
 
 def _maps(screen, d, plates):
     "Fields, brightness and sharpness, well by well"
@@ -402,6 +405,7 @@ def write_overview(
     workers:int=4, # Threads that read
 )->Path: # The file
     "One HTML page: plates as pictures, small pictures of wells, what is wrong"
+    if not len(screen): raise ValueError(NO_SITES)
     t,order = screen.table,spread(screen.table)[:n]
     views = Views(to_show(t, order[:SAMPLE]), order[:SAMPLE])
     seen = look_through(screen, n, workers=workers, also=views)

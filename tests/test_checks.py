@@ -1,11 +1,11 @@
 "What `check()` finds, that it finds little else, and that it can be stopped and taken up again"
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time, warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
-from tifffile import imwrite
+from tifffile import imread, imwrite
 
 from cellmae.checks import Seen, ahead, field_counts, measure_plane, sharpness, spread, thinned
 from cellmae.screen import Screen
@@ -131,7 +131,7 @@ def test_channels_that_show_the_same_thing(tmp_path):
             imwrite(tmp_path/name('a', w, i, 'actin'), (2*x+g.poisson(20, x.shape)).astype(np.uint16))
     row, = s.check().to_dict('records')
     assert row['problem'] == 'same thing twice' and sorted(row['channel'].split(', ')) == ['DNA', 'actin']
-    assert 'in 24 sites' in row['cure'] and row['plate'] == ''
+    assert 'sites: 24' in row['cure'] and row['plate'] == ''
 
 def test_channels_that_changed_places_on_a_plate(tmp_path):
     three = 'DNA', 'ER', 'actin'
@@ -235,6 +235,66 @@ def test_other_planes_of_the_same_files_are_read_again(tmp_path, monkeypatch):
 def test_a_record_of_a_plane_is_small():
     s = Screen(pd.DataFrame(dict(well=['A01'], **{f'file_c{i}': 'x' for i in range(6)})))
     assert Seen(s).planes.dtype.itemsize == 76
+
+# --- the page
+
+def page(screen, to, **kw):
+    "Text of a page that needs nothing else"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        text = screen.report(to/'page.html', **kw).read_text(encoding='utf-8')
+    assert 'http' not in text and '<script' not in text and len(text) < 5e6
+    return text
+
+def test_a_page_of_many_plates_draws_some_and_says_so(tmp_path):
+    s = plates(tmp_path, 5, 1, ('DNA',))
+    parts = [s.table.assign(plate=s.table.plate.astype(str)+f'{i:02d}', batch=f'week {i}') for i in range(8)]
+    many = Screen(pd.concat(parts, ignore_index=True), root=tmp_path)
+    text = page(many, tmp_path, n=100)
+    assert '100 of 480 sites were read' in text and '12 of 40 plates are drawn' in text
+    assert 'duplicate' in text and text.count('class=pictures') == 12
+
+def test_a_page_shows_controls_beside_others_and_each_channel(tmp_path):
+    text = page(plates(tmp_path, 2), tmp_path)
+    assert text.count('DMSO (control)') == 4 and text.count('field ') == 10
+    assert text.count('data:image/jpeg') == 20 and 'Plates side by side' in text
+
+odd_screens = dict(
+    one_site=lambda s: s.subset([0]),
+    no_places=lambda s: Screen(s.table.assign(well=[f'POS{i}' for i in range(24)]), root=s.root),
+    some_places=lambda s: Screen(s.table.assign(well=['POS1']*2+s.table.well.tolist()[2:]), root=s.root),
+    one_channel=lambda s: Screen(s.table.drop(columns='file_ER'), root=s.root),
+    all_missing=lambda s: Screen(s.table.assign(file_DNA='x.tif', file_ER='y.tif'), root=s.root),
+    one_channel_missing=lambda s: Screen(s.table.assign(file_ER=''), root=s.root))
+
+@pytest.mark.parametrize('kind', odd_screens)
+def test_a_page_of_odd_screens(tmp_path, kind):
+    text = page(odd_screens[kind](plates(tmp_path)), tmp_path)
+    assert 'What is wrong' in text and ('No maps' in text) == (kind == 'no_places')
+    assert ('1 of 12 wells have no place' in text) == (kind == 'some_places')
+
+def test_no_page_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match='no sites'): plates(tmp_path).subset([]).report(tmp_path/'page.html')
+
+def test_a_screen_with_one_file_per_site(tmp_path):
+    t = plates(tmp_path).table
+    for i,(a,b) in enumerate(zip(t.file_DNA, t.file_ER)):
+        imwrite(tmp_path/f'{i}.tif', np.stack([imread(tmp_path/a), imread(tmp_path/b)]), photometric='minisblack')
+    s = Screen(t.drop(columns=['file_DNA', 'file_ER']).assign(file=[f'{i}.tif' for i in range(24)]), ['DNA', 'ER'], tmp_path)
+    assert found(s) == [] and 'data:image/jpeg' in page(s, tmp_path)
+    (tmp_path/'3.tif').write_bytes(b'')
+    row, = s.check().to_dict('records')
+    assert (row['problem'], row['channel'], row['file']) == ('unreadable', 'DNA, ER', '3.tif')
+
+def test_a_page_of_images_of_8_bits(tmp_path):
+    for w in wells: imwrite(tmp_path/f'{w}_DNA.tif', (cells(wells.index(w), 5)>>5).clip(0, 255).astype(np.uint8))
+    text = page(Screen.from_pattern(tmp_path, '{well}_{channel}.tif'), tmp_path)
+    assert '<td>uint8</td>' in text and '<td>255</td>' in text
+
+def test_checks_and_pages_are_light_to_import():
+    prog = "import sys, cellmae.screen, cellmae.overview; print({'torch', 'matplotlib', 'scipy', 'zarr', 'h5py', 'pyarrow.parquet', 'fsspec'} & set(sys.modules) or '')"
+    res = subprocess.run([sys.executable, '-c', prog], capture_output=True, text=True)
+    assert res.returncode == 0 and not res.stdout.strip(), res.stdout+res.stderr
 
 # --- threads and interrupts
 
