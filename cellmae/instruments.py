@@ -549,16 +549,20 @@ def _measurement(listing, mlf):
 # %% ../nbs/08_instruments.ipynb #127f8b76
 def _filters(excitation, emission):
     "What InCell calls a channel"
-    return excitation if excitation.upper().startswith('TL') else f'{excitation} - {emission}'
+    if excitation.upper().startswith('TL'): return excitation
+    return ' - '.join(filter(None, [excitation, emission]))
+
+def _get(o, tag, key): return '' if (e := o.find(tag)) is None else e.get(key, '')
+
+def _dye(o): return _filters(*[_get(o, f'{k}Filter', 'name') for k in ('Excitation','Emission')])
 
 def _incell_record(o):
     "The image that a record of a `.xdce` is about"
-    get = lambda tag, key: '' if (e := o.find(tag)) is None else e.get(key, '')
-    at = {k: get('Identifier', f'{i}_index') for k,i in dict(site='field', z='z', t='time').items()}
+    keys = dict(site='field_index', z='z_index', t='time_index')
+    at = {k: _get(o, 'Identifier', i) for k,i in keys.items()}
     at = {k: str(int(v)+1) for k,v in at.items() if v}
-    name = _filters(get('ExcitationFilter', 'name'), get('EmissionFilter', 'name'))
-    well = wells_of([get('Well/Row', 'number')], [get('Well/Column', 'number')])[0]
-    return dict(at, well=well, channel=get('Identifier', 'wave_index'), name=name,
+    well = wells_of([_get(o, 'Well/Row', 'number')], [_get(o, 'Well/Column', 'number')])[0]
+    return dict(at, well=well, channel=_get(o, 'Identifier', 'wave_index'), name=_dye(o),
                 file=o.get('filename'))
 
 # %% ../nbs/08_instruments.ipynb #1d632635
@@ -585,7 +589,8 @@ def _stack(listing, xdce):
     files = (o.rpartition('/')[2] for o in listing.beside(xdce))
     rows = ([_incell_record(o) for o in root.iter('Image') if o.get('filename')] or
             [*filter(None, map(_incell_name, files))])
-    names = {o['channel']: o['name'] for o in rows}
+    names = {o.get('index'): _dye(o) for o in root.iter('Wavelength')}
+    names.update({o['channel']: o['name'] for o in rows if o['name']})
     none = ElementTree.Element('none')
     plate,pixel = [next(root.iter(k), none) for k in ('Plate','ObjectiveCalibration')]
     about = measures(pixel.get('pixel_width'), plate.get('rows'), plate.get('columns'))

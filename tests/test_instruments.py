@@ -460,6 +460,16 @@ def test_incell_one_filter_twice(tmp_path):
     found = scan(tmp_path, 'incell')
     eq(rows(found, 'plate','channel'), [['X1','Cy5 - Cy5 (1)'], ['X1','Cy5 - Cy5 (4)']])
 
+def test_incell_names_of_wavelengths(tmp_path):
+    "Where records name no filters, the list of wavelengths does"
+    text = stack([(2, 3, 0, 'x', 'y', 'a.tif', 1)]).decode('latin-1')
+    for o in ('ExcitationFilter','EmissionFilter'): text = text.replace(f'<{o} ', '<Old ')
+    waves = ''.join(f'<Wavelength index="{i}"><EmissionFilter name="{o}"/></Wavelength>'
+                    for i,o in enumerate(['DAPI','FITC']))
+    text = text.replace('<Images>', waves+'<Images>')
+    put(tmp_path, ['a.tif'], **{'a.xdce': text.encode('latin-1')})
+    eq(rows(scan(tmp_path, 'incell'), 'well','channel'), [['B03','FITC']])
+
 
 # ScanR
 
