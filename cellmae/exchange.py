@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
+from fnmatch import fnmatchcase as fnmatch
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -170,6 +171,17 @@ def _cycles(df, lead):
     names = df['channel'].mask(shared, df['channel']+' '+df['acquisition'])
     return df.assign(channel=names, site='0').drop(columns='acquisition')
 
+# %% ../nbs/09_exchange.ipynb #9e01018b
+def _wanted(df, name, images):
+    "Planes of images of this name; if some seem to be made of others, it must be said which"
+    if images is not None: df = df[[fnmatch(o, images) for o in df['site']]]
+    if not len(df): raise ValueError(f'{name}: no image is called {images}. Choose another.')
+    there = sorted(df['site'].unique())
+    made = [o for o in there if images is None and any(o.startswith(f'{p}_') for p in there)]
+    if not made: return df
+    raise ValueError(f'{name}: images {", ".join(there[:6])}. {made[0]} seems to be made of '
+                     f"another. Choose: `images={there[0]!r}`, or all, `images='*'`.")
+
 # %% ../nbs/09_exchange.ipynb #9e010012
 _um = dict(micrometer=1., nanometer=1e-3, millimeter=1e3, um=1., nm=1e-3, mm=1e3)
 _shapes = ((2,3),(3,4),(4,6),(6,8),(8,12),(16,24),(32,48))
@@ -206,13 +218,13 @@ def _named_alike(df):
     return df.assign(channel=df['channel'].mask(alike, known)),[said]
 
 # %% ../nbs/09_exchange.ipynb #9e010013
-def _plate_of(store, plate, acquisition):
+def _plate_of(store, plate, acquisition, images):
     "What a scanner finds in one plate"
     fields,empty = _fields(store, plate)
     first = store.attrs(fields[0]['way']) if fields else None
     rows,gone = _by_channel(store, fields)
     if not rows: raise ValueError(f'{store.path}: no image of the plate is there. Copy it again.')
-    df,alike = _named_alike(pd.DataFrame(rows))
+    df,alike = _named_alike(_wanted(pd.DataFrame(rows), store.name, images))
     df,said = _acquired(df, store.name, acquisition)
     about = _known(pixel_size=_pixel_size(first or {}), plate_shape=_plate_shape(plate))
     return Scan(df, _numbers(df), said=alike+said+absent(empty+gone, store.name), about=about)
@@ -311,12 +323,12 @@ def _ome_stores(listing): return [o.name for o in stores_that_say(listing, *_ome
 
 # %% ../nbs/09_exchange.ipynb #9e01020b
 @layout('ome_zarr', 'OME-Zarr', _ome_stores)
-def ome_zarr(listing, found, acquisition=None):
+def ome_zarr(listing, found, acquisition=None, images=None):
     "Plates, or else images, of OME-Zarr 0.4 or 0.5, in folders or packed"
     says = {o: o.attrs() for o in stores_that_say(listing, *_ome[:2])}
     plates = {o:a['plate'] for o,a in says.items() if 'plate' in a}
     if not plates: return _images_of(list(says))
-    scan = together({o: _plate_of(o, a, acquisition) for o,a in plates.items()})
+    scan = together({o: _plate_of(o, a, acquisition, images) for o,a in plates.items()})
     return scan._replace(left=[o.name for o in says if o not in plates])
 
 # %% ../nbs/09_exchange.ipynb #9e010051
@@ -804,7 +816,8 @@ class _Places:
         for o in ('/'.join(filter(None, ways)), ways[1]):
             for way in (o, f'{self.folder}/{o}'):
                 if way in self.ways: return self.ways[way]
-        return self.once.get(f.rpartition('/')[2], '')
+        if is_remote(f) or os.path.isabs(f) and os.path.isfile(f): return f
+        return self.once.get(ways[1].rpartition('/')[2], '')
 
 # %% ../nbs/09_exchange.ipynb #9e010072
 def _long_tables(listing):

@@ -1,4 +1,4 @@
-"Formats of exchange, written by the libraries of each format, on plates neither square nor symmetric"
+"Formats of exchange, written by the library of each, on plates neither square nor symmetric"
 import json, shutil, zipfile
 import numpy as np, pandas as pd, pytest, tifffile
 from cellmae.exchange import *
@@ -46,7 +46,8 @@ def put_plate(path, fields, version='0.5', wells=WELLS, shape=(3,4,6), acquired=
     put_attrs(path, version, plate=dict(wells=[dict(path=w, rowIndex=i, columnIndex=i)
                                                for i,w in enumerate(wells)]))
     for w in wells:
-        images = [dict(path=f, **(dict(acquisition=acquired(f)) if acquired else {})) for f in fields]
+        more = (lambda f: dict(acquisition=acquired(f))) if acquired else lambda f: {}
+        images = [dict(path=f, **more(f)) for f in fields]
         put_attrs(f'{path}/{w}', version, well=dict(images=images))
     for o,x in out.items(): put_image(f'{path}/{o}', x, version, **{k: v(o) if callable(v) else v
                                                                     for k,v in kw.items()})
@@ -54,7 +55,8 @@ def put_plate(path, fields, version='0.5', wells=WELLS, shape=(3,4,6), acquired=
 
 def pack(folder, to):
     with zipfile.ZipFile(to, 'w') as z:
-        for f in sorted(o for o in folder.rglob('*') if o.is_file()): z.write(f, f.relative_to(folder))
+        for f in sorted(o for o in folder.rglob('*') if o.is_file()):
+            z.write(f, f.relative_to(folder))
     shutil.rmtree(folder)
 
 @pytest.mark.parametrize('version', ['0.4','0.5'])
@@ -63,7 +65,8 @@ def test_zarr_plate(tmp_path, version, wells):
     put_plate(tmp_path/'P1.zarr', ['0','Field_1'], version, wells, names=['DAPI','GFP','Cy5'])
     df = scan(tmp_path, 'ome_zarr').table
     row = df[(df['row']=='B') & (df['site']=='Field_1') & (df['channel']=='GFP')]
-    assert len(df)==12 and set(df['plate'])=={'P1'} and set(zip(df['row'], df['col'].astype(int)))=={('B',3),('C',2)}
+    assert len(df)==12 and set(df['plate'])=={'P1'}
+    assert set(zip(df['row'], df['col'].astype(int)))=={('B',3),('C',2)}
     assert list(row['file'])==[f'P1.zarr/{wells[0]}/Field_1#c=1']
 
 @pytest.mark.parametrize('wells', [('3/B','2/C'), ('2/3','3/2')])
@@ -77,8 +80,9 @@ def test_zarr_rows_that_begin_at_0_are_refused(tmp_path):
 
 def test_zarr_well_and_field_of_a_plate(tmp_path):
     images = put_plate(tmp_path/'P.zarr', ['0','1'])
-    same_pixels(Screen.open(tmp_path/'P.zarr/B/3', well='B03'), 'B03', '1', ['0','1','2'], images['B/3/1'])
-    same_pixels(Screen.open(tmp_path/'P.zarr/B/3/1', well='B03'), 'B03', '1', ['0','1','2'], images['B/3/1'])
+    for o in ('B/3','B/3/1'):
+        s = Screen.open(tmp_path/'P.zarr'/o, well='B03')
+        same_pixels(s, 'B03', '1', ['0','1','2'], images['B/3/1'])
 
 def test_zarr_opened_itself(tmp_path):
     put_plate(tmp_path/'P1.zarr', ['0'])
@@ -89,8 +93,9 @@ def test_zarr_under_another_name(tmp_path):
     put_plate(tmp_path/'x'/'plate one v1.2', ['0'])
     assert list(scan(tmp_path, 'ome_zarr').table['file'])[0]=='x/plate one v1.2/B/3/0#c=0'
 
-@pytest.mark.parametrize('axes,shape', [('yx',(4,6)),('zyx',(5,4,6)),('cyx',(3,4,6)),('czyx',(3,2,4,6)),
-                                        ('tczyx',(2,3,2,4,6)),('tcyx',(2,3,4,6))])
+@pytest.mark.parametrize('axes,shape', [
+    ('yx',(4,6)), ('zyx',(5,4,6)), ('cyx',(3,4,6)), ('czyx',(3,2,4,6)), ('tczyx',(2,3,2,4,6)),
+    ('tcyx',(2,3,4,6))])
 def test_zarr_axes(tmp_path, axes, shape):
     put_plate(tmp_path/'P.zarr', ['0'], axes=axes, shape=shape, level='full')
     files = list(scan(tmp_path, 'ome_zarr').table['file'])
@@ -116,7 +121,8 @@ def test_zarr_half_copied(tmp_path):
     shutil.rmtree(tmp_path/'P.zarr/C/2')
     shutil.rmtree(tmp_path/'P.zarr/D/7/1')
     s = scan(tmp_path, 'ome_zarr')
-    assert set(s.table['file'].str.split('#').str[0])=={'P.zarr/B/3/0','P.zarr/B/3/1','P.zarr/D/7/0'}
+    images = set(s.table['file'].str.split('#').str[0])
+    assert images=={'P.zarr/B/3/0','P.zarr/B/3/1','P.zarr/D/7/0'}
     assert len(s.said)==1 and '2 that are not there' in s.said[0] and 'C/2' in s.said[0]
 
 def test_zarr_damaged_says_where(tmp_path):
@@ -125,7 +131,7 @@ def test_zarr_damaged_says_where(tmp_path):
     with pytest.raises(ValueError, match='C/2/zarr.json: damaged'): scan(tmp_path, 'ome_zarr')
 
 def test_zarr_repeats_are_sites(tmp_path):
-    put_plate(tmp_path/'P.zarr', ['0','1','2','3'], acquired=lambda f: int(f)//2, names=['a','b','c'])
+    put_plate(tmp_path/'P.zarr', list('0123'), acquired=lambda f: int(f)//2, names=['a','b','c'])
     s = scan(tmp_path, 'ome_zarr')
     assert set(s.table['site'])=={'0_0','0_1','1_2','1_3'} and 'acquisitions 0, 1' in s.said[0]
     one = scan(tmp_path, 'ome_zarr', acquisition=1)
@@ -162,8 +168,8 @@ def test_zarr_packed(tmp_path, name, inside):
 def test_zarr_single_image_has_no_well(tmp_path):
     put_image(tmp_path/'cells.ome.zarr', pixels(0, 2, 4, 6), names=['a','b'])
     df = scan(tmp_path/'cells.ome.zarr', 'ome_zarr').table
-    assert list(df['file'])==['cells.ome.zarr#c=0','cells.ome.zarr#c=1'] and set(df['site'])=={'cells'}
-    assert 'well' not in df
+    assert list(df['file'])==['cells.ome.zarr#c=0','cells.ome.zarr#c=1']
+    assert set(df['site'])=={'cells'} and 'well' not in df
 
 def test_zarr_images_with_wells_in_their_names(tmp_path):
     for o in ('B03_s1','B03_s2','C02_s1'): put_image(tmp_path/f'{o}.zarr', pixels(0, 2, 4, 6))
@@ -184,7 +190,8 @@ def test_zarr_pixels(tmp_path, version):
         row,col,site = o.split('/')
         same_pixels(s, f'{row}0{col}', site, ['DNA','GFP','Cy5'], x)
 
-@pytest.mark.parametrize('kw', [dict(shards=(3,4,6), chunks=(1,4,6)), dict(level='full'), dict(chunks=(3,2,2))])
+@pytest.mark.parametrize('kw', [
+    dict(shards=(3,4,6), chunks=(1,4,6)), dict(level='full'), dict(chunks=(3,2,2))])
 def test_zarr_pixels_however_stored(tmp_path, kw):
     images = put_plate(tmp_path/'P1.zarr', ['0'], **kw)
     s = Screen.open(tmp_path/'P1.zarr')
@@ -206,20 +213,23 @@ def test_zarr_pixels_packed(tmp_path, name):
 # OME-TIFF
 
 def put_ome(path, images, wells=None, names=('DAPI','GFP'), plate='P1', axes='CYX', labels=None):
-    "Images in one OME-TIFF; `wells`: `{(row,col) from 0: numbers of images}`; `labels`: their names"
+    "Images, by names `labels`, in one OME-TIFF; `wells`: `{(row,col) from 0: their numbers}`"
     with tifffile.TiffWriter(path, ome=True) as w:
         for i,x in enumerate(images):
             meta = dict(axes=axes, Channel=dict(Name=list(names))) if names else dict(axes=axes)
             if labels: meta['Name'] = labels[i]
             w.write(x, metadata=meta, photometric='minisblack')
     if not wells: return
-    samples = lambda o: ''.join(f'<WellSample ID="WellSample:{i}" Index="{i}"><ImageRef ID="Image:{i}"/>'
-                                '</WellSample>' for i in o)
-    said = ''.join(f'<Well ID="Well:{r}:{c}" Row="{r}" Column="{c}">{samples(o)}</Well>'
-                   for (r,c),o in wells.items())
     xml = tifffile.tiffcomment(path)
     i = xml.index('<Image ')
-    tifffile.tiffcomment(path, f'{xml[:i]}<Plate ID="Plate:0" Name="{plate}">{said}</Plate>{xml[i:]}')
+    tifffile.tiffcomment(path, xml[:i]+plate_xml(plate, wells)+xml[i:])
+
+def plate_xml(name, wells):
+    "Element `Plate`, `{(row,col): numbers of images}`"
+    sample = '<WellSample ID="S:{0}" Index="{0}"><ImageRef ID="Image:{0}"/></WellSample>'.format
+    said = ''.join(f'<Well ID="Well:{r}:{c}" Row="{r}" Column="{c}">{"".join(map(sample, o))}</Well>'
+                   for (r,c),o in wells.items())
+    return f'<Plate ID="Plate:0" Name="{name}">{said}</Plate>'
 
 def test_ome_plate_in_one_file(tmp_path):
     x = pixels(0, 3, 2, 4, 6)
@@ -244,7 +254,8 @@ def test_ome_plate_without_suffix_and_without_names(tmp_path):
 
 def test_ome_images_on_no_well_are_left_out(tmp_path):
     put_ome(tmp_path/'all.ome.tif', pixels(0, 3, 2, 4, 6), {(1,2):[0], (2,1):[2]})
-    assert set(scan(tmp_path, 'ome_tiff').table['file'])=={f'all.ome.tif#page={i}' for i in (0,1,4,5)}
+    files = set(scan(tmp_path, 'ome_tiff').table['file'])
+    assert files=={f'all.ome.tif#page={i}' for i in (0,1,4,5)}
 
 def test_ome_positions_are_sites(tmp_path):
     x = pixels(0, 3, 2, 4, 6)
@@ -270,15 +281,18 @@ def test_ome_a_file_per_well(tmp_path):
     same_pixels(s, 'C02', '0', ['DNA','GFP'], x[1,0])
 
 def test_ome_plates_of_one_name_in_two_files(tmp_path):
-    for o in ('one','two'): put_ome(tmp_path/f'{o}.ome.tif', pixels(0, 2, 2, 4, 6), {(1,2):[0], (2,1):[1]})
+    for o in ('one','two'):
+        put_ome(tmp_path/f'{o}.ome.tif', pixels(0, 2, 2, 4, 6), {(1,2):[0], (2,1):[1]})
     df = scan(tmp_path, 'ome_tiff').table
     assert set(df['plate'])=={'one','two'} and len(df)==8
 
-SET = """<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{own}">{plate}{images}</OME>"""
-IMAGE = """<Image ID="Image:{i}" Name="{label}"><Pixels ID="Pixels:{i}" DimensionOrder="XYZCT" SizeX="6"
-SizeY="4" SizeZ="{z}" SizeC="2" SizeT="1" Type="uint16"><Channel ID="Channel:{i}:0" Name="DAPI"/>
+OME = 'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
+SET = f'<OME {OME} UUID="{{own}}">{{plate}}{{images}}</OME>'
+IMAGE = """<Image ID="Image:{i}" Name="{label}"><Pixels ID="Pixels:{i}" DimensionOrder="XYZCT"
+SizeX="6" SizeY="4" SizeZ="{z}" SizeC="2" SizeT="1" Type="uint16"><Channel ID="Channel:{i}:0" Name="DAPI"/>
 <Channel ID="Channel:{i}:1" Name="GFP"/>{data}</Pixels></Image>"""
-DATA = '<TiffData FirstC="{c}" FirstZ="{z}" IFD="{z}" PlaneCount="1"><UUID FileName="{file}">{uuid}</UUID></TiffData>'
+DATA = """<TiffData FirstC="{c}" FirstZ="{z}" IFD="{z}" PlaneCount="1"><UUID
+FileName="{file}">{uuid}</UUID></TiffData>"""
 
 def ome_set(files, z=2, own='', labels=('',)):
     "OME-XML of images whose channels lie in files of their own, `{(image,c): (name,uuid)}`"
@@ -287,7 +301,8 @@ def ome_set(files, z=2, own='', labels=('',)):
     return SET.format(own=own, plate='', images=''.join(
         IMAGE.format(i=i, label=n, z=z, data=data(i)) for i,n in enumerate(labels)))
 
-def put_pages(path, x, xml): tifffile.imwrite(path, x, description=xml, metadata=None, photometric='minisblack')
+def put_pages(path, x, xml):
+    tifffile.imwrite(path, x, description=xml, metadata=None, photometric='minisblack')
 
 @pytest.mark.parametrize('renamed', [False, True])
 def test_ome_set_of_files(tmp_path, renamed):
@@ -299,15 +314,16 @@ def test_ome_set_of_files(tmp_path, renamed):
     s = Screen.open(tmp_path, well='B03', z=1)
     same_pixels(s, 'B03', '0', ['DNA','GFP'], x[:,1])
 
-BINARY = ('<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><BinaryOnly '
-          'MetadataFile="x.companion.ome" UUID="{}"/></OME>')
+BINARY = f'<OME {OME}><BinaryOnly MetadataFile="x.companion.ome" UUID="{{}}"/></OME>'
 
 @pytest.mark.parametrize('how', ['named','uuid','ends'])
 def test_ome_companion(tmp_path, how):
     x = pixels(0, 2, 2, 2, 4, 6) # image, c, z
     old = lambda i,c: f'0729_B3_s{i}_w{c}.ome.tif'
-    new = old if how=='named' else lambda i,c: f'1003_B3_s{i}_w{c}.ome.tif' if how=='ends' else f'{3-2*i-c}.ome.tif'
-    files = {(i,c): (old(i,c), f'urn:uuid:{i}{c}' if how!='ends' else 'urn:uuid:?') for i in range(2) for c in range(2)}
+    new = dict(named=old, uuid=lambda i,c: f'{3-2*i-c}.ome.tif',
+               ends=lambda i,c: f'1003_B3_s{i}_w{c}.ome.tif')[how]
+    uuid = lambda i,c: 'urn:uuid:?' if how=='ends' else f'urn:uuid:{i}{c}'
+    files = {(i,c): (old(i,c), uuid(i,c)) for i in range(2) for c in range(2)}
     (tmp_path/'x.companion.ome').write_text(ome_set(files, labels=('B3','C2')))
     for (i,c),(_,uuid) in files.items(): put_pages(tmp_path/new(i,c), x[i,c], BINARY.format(uuid))
     s = Screen.open(tmp_path, z=1)
@@ -316,9 +332,11 @@ def test_ome_companion(tmp_path, how):
     assert any('called before' in o for o in scan(tmp_path, 'ome_tiff').said)==(how!='named')
 
 def test_ome_companion_in_doubt_is_refused(tmp_path):
-    (tmp_path/'x.companion.ome').write_text(ome_set({(0,0):('a.ome.tif',''), (0,1):('b.ome.tif','')}))
+    files = {(0,0):('a.ome.tif',''), (0,1):('b.ome.tif','')}
+    (tmp_path/'x.companion.ome').write_text(ome_set(files))
     for o in ('c','d'): put_pages(tmp_path/f'{o}.ome.tif', pixels(0, 2, 4, 6), BINARY.format(''))
-    with pytest.raises(ValueError, match='names 2 files that are not there'): scan(tmp_path, 'ome_tiff')
+    with pytest.raises(ValueError, match='names 2 files that are not there'):
+        scan(tmp_path, 'ome_tiff')
 
 def test_ome_companion_with_a_file_missing(tmp_path):
     files = {(0,c): (f'w{c}.ome.tif', '') for c in range(2)}
@@ -342,12 +360,10 @@ def put_raw(path, wells, version='0.4', series=None, omero=True):
     x = pixels(0, 3, 2, 4, 6)
     put_attrs(path, version, **{'bioformats2raw.layout':3})
     put_attrs(path/'OME', version, **(dict(series=series) if series else {}))
-    for i,way in enumerate(series or '012'): put_image(path/way, x[i], version, names=['DAPI','GFP'] if omero else None)
-    said = ''.join(f'<Well ID="Well:{i}" Row="{r}" Column="{c}">'+''.join(
-        f'<WellSample ID="S:{k}" Index="{k}"><ImageRef ID="Image:{k}"/></WellSample>' for k in o)+'</Well>'
-        for i,((r,c),o) in enumerate(wells.items()))
+    for i,way in enumerate(series or '012'):
+        put_image(path/way, x[i], version, names=['DAPI','GFP'] if omero else None)
     images = ''.join(IMAGE.format(i=i, label='', z=1, data='<MetadataOnly/>') for i in range(3))
-    plate = f'<Plate ID="Plate:0" Name="P1">{said}</Plate>' if wells else ''
+    plate = plate_xml('P1', wells) if wells else ''
     (path/'OME'/'METADATA.ome.xml').write_text(SET.format(own='', plate=plate, images=images))
     return x
 
@@ -358,14 +374,16 @@ def test_bioformats2raw_is_a_plate(tmp_path, version, series, omero):
     x = put_raw(tmp_path/'raw.zarr', {(1,2):[2,0], (2,1):[1]}, version, series, omero)
     assert set(scan(tmp_path, 'bioformats2raw').table['plate'])=={'P1'}
     s = Screen.open(tmp_path/'raw.zarr')
-    for well,site,i in (('B03','1',2), ('B03','2',0), ('C02','1',1)): same_pixels(s, well, site, ['DNA','GFP'], x[i])
+    for well,site,i in (('B03','1',2), ('B03','2',0), ('C02','1',1)):
+        same_pixels(s, well, site, ['DNA','GFP'], x[i])
 
 def test_bioformats2raw_without_plate_and_without_xml(tmp_path):
     put_raw(tmp_path/'raw.zarr', {})
     df = scan(tmp_path, 'bioformats2raw').table
     assert 'well' not in df and list(df['site'].unique())==['0','1','2']
     (tmp_path/'raw.zarr/OME/METADATA.ome.xml').unlink()
-    with pytest.raises(ValueError, match='METADATA.ome.xml is not there'): scan(tmp_path, 'bioformats2raw')
+    with pytest.raises(ValueError, match='METADATA.ome.xml is not there'):
+        scan(tmp_path, 'bioformats2raw')
 
 # LoadData
 
@@ -793,3 +811,18 @@ def test_ome_plates_called_alike_in_two_folders(tmp_path, folders):
     s = Screen.open(tmp_path)
     assert len(s.wells)==4 and s.table['batch'].nunique()==2
     np.testing.assert_array_equal(s.read(3), x[1,1])
+
+def test_zarr_images_made_of_others_are_asked(tmp_path):
+    x = put_plate(tmp_path/'P.zarr', ['0','0_corrected'])
+    with pytest.raises(ValueError, match="Choose: `images='0'`"): Screen.open(tmp_path)
+    s = Screen.open(tmp_path, images='*_corrected')
+    same_pixels(s, 'C02', '0_corrected', ['0','1','2'], x['C/2/0_corrected'])
+    assert len(s)==2 and len(Screen.open(tmp_path, images='*'))==4
+
+def test_a_home_made_table_of_files_elsewhere(tmp_path):
+    x = put_tiffs(tmp_path/'far', ['a.tif'])
+    (tmp_path/'here').mkdir()
+    files = [str(tmp_path/'far'/'a.tif'), 's3://bucket/b.tif']
+    pd.DataFrame(dict(file=files, channel=['DNA','ER'], well='B03')).to_csv(
+        tmp_path/'here'/'t.csv', index=False)
+    assert set(scan(tmp_path/'here', 'channel_rows').table['file'])==set(files)
