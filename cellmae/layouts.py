@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from .labels import did_you_mean
 from .containers import is_remote
-from .patterns import PRESETS, Listing, instrument_pattern, is_store, sites_by_names
+from .patterns import Listing, instrument_pattern, is_store, preset_of, sites_by_names
 from .sites import KEYS, choose, wide
 
 # %% ../nbs/07_layouts.ipynb #308bbb2e
@@ -167,7 +167,7 @@ def plates_by_names(
     guessed = pattern is None
     if guessed: pattern = instrument_pattern(there, well)
     df,still = sites_by_names(there, pattern, z, t, plate_shape, well)
-    whose = next((o.name for o in PRESETS if guessed and o.pattern in pattern), pattern)
+    whose = guessed and preset_of(pattern) or pattern
     return Plates(*_from_here(df, there), (still['z'],still['t']), f'Named as by {whose}',
                   f'Screen.from_pattern({str(root)!r}, {pattern!r}', _name_of(root))
 

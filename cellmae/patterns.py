@@ -282,12 +282,14 @@ def _regex(pattern, well=True, number=True):
 _levels = [(well,number) for number in (True,'sites',False) for well in (True,False)]
 
 # %% ../nbs/06_patterns.ipynb #f14b8bc8
-def _no_images(root, other):
+def _no_images(there):
     "Why a folder has no images, and what to do"
-    whose = {k: NOT_READ.get(k.lower()[1:]) for k,_ in other.most_common(4) if k}
-    kinds = ', '.join(f'{other[k]} {k}'+f' ({o})'*bool(o) for k,o in whose.items())
+    whose = {k: NOT_READ.get(k.lower()[1:]) for k,_ in there.other.most_common(4) if k}
+    kinds = ', '.join(f'{there.other[k]} {k}'+f' ({o})'*bool(o) for k,o in whose.items())
     cure = f'Export them as TIFF or convert them with bioformats2raw: {kinds}.'
-    return f'{root}: no images (of {", ".join(SUFFIXES)}). {cure if kinds else "Check the path."}'
+    if not kinds: cure = 'Check the path.'
+    if o := there.passed: cure = f'{len(o)} hidden files and thumbnails, such as {o[0]}. '+cure
+    return f'{there.root}: no images (of {", ".join(SUFFIXES)}). {cure}'
 
 def _reach(name, pieces):
     "How many pieces of a pattern a name follows, and where it leaves them"
@@ -324,7 +326,7 @@ def _asked(there, pattern):
     end = os.path.splitext(pattern)[1].lower()
     found = there.images
     if end not in SUFFIXES and opener_of(pattern): found = there.by_suffix.get(end, found)
-    if not found: raise ValueError(_no_images(there.root, there.other))
+    if not found: raise ValueError(_no_images(there))
     return found
 
 def _lines(names, rx):
@@ -516,7 +518,7 @@ PRESETS = [Preset(*o) for o in (
 
 # %% ../nbs/06_patterns.ipynb #2cb74e7f
 _derived = re.compile('(?i)(^|[^a-z])(masks?|outlines?|overlays?|segment)')
-_own_folder = re.compile('(?i)images?|(timepoint|zstep)_?[0-9]+')
+_own_folder = re.compile('(?i)images?|data|projections?|(timepoint|zstep)_?[0-9]+')
 _folders = {'(?i)(timepoint_?)[0-9]+': '{t}', '(?i)(zstep_?)[0-9]+': '{z}', # of instruments
             '((slide|chamber|field)--)[A-Z0-9-]+': '{_}'}
 
@@ -618,10 +620,15 @@ def _call(root, pattern):
     more = '' if _has_well(pattern) else ", well='A01'"
     return f'`Screen.from_pattern({str(root)!r}, {pattern!r}{more})`'
 
+def preset_of(pattern):
+    "Name of the instrument that a pattern is of, or None"
+    fit = [o for o in PRESETS if o.pattern in pattern]
+    return max(fit, key=lambda o: len(o.pattern)).name if fit else None
+
 def instrument_pattern(there, well=None):
     "The pattern that the images of a listing follow, or a question"
     images = _images(there)
-    if not images: raise FileNotFoundError(_no_images(there.root, there.other))
+    if not images: raise FileNotFoundError(_no_images(there))
     found = guess_pattern(there)
     best = found[found['share']>=max(.9, found['share'].max())]
     ways = {str(_places(o, _some_of(images, 50))): o for o in best['pattern'][::-1]}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tifffile import imwrite
 
-from cellmae.patterns import PRESETS, Listing, guess_pattern, instrument_pattern, long_by_names, sites_by_names
+from cellmae.patterns import PRESETS, Listing, guess_pattern, instrument_pattern, long_by_names, preset_of, sites_by_names
 from cellmae.screen import Screen
 
 def touch(root, *names):
@@ -262,9 +262,20 @@ def test_two_layouts_in_one_folder_are_listed_and_refused(tmp_path):
     assert str(e.value).count('Screen.from_pattern') == 2
     assert guess_pattern(tmp_path).share.round(2).tolist()[:1] == [.67]
 
+@pytest.mark.parametrize('names,said', [
+    (['B03_thumb.tif'], 'no images.*1 hidden files and thumbnails, such as B03_thumb.tif. Check the path'),
+    (['x.flex', 'y.flex'], r'Export them as TIFF or convert them with bioformats2raw: 2 \.flex \(Opera\)'), (['x'], 'Check the path')])
+def test_folders_without_images_say_what_is_there(tmp_path, names, said):
+    with pytest.raises(FileNotFoundError, match=said): instrument_pattern(Listing(touch(tmp_path, *names)))
+
+def test_folders_that_instruments_make_are_no_plates(tmp_path):
+    l = Listing(touch(tmp_path, *[f'{p}/data/B{i}--W00015--P00001--Z00000--T00000--DAPI.tif' for p in ('P1', 'P2') for i in (2, 3)]))
+    assert sites_by_names(l, instrument_pattern(l))[0].plate.tolist() == ['P1']*2+['P2']*2
+
 def test_few_strays_do_not_hide_an_instrument(tmp_path, capsys):
     touch(tmp_path, 'overview.tif', *[f'B{i:02d}_s1_w1.tif' for i in range(1, 13)])
     assert instrument_pattern(Listing(tmp_path)) == '{well}_s{site}_w{channel}.tif'
+    assert preset_of('{well}_s{site}_w{channel}.tif') == 'RxRx' and preset_of('x/{plate}_{well}_s{site}_w{channel}{_}.tif') == 'ImageXpress'
 
 def test_two_hundred_thousand_names_are_read_in_seconds(tmp_path):
     import time
