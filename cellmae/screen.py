@@ -238,7 +238,7 @@ def read(self:Screen,
     "The pixels of site `i` before any scaling"
     fs,n = self.files(i),len(self.channels)
     try:
-        x = read_site(fs, *self._still)
+        x = self.read_files(fs)
         if len(x)==n: return self._evened(i, x) if self.illum else x
     except ImageError as e: raise ImageError(e.problem, e.file, f'{e.cure} {self._where(i)}') from e
     why = f'{len(x)} planes for {self.channels}. Name each of them.'
@@ -252,7 +252,7 @@ def read_files(self:Screen,
     return read_site(files, *self._still)
 
 # %% ../nbs/13_screen.ipynb #57dfdbef
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _light(address):
     "How light falls on the images of a channel, `(H,W)`"
     x = read_plane(address).astype(np.float32)
@@ -353,7 +353,7 @@ def open(cls:Screen,
     channels=None, # Names in order, or `{raw: name}`; default: as the files have them
     meta=None, # Plate map, a table or its path: `well`, maybe `plate`, and whatever is known of it
     controls=None, # Perturbations that are controls
-    z=None, # Plane of stacks: a number, `'max'`, `'mean'`, `'mid'` or `'all'`
+    z=None, # Plane of stacks: number, `'max'`, `'mean'`, `'mid'`, `'all'`; see `choose`
     t=None, # Time: a number, `'first'`, `'last'` or `'all'`
     illum=None, # Divide by the illumination functions that the files come with?
     replace=None, # `{'/their/folder': 'my/folder'}`, for paths of another machine
@@ -461,8 +461,8 @@ def from_csv(cls:Screen,
     channels=None, # Names in order, or `{raw: name}`
     root=None, # Folder that file names are relative to; default: the table's
     controls=None, # Perturbations that are controls
-    z=None, # Of stacks, this plane, or `'max'` or `'mean'` of all
-    t=None, # Of time series, this point
+    z=None, # Plane of stacks, see `choose`
+    t=None, # Time, likewise
     illum=None, # Divide by the illumination functions of the columns `illum_<channel>`?
     replace=None, # `{'/their/folder': 'my/folder'}`, for paths of another machine
     **names, # Columns under another name: `perturbation='gene'`
@@ -532,7 +532,7 @@ def save(self:Screen,
 )->Path: # `folder`
     "Write `screen.parquet` and `screen.json`"
     folder,t = Path(folder),self.table.rename(columns=str)
-    for c in t.columns[t.dtypes==object]: t[c] = t[c].astype(str)
+    for c in t.columns[t.dtypes==object]: t[c] = t[c].where(t[c].notna(), '').astype(str)
     how = dict(table='screen.parquet', root=_way(self.root, folder), channels=self.channels,
                ranges=self.fit_ranges().tolist(), z=self.z, t=self.t, still=self._still,
                illum=self.illum, replace=self.replace)
@@ -543,8 +543,9 @@ def save(self:Screen,
     return folder
 
 def _way(root, folder):
-    "The way from a folder to the images"
-    return Path(os.path.relpath(root.resolve(), folder.resolve())).as_posix()
+    "The way from a folder to the images; the whole path where there is none, on another drive"
+    try: return Path(os.path.relpath(root.resolve(), folder.resolve())).as_posix()
+    except ValueError: return root.resolve().as_posix()
 
 # %% ../nbs/13_screen.ipynb #c0674650
 @patch
@@ -552,20 +553,25 @@ def fingerprint(self:Screen)->str: # 12 hex digits
     "Short hash of channels in order, planes, sites, labels and files, wherever these lie"
     how = [self.channels, self.z, self.t, self.illum]
     h = hashlib.sha256(json.dumps(how, default=int).encode())
-    for c in site_key(self.table)+LABEL: h.update('\\0'.join(map(str, self.table[c])).encode())
+    for c in site_key(self.table)+LABEL: h.update('\0'.join(map(str, self.table[c])).encode())
     files = [f for c in self._file_cols() for f in self.table[c]]
-    h.update('\\0'.join(f.rpartition('/')[2] for names in files for f in names.split('|')).encode())
+    h.update('\0'.join(f.rpartition('/')[2] for names in files for f in names.split('|')).encode())
     for f in files[::1+len(files)//1000]: h.update(_seal(self.address(f)))
     return h.hexdigest()[:12]
 
 def _seal(address):
-    "Size of a file and how it begins, as far as it is there"
+    "Sizes of files, and how they begin; of folders, what they hold"
     out = b''
-    for f in address.split('|'):
-        try:
+    for f in dict.fromkeys(parse_address(o).path for o in address.split('|')):
+        if os.path.isdir(f): out += _held(f).encode()
+        elif os.path.isfile(f):
             with open(f, 'rb') as o: out += str(os.path.getsize(f)).encode()+o.read(2**16)
-        except OSError: pass
     return out
+
+def _held(folder):
+    "Names and sizes of all files in a folder"
+    files = sorted(os.path.join(d, o) for d,_,names in os.walk(folder) for o in names)
+    return ' '.join(f'{o[len(str(folder)):]} {os.path.getsize(o)}' for o in files)
 
 # %% ../nbs/13_screen.ipynb #8f0c9ccb
 def open_screen(

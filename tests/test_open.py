@@ -441,6 +441,28 @@ def test_a_file_per_channel_names_it_too(tmp_path, channels, want):
     else:
         with pytest.raises(ValueError, match="Channel 1 is 'Hoechst' in the files, not 'ER'"): Screen.open(tmp_path, channels=channels)
 
+def test_columns_of_ones_own_are_kept(tmp_path):
+    t = pd.DataFrame(dict(well=['B03', 'C02'], file_DNA=['a.tif', 'b.tif'], dose=[.5, 2.], guide=['g1', None], mixed=[1, 'x'], ok=[True, False]))
+    s = Screen(t, root=write(tmp_path, 'a.tif', 'b.tif'))
+    again = open_screen(s.save(tmp_path/'out')).table
+    assert again.dose.tolist() == [.5, 2.] and again.guide.tolist() == ['g1', ''] and again.mixed.tolist() == ['1', 'x']
+    assert again.ok.tolist() == [True, False]
+
+@pytest.mark.parametrize('kind', ['zarr', 'zip', 'npz'])
+def test_a_fingerprint_knows_what_containers_hold(tmp_path, kind):
+    def made(x):
+        if kind == 'zarr':
+            zarr = pytest.importorskip('zarr')
+            zarr.create_array(tmp_path/'a.zarr', data=x, chunks=(1, 6, 8), overwrite=True)
+            return 'a.zarr#axes=CYX'
+        if kind == 'npz': np.savez(tmp_path/'a.npz', x=x); return 'a.npz#x,axes=CYX'
+        tifffile.imwrite(tmp_path/'a.tif', x, photometric='minisblack')
+        with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.write(tmp_path/'a.tif', 'in/a.tif')
+        return 'a.zip#in/a.tif'
+    def opened(x): return Screen(pd.DataFrame(dict(well=['B03'], file=[made(x)])), ['DNA', 'ER'], tmp_path)
+    a = opened(stack(0, 2, 6, 8)).fingerprint()
+    assert opened(stack(0, 2, 6, 8)).fingerprint() == a != opened(np.zeros((2, 6, 8), np.uint16)).fingerprint()
+
 # --- scale
 
 def test_a_fingerprint_looks_at_some_files_only(tmp_path, monkeypatch):
