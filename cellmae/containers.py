@@ -310,8 +310,24 @@ def open_npz(
 # %% ../nbs/03_containers.ipynb #c0a10024
 def _h5(path): return import_module('h5py').File(path, 'r')
 
+def _filled(x, value):
+    "Is there nothing in an array but what it is filled with where nobody wrote?"
+    same = lambda x: x==value if value==value else x!=x
+    return bool(same(x.flat[0]) and same(x).all())
+
+def _written(d, index):
+    "Has anything been written to this part of an array of HDF5?"
+    if d.is_virtual or not d.chunks: return d.is_virtual or d.id.get_storage_size()>0
+    starts = [range(0, n, s) if isinstance(i, slice) else [i//s*s]
+              for i,n,s in zip(index, d.shape, d.chunks)]
+    return any(d.id.get_chunk_info_by_coord(o).byte_offset is not None for o in product(*starts))
+
 def _read_h5(path, key, index):
-    with held(path, _h5) as f: return f[key][index]
+    with held(path, _h5) as f:
+        x = (d := f[key])[index]
+        if not _filled(x, d.fillvalue) or _written(d, index): return x
+        cure = 'Nobody wrote to this part of it. Leave the site out, or write the file anew.'
+        raise ImageError('missing', f'{path}#{key}', cure)
 
 def _images(group):
     "Paths of the arrays in a group of HDF5 that may be images"
@@ -424,10 +440,6 @@ def _lost(a, index, x, blank):
         if not _filled(part, a.fill_value or 0) or sync(key.exists()): lost = _cut(a, key)
         else: lost = not blank
         if lost: yield cell
-
-def _filled(x, value):
-    same = lambda x: x==value if value==value else x!=x
-    return bool(same(x.flat[0]) and same(x).all())
 
 def _cut(a, key):
     "Is a file shorter than Blosc says in its head? The decoder would go on in other memory"

@@ -244,6 +244,16 @@ def test_h5_axes(tmp_path, how):
     assert o.axes=='CZYX' and (o.read(c=1, z=2)==X[0,1,2]).all()
     assert (open_h5(tmp_path/'x.h5', 'a', {}).read(z=2)==X[0,:,2]).all() # the only one in there
 
+@pytest.mark.parametrize('chunks', [(1,8,8), (2,4,8), None])
+def test_h5_where_nobody_wrote(tmp_path, chunks):
+    with h5py.File(tmp_path/'x.h5', 'w') as f:
+        d = f.create_dataset('a', shape=(5,8,8), dtype='u2', chunks=chunks)
+        f.create_dataset('none', shape=(5,8,8), dtype='u2', chunks=chunks)
+        d[0],d[1] = 7,0
+    assert (open_h5(tmp_path/'x.h5', 'a', {}).read(i=0)==7).all() and not open_h5(tmp_path/'x.h5', 'a', {}).read(i=1).any()
+    refuses('x.h5#none: missing. Nobody wrote to this part', open_h5(tmp_path/'x.h5', 'none', {}).read, i=1)
+    if chunks: refuses('x.h5#a: missing. Nobody wrote', open_h5(tmp_path/'x.h5', 'a', dict(i=4)).read)
+
 def test_h5_says_what_it_holds(tmp_path):
     with h5py.File(tmp_path/'x.hdf5', 'w') as f:
         for k in 'ab': f[f'w/{k}'] = X[0,0,0]
@@ -560,6 +570,12 @@ def test_s3_without_its_library(monkeypatch):
     monkeypatch.setattr(containers, '_nobody', lambda: True)
     monkeypatch.setitem(sys.modules, 's3fs', None)
     refuses('`pip install cellmae[remote]`', local, 's3://bucket/x.tif')
+
+@pytest.mark.parametrize('nobody', [True,False])
+def test_public_buckets_need_no_key(monkeypatch, nobody):
+    pytest.importorskip('s3fs')
+    monkeypatch.setattr(containers, '_nobody', lambda: nobody)
+    assert containers._file_system('s3://bucket/x.tif')[0].anon==nobody
 
 def test_what_is_remote(tmp_path):
     for o in ('https://x.org/a.tif','s3://b/a','gs://b/a','memory://a'): assert is_remote(o)
