@@ -510,8 +510,8 @@ PRESETS = [Preset(*o) for o in (
      'all from 0; well: `well=`, or the folder'),
     ('CellProfiler, Fly', '{_}_{well}_{channel}', 'POS: a well, or `plate_shape=`', r'POS\d+'),
     ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''),
-    ('plain', '{well}_s{site}_{channel}', ''),
-    ('plain, with its plate', '{plate}_{well}_s{site}_{channel}', ''),
+    ('plain names', '{well}_s{site}_{channel}', ''),
+    ('plain names with a plate', '{plate}_{well}_s{site}_{channel}', ''),
     ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'),
     ('a file per site', '{well}_s{site}', 'its planes are the channels'),
     ('a file per well', '{well}', 'its planes are the channels'))]

@@ -8,6 +8,7 @@ __all__ = ['SITE', 'WELL', 'LABEL', 'KEYS', 'site_key', 'choose', 'wide', 'name_
 # %% ../nbs/05_sites.ipynb #3f450e03
 import os, re
 import numpy as np, pandas as pd
+from collections import Counter
 from contextlib import contextmanager
 from fastcore.basics import listify
 from itertools import islice
@@ -355,22 +356,32 @@ def _none_gone(gone, raw, numbers, why=''):
                               f'Say which is which: `{_proposal(raw, numbers)}`.')
 
 # %% ../nbs/05_sites.ipynb #d037f777
-def _own_names(raw, numbers):
-    "The names of the files; two that would be one stay as they are"
-    names = {r: numbers.get(r, r) for r in raw}
+def _stains(names):
+    "Stains by name; names that would be one stay as they are"
     new = {r: canonical_stain(n) for r,n in names.items()}
-    twice = [r for r in raw if [*new.values()].count(new[r])>1]
-    if twice: print(f'{[names[r] for r in twice]} keep their names: all would be {new[twice[0]]}')
+    often = Counter(new.values())
+    return {r: n if often[n]==1 else names[r] for r,n in new.items()}
+
+def _own_names(raw, numbers):
+    "The names of the files, and a word where they are no stains"
+    names = {r: numbers.get(r, r) for r in raw}
+    new = _stains(names)
+    twice = [n for n in new.values() if canonical_stain(n)!=n]
+    if twice: print(f'{twice} keep their names: they would be {canonical_stain(twice[0])}')
     ideas = suggested(names.values())
     if ideas: print('Dyes are no stains: ' + ', '.join(f'{d} may be {s}' for d,s in ideas.items())
                     + f'. Name them: `{_proposal(raw, numbers)}`.')
-    return {r: names[r] if r in twice else n for r,n in new.items()}
+    return new
 
-def _panel(name):
-    "A panel by its name; else the name of the only channel"
-    if name in PANELS: return dict(PANELS[name])
-    if near := did_you_mean(name, PANELS): raise ValueError(f'No panel {name!r}.{near}')
-    return [name]
+def _panel(name, raw, numbers):
+    "A panel by its name, as far as its channels are there; else the name of the only channel"
+    if name not in PANELS:
+        if near := did_you_mean(name, PANELS): raise ValueError(f'No panel {name!r}.{near}')
+        return [name]
+    met = {k: _which(k, raw, numbers) for k in PANELS[name]}
+    rest = [numbers.get(r, r) for r in raw if r not in met.values()]
+    if rest and raw!=['file']: print(f'{name} has no name for {rest}: left out')
+    return {k:n for k,n in PANELS[name].items() if met[k] or raw==['file']}
 
 def _in_planes(channels, names):
     "`{name in the file: name}` of the planes of one file, all and in its order"
@@ -390,10 +401,10 @@ def name_channels(
     names=None, # As the files have them: `{number: name}`, or a list for the planes of one file
 )->dict: # `{raw: name}` in the order asked for
     "What the channels are called, checked against the files"
-    if isinstance(channels, str): channels = _panel(channels)
-    if 'file' in raw: new = _in_planes(channels, names)
-    else: new = _named(channels, *_by_number(raw, names or {}))
-    new = {r: n if channels is None else canonical_stain(n) for r,n in new.items()}
+    raw,numbers = (['file'],{}) if 'file' in raw else _by_number(raw, names or {})
+    if isinstance(channels, str): channels = _panel(channels, raw, numbers)
+    new = _in_planes(channels, names) if raw==['file'] else _named(channels, raw, numbers)
+    new = _stains(new)
     if len({*new.values()})==len(new): return new
     raise ValueError(f'Two channels have one name: {new}. '
                      'Give them names: `channels={found: name}`.')

@@ -198,8 +198,8 @@ NAMES = { # of row, column, site 1 or 2, channel 1 or 2; and what channel 1 is c
         f'--V{ord(r)-65:02d}--J20--E00--O00--X0{s-1}--Y00--T00--Z00--C0{k-1}.ome.tif', '00'),
     'Micro-Manager, plate': (lambda r,c,s,k: f'{r}{c}-Site_{s-1}/img_000000000_{["DAPI", "GFP"][k-1]}_000.tif', 'DNA'),
     'CellProfiler, Vitra': (lambda r,c,s,k: f'Channel_{k}-{index(r, c, 12):02d}-{r}-{c:02d}-0{s-1}.tif', '1'),
-    'plain': (lambda r,c,s,k: f'P1/{r}{c:02d}_s{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
-    'plain, with its plate': (lambda r,c,s,k: f'P1_{r}{c:02d}_s{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA')}
+    'plain names': (lambda r,c,s,k: f'P1/{r}{c:02d}_s{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
+    'plain names with a plate': (lambda r,c,s,k: f'P1_{r}{c:02d}_s{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA')}
 
 def value(r, c, s, k): return ord(r)*100+c*4+s*2+k
 

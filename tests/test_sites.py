@@ -133,6 +133,9 @@ PHENIX = {'1': 'HOECHST 33342', '2': 'Alexa 647', '3': '488 long'}
     (['1', '2', '3', '4', '5', '6'], 'rxrx', None, dict(zip('123456', ['DNA', 'ER', 'actin', 'RNA', 'mito', 'golgi']))),
     (['1', '2', '3', '4', '5'], 'jump_source_10', None, dict(zip('12345', ['DNA', 'ER', 'RNA', 'AGP', 'mito']))),
     (['1', '2', '3', '4', '5'], 'jump_source_9', None, dict(zip('12345', ['ER', 'mito', 'AGP', 'DNA', 'RNA']))),
+    (['1', '2', '3'], 'rxrx', None, dict(zip('123', ['DNA', 'ER', 'actin']))), (['ch6', '1'], 'jump_source_2', None, {'1': 'DNA'}),
+    (['DAPI', 'Hoechst'], None, None, {'DAPI': 'DAPI', 'Hoechst': 'Hoechst'}), (['DAPI', 'Hoechst'], ['DAPI', 'Hoechst'], None, {'DAPI': 'DAPI', 'Hoechst': 'Hoechst'}),
+    (['file'], 'rxrx', None, dict(zip('123456', ['DNA', 'ER', 'actin', 'RNA', 'mito', 'golgi']))),
     (['file'], ['DNA', 'ER'], None, {'DNA': 'DNA', 'ER': 'ER'}), (['file'], None, ['Actin', 'DAPI'], {'Actin': 'actin', 'DAPI': 'DNA'}),
     (['file'], ['actin', 'mito', 'DNA'], ['Actin', 'Cy5', 'DAPI'], {'Actin': 'actin', 'Cy5': 'mito', 'DAPI': 'DNA'}),
     (['DAPI_cycle1', 'DAPI_cycle2', 'GFP_cycle1'], None, None, {k: k for k in ('DAPI_cycle1', 'DAPI_cycle2', 'GFP_cycle1')})])
@@ -148,7 +151,7 @@ def test_channels_are_named(raw, channels, names, want):
     (['Alexa 488', 'Alexa 647'], ['ER', 'mito'], None, "No channel .*'Alexa 488': 'ER', 'Alexa 647': 'mito'"),
     (['file'], ['DNA', 'ER', 'actin'], ['Actin', 'Hoechst', 'ConA'], r"planes of a file are \['Actin', 'Hoechst', 'ConA'\].*channels=\['actin', 'DNA', 'ER'\]"),
     (['file'], ['DNA'], ['Actin', 'Hoechst'], 'in this order'), (['file'], None, None, 'name its planes'),
-    (['1', '2'], 'jump_source12', None, 'No panel .*Did you mean jump_source'), (['a', 'b'], {'a': 'DNA', 'b': 'Hoechst'}, None, 'Two channels have one name')])
+    (['1', '2'], 'jump_source12', None, 'No panel .*Did you mean jump_source'), (['a', 'b'], {'a': 'DNA', 'b': 'DNA'}, None, 'Two channels have one name')])
 def test_names_that_contradict_the_files_are_refused(raw, channels, names, said):
     with pytest.raises(ValueError, match=said): name_channels(raw, channels, names)
 
@@ -166,6 +169,16 @@ def test_dyes_suggest(name, idea): assert suggested([name]) == ({name: idea} if 
 def test_suggestions_are_said_and_not_taken(capsys):
     assert [*name_channels(['DAPI', 'Alexa 647']).values()] == ['DNA', 'Alexa 647']
     assert "Alexa 647 may be mito or AGP. Name them: `channels={'DAPI': 'DNA', 'Alexa 647': 'mito'}`" in capsys.readouterr().out
+
+def test_channels_that_a_panel_does_not_name_are_said(capsys):
+    name_channels(['1', '2', '6'], 'jump_source_2')
+    assert "jump_source_2 has no name for ['6']: left out" in capsys.readouterr().out
+
+def test_two_channels_of_one_stain_survive_saving(tmp_path):
+    for c in ('DAPI', 'Hoechst'): imwrite(tmp_path/f'{c}.tif', np.full((4, 6), len(c), np.uint16))
+    s = Screen(pd.DataFrame(dict(well=['B03'], file_DAPI='DAPI.tif', file_Hoechst='Hoechst.tif')), root=tmp_path)
+    again = open_screen(s.save(tmp_path/'out'))
+    assert s.channels == again.channels == ['DAPI', 'Hoechst'] and again.read(0)[:,0,0].tolist() == [4, 7]
 
 # --- files of another machine
 
