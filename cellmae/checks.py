@@ -194,13 +194,13 @@ class Seen:
 def look(self:Seen,
     sites, # Row numbers; those that were seen are passed over
     workers:int=4, # Threads that read
-    also=None, # Called with a row number and its planes `{channel number: (H,W)}`
+    also=None, # Called with a row number, its planes and what is bad, by channel number
     keep=None, # File for what was seen, written from time to time
 ):
     "Read sites"
     def one(i):
         seen,bad,xs = look_at(self.screen, i)
-        if also: also(i, xs)
+        if also: also(i, xs, bad)
         return seen,bad
     unseen = (self.planes['state']==UNSEEN).any(1)
     todo,due = [int(i) for i in sites if unseen[i]],monotonic()+30
@@ -547,7 +547,7 @@ def look_through(
     n:int|None=None, # Sites to look at, spread over plates and wells; None: all
     out=None, # Folder that keeps what was seen in `check.parquet`, so that a second call goes on
     workers:int=4, # Threads that read
-    also=None, # Called with a row number and its planes `{channel number: (H,W)}`
+    also=None, # Called with a row number, its planes and what is bad, by channel number
 )->Seen:
     "Read a sample, say what it shows, then read the rest; nothing that was seen is lost"
     seen,order = Seen(screen),spread(screen.table)[:n]

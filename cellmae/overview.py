@@ -10,10 +10,11 @@ import base64, html, io, re, warnings
 import numpy as np, pandas as pd
 from pathlib import Path
 from .labels import clean, row_col, row_letters, well_name, yes_no
-from .images import fit_range, to_uint8
+from .images import fit_range
 from .sites import SITE, WELL
 from .checks import (GOOD, NO_SITES, SAMPLE, SATURATED, field_counts, full_share,
-                            good_planes, look_at, look_through, place_of_problem, problems_of, spread, thinned)
+                            good_planes, look_at, look_through, place_of_problem, problems_of,
+                            spread, thinned)
 from .report import Aside, Html, to_html, write_report
 
 # %% ../nbs/12_overview.ipynb #c2e8cff3
@@ -154,10 +155,10 @@ class Views:
         self.chosen,self.sample = list(chosen),set(sample)
         self.pictures,self.pixels = {},{} # Of sites: `{channel number: array}`
 
-    def __call__(self, i, xs):
+    def __call__(self, i, xs, bad):
         few = lambda p: (o := thinned(p).ravel())[::max(1, len(o)//1000)]
         if i in self.chosen: self.pictures[i] = {c: small(p) for c,p in xs.items()}
-        if i in self.sample: self.pixels[i] = {c: few(p) for c,p in xs.items()}
+        if i in self.sample: self.pixels[i] = {c: few(p) for c,p in xs.items() if c not in bad}
 
 # %% ../nbs/12_overview.ipynb #684949e5
 def to_show(table, order, controls=2, others=3):
@@ -236,11 +237,10 @@ def _jpeg(x):
     Image.fromarray(x).save(buf, 'JPEG', quality=80)
     return f'data:image/jpeg;base64,{base64.b64encode(buf.getvalue()).decode()}'
 
-def _picture(plane, range_):
-    "A plane in the screen's own range"
-    if plane is None: return '<td class=gap></td>'
-    x = to_uint8(plane[None], [range_])[0]
-    return f'<td><img alt="" src="{_jpeg(x)}"></td>'
+def _picture(plane, lo, hi):
+    "A plane in the screen's own range, also one that is no good"
+    x = (np.nan_to_num(plane)-lo)*(255/(hi-lo))
+    return f'<img alt="" src="{_jpeg(x.clip(0, 255).astype(np.uint8))}">'
 
 def _pictures(screen, views, rows, ranges):
     "A table of small pictures of a plate: a row per site, a column per channel"
@@ -250,9 +250,10 @@ def _pictures(screen, views, rows, ranges):
     body = []
     for i in rows:
         o,planes = t.iloc[i],views.pictures.get(i, {})
+        shown = [_picture(planes[c], *ranges[c]) if c in planes else '' for c in range(n)]
         name = html.escape(f'{o["well"]} field {o["site"]}')
         what = html.escape(str(o['perturbation']))+' (control)'*bool(o['control'])
-        cells = ''.join(_picture(planes.get(c), ranges[c]) for c in range(n))
+        cells = ''.join(f'<td>{o}</td>' for o in shown)
         body.append(f'<tr><td>{name}<br>{what}</td>{cells}</tr>')
     return f'<table class=pictures><tr>{head}</tr>{"".join(body)}</table>'
 
@@ -367,9 +368,10 @@ def histograms(screen, views, most=8):
 def correlations(screen, seen):
     "How channels correlate, the median of the sites that were read"
     from matplotlib.figure import Figure
-    n,r = len(screen.channels),seen.planes['alike'][(seen.planes['state']==GOOD).all(1)]
-    if n<2 or not len(r): return 'One channel.' if n<2 else 'No site has all channels.'
-    r = np.nanmedian(np.float32(r), 0)
+    n,r = len(screen.channels),np.float32(seen.planes['alike'])
+    r = r[(seen.planes['state']==GOOD).all(1) & np.isfinite(r).all((1,2))]
+    if n<2 or not len(r): return 'One channel.' if n<2 else 'No site has all channels alike.'
+    r = np.median(r, 0)
     fig = Figure(figsize=(.55*n+1.2,.45*n+.9), layout='constrained')
     ax = fig.subplots()
     ax.imshow(r, cmap='RdBu_r', vmin=-1, vmax=1, aspect='auto')
@@ -392,9 +394,9 @@ def flagged(screen, problems, ranges, each=3, most=12):
         i,c = at[tuple(o[k] for k in SITE)],screen.channels.index(o['channel'])
         p = look_at(screen, i)[2].get(c)
         if p is None: continue
-        img = _jpeg(to_uint8(small(p, 180)[None], [ranges[c]])[0])
+        img = _picture(small(p, 180), *ranges[c])
         text = html.escape(f'{o["problem"]}: {o["well"]} field {o["site"]}, {o["channel"]}')
-        out.append(f'<figure><img alt="" src="{img}"><figcaption>{text}</figcaption></figure>')
+        out.append(f'<figure>{img}<figcaption>{text}</figcaption></figure>')
     return Html(f'<div class=row>{"".join(out)}</div>') if out else None
 
 # %% ../nbs/12_overview.ipynb #2f88a773

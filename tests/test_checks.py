@@ -273,6 +273,14 @@ def test_a_page_of_odd_screens(tmp_path, kind):
     assert 'What is wrong' in text and ('No maps' in text) == (kind == 'no_places')
     assert ('1 of 12 wells have no place' in text) == (kind == 'some_places')
 
+@pytest.mark.parametrize('to', [lambda x: np.float32(x/65535), lambda x: np.where(x > 900, np.nan, np.float32(x)), np.zeros_like,
+                                lambda x: x[:1], lambda x: x[:,:2], lambda x: (x>>8).astype(np.uint8)])
+@pytest.mark.parametrize('which', ['a/C03_s1_ER.tif', 'a/*_ER.tif', 'a/*.tif'])
+def test_a_page_of_bad_planes(tmp_path, to, which):
+    s = plates(tmp_path, fields=1)
+    for f in tmp_path.glob(which): imwrite(f, to(imread(f)), photometric='minisblack')
+    assert 'What is wrong' in page(s, tmp_path)
+
 def test_no_page_of_nothing(tmp_path):
     with pytest.raises(ValueError, match='no sites'): plates(tmp_path).subset([]).report(tmp_path/'page.html')
 
