@@ -563,6 +563,7 @@ def _end(name):
     "Suffix, with `.ome` if there is one"
     return re.search(r'(\.ome)?\.\w+$', name, re.I)[0]
 
+# %% ../nbs/06_patterns.ipynb #315c12e9
 def _is_well(folder): # P1, P2 are plates
     return _is_place(folder) and not re.fullmatch('P[1-9]', folder)
 

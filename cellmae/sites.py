@@ -287,6 +287,7 @@ def _whole(at, c, n):
     files = [f'{w.rstrip("/")}/{f}' if w and f else f or u for w,f,u in zip(way, name, url)]
     return [f and f+end for f,end in zip(files, _ends(at, c, n))]
 
+# %% ../nbs/05_sites.ipynb #fefc3a4a
 def file_columns(df):
     "Names of files by raw channel; `file` where one image holds all"
     own = {re.sub('^file_', '', str(c)): _paths(df[c]) for c in df if re.match('file(_|$)', str(c))}

@@ -317,3 +317,20 @@ def test_where_some_sites_are_numbers_the_others_are_left_out(tmp_path, capsys):
 @pytest.mark.parametrize('names', [['B03_s1-DAPI.tif', 'B03_s1-GFP.tif'], ['B03-DAPI.tif'], ['B03_DAPI.tif', 'B03_GFP.tif']])
 def test_channels_are_never_taken_for_sites(tmp_path, names):
     with pytest.raises(FileNotFoundError, match='Say how they are named'): instrument_pattern(Listing(touch(tmp_path, *names)))
+
+def test_a_folder_on_the_web_is_listed_and_its_stores_are_names(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip('fsspec')
+    monkeypatch.setenv('CELLMAE_CACHE', str(tmp_path))
+    fs = fsspec.filesystem('memory')
+    for n in ('P1/B03_s1_w1.tif', 'P1/._B03_s1_w1.tif', 'x.zarr/A/1/.zattrs', 'map.csv'): fs.pipe(f'/plates/{n}', b'well\nB03')
+    try:
+        l = Listing('memory://plates/')
+        assert l.names == ['P1/B03_s1_w1.tif', 'map.csv', 'x.zarr'] and l.passed == ['P1/._B03_s1_w1.tif']
+        assert l.path('map.csv') == 'memory://plates/map.csv' and l.text('map.csv') == 'well\nB03'
+        assert sites_by_names(l, instrument_pattern(l))[0].file_1.tolist() == ['P1/B03_s1_w1.tif']
+    finally: fs.rm('/plates', recursive=True)
+
+def test_a_long_list_says_how_far_it_is(tmp_path, capsys):
+    from cellmae.patterns import _noted
+    assert len([*_noted([('.', ['a'], [])]*3, 'root', every=0)]) == 3
+    assert '3 files listed below root' in capsys.readouterr().out
