@@ -323,7 +323,12 @@ def _ome_stores(listing): return [o.name for o in stores_that_say(listing, *_ome
 
 # %% ../nbs/09_exchange.ipynb #9e01020b
 @layout('ome_zarr', 'OME-Zarr', _ome_stores)
-def ome_zarr(listing, found, acquisition=None, images=None):
+def ome_zarr(
+    listing:Listing, # Of a folder
+    found, # Names of the stores in it
+    acquisition=None, # Number of the one that is wanted, where a plate has several
+    images:str=None, # Their name in each well, `'0'` or `'*_corrected'`, where it has several kinds
+)->Scan:
     "Plates, or else images, of OME-Zarr 0.4 or 0.5, in folders or packed"
     says = {o: o.attrs() for o in stores_that_say(listing, *_ome[:2])}
     plates = {o:a['plate'] for o,a in says.items() if 'plate' in a}
@@ -334,23 +339,27 @@ def ome_zarr(listing, found, acquisition=None, images=None):
 # %% ../nbs/09_exchange.ipynb #9e010051
 _tables = ('.csv','.tsv','.txt','.csv.gz','.tsv.gz','.txt.gz','.parquet')
 
+def _head(path):
+    "The first bytes of a table, packed or not; empty if they cannot be read"
+    try:
+        with (gzip.open if str(path).lower().endswith('.gz') else open)(path, 'rb') as o:
+            return text_of(o.read(2**16))
+    except (OSError,EOFError): return ''
+
 def _titles(listing, name):
     "Titles of the columns of a table, none if it is no table"
     path = listing.path(name)
     if name.lower().endswith('.parquet'): return _schema(path)
-    if not isinstance(path, Path): head = listing.text(name)[:2**16]
-    else:
-        with (gzip.open if name.lower().endswith('.gz') else open)(path, 'rb') as o:
-            head = text_of(o.read(2**16))
-    line = head.partition('\n')[0].strip('\r')
-    return next(csv.reader([line], delimiter=max('\t;,', key=line.count)), [])
+    lines = (_head(path) if isinstance(path, Path) else listing.text(name)[:2**16]).splitlines()
+    if not lines: return []
+    return next(csv.reader(lines[:1], delimiter=max('\t;,', key=lines[0].count)), [])
 
 def _schema(path):
     "Names of the columns of a parquet file, none if it is damaged"
     if not isinstance(path, Path): return []
     from pyarrow import ArrowException, parquet
     try: return parquet.read_schema(path).names
-    except ArrowException: return []
+    except (OSError,ArrowException): return []
 
 def _is_table(name):
     "Is this the name of a table, and not of a saved screen?"

@@ -856,3 +856,10 @@ def test_a_home_made_table_of_files_elsewhere(tmp_path):
     pd.DataFrame(dict(file=files, channel=['DNA','ER'], well='B03')).to_csv(
         tmp_path/'here'/'t.csv', index=False)
     assert set(scan(tmp_path/'here', 'channel_rows').table['file'])==set(files)
+
+def test_tables_that_cannot_be_read_do_not_hinder_recognition(tmp_path):
+    put_tiffs(tmp_path, TIFFS)
+    load_table(str(tmp_path)).to_csv(tmp_path/'load_data.csv', index=False, lineterminator='\r')
+    (tmp_path/'half.csv.gz').write_bytes(b'\x1f\x8b\x08\x00')
+    (tmp_path/'odd.txt').write_bytes(bytes(range(256)))
+    assert len(Screen.open(tmp_path))==2
