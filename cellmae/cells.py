@@ -119,8 +119,9 @@ def rows_of(
     if there.duplicated().any():
         one = there[there.duplicated()].iloc[0]
         lack = [k for k in site_key(screen.table) if k not in on]
+        cure = f'Add a column {" or ".join(lack[::-1])}.' if lack else 'Leave one out (`subset`).'
         raise ValueError(f'Cells that say {in_words(one)} could be on several sites of the screen. '
-                         f'Add a column {" or ".join(lack[::-1])}.')
+                         f'{cure}')
     there['row'] = np.arange(len(there))
     found = _spelt(keys, on).merge(there, 'left', on)['row']
     return found.fillna(-1).to_numpy(int)

@@ -269,6 +269,8 @@ def test_plates_of_two_batches_with_one_name(root):
     s = Screen(t, root=root)
     c = find_cells(s, table=pd.DataFrame(dict(batch=['HUVEC', 'U2OS', 'U2OS'], plate='1', well='B03', site='1', y=[1, 2, 3], x=1)))
     assert c.counts.tolist()==[2, 1]
+    twice = Screen(pd.concat([t, t]), root=root)
+    with pytest.raises(ValueError, match='Leave one out'): find_cells(twice, table=pd.DataFrame(dict(batch=['HUVEC'], plate='1', well='B03', site='1', y=1, x=1)))
     with pytest.raises(ValueError, match='Add a column batch'): find_cells(s, table=pd.DataFrame(dict(plate='1', well=['B03'], site='1', y=1, x=1)))
 
 # Training
@@ -408,6 +410,18 @@ def test_embedded_in_parts_and_adapted(screen, cells, tmp_path):
     whole = embed(mean_of_tiles, screen, level='cell', cells=cells.save(tmp_path), size=16, bs=2, progress=False)
     np.testing.assert_allclose(out.X, np.concatenate([whole.X[8:10], whole.X[:3]]), rtol=1e-5)
     out.write_h5ad(tmp_path/'cells.h5ad')
+
+def test_no_more_crops_at_once_than_a_batch(screen):
+    g = np.random.default_rng(0)
+    many = pd.DataFrame(dict(row=np.sort(g.integers(0, 6, 300)), label=1, y=g.random(300)*H, x=g.random(300)*W, area=1))
+    sizes = []
+    def encode(x):
+        sizes.append(len(x))
+        return mean_of_tiles(x)
+    cells = Cells(screen, many)
+    out = embed(encode, screen, level='cell', cells=cells, size=16, bs=7, progress=False)
+    assert max(sizes)<=7 and sum(sizes)==300==out.n_obs
+    np.testing.assert_allclose(out.X, embed(mean_of_tiles, screen, level='cell', cells=cells, size=16, progress=False).X)
 
 # What travels
 
