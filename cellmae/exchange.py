@@ -637,8 +637,8 @@ def _ome_tiffs(listing):
     "Companions; else OME-TIFFs, if the first, the last or one between says more than its name"
     if found := listing.named('*.companion.ome'): return found
     if listing.lead or isinstance(listing.root, str) or _load_tables(listing): return []
-    tiffs = [o for o in listing.images if o.lower().endswith(_tif)]
-    tiffs = [o for o in tiffs if '.ome.' in o.lower()] or tiffs
+    tiffs = sorted(o for s in _tif for o in listing.by_suffix.get(s, ()))
+    tiffs = [o for o in tiffs if '.ome.' in o[-10:].lower()] or tiffs
     few = {o for o in (*tiffs[:1], *tiffs[len(tiffs)//2:][:1], *tiffs[-1:])}
     return tiffs if any(_says_more(_description(listing.path(o))) for o in few) else []
 

@@ -288,8 +288,13 @@ def _no_images(there):
     kinds = ', '.join(f'{there.other[k]} {k}'+f' ({o})'*bool(o) for k,o in whose.items())
     cure = f'Export them as TIFF or convert them with bioformats2raw: {kinds}.'
     if not kinds: cure = 'Check the path.'
+    elif all(re.fullmatch(_texts, k.lower()) for k in whose):
+        cure = (f'Only tables and texts, {kinds}. A table of sites opens by its own path; '
+                'profiles are read by `read_profiles`.')
     if o := there.passed: cure = f'{len(o)} hidden files and thumbnails, such as {o[0]}. '+cure
     return f'{there.root}: no images (of {", ".join(SUFFIXES)}). {cure}'
+
+_texts = r'\.(csv|tsv|txt|md|gz|json|xml|xlsx?|pdf|html?|parquet|log|ya?ml|py|ipynb)'
 
 def _reach(name, pieces):
     "How many pieces of a pattern a name follows, and where it leaves them"
@@ -549,13 +554,15 @@ def _images(there):
 def _by_depth(there):
     "`(folders, names)` of images that lie equally deep; masks only where there is nothing else"
     images = _images(there)
-    pictures = [o for o in images if not _derived.search(o)] or images
-    groups = defaultdict(lambda: ({},[]))
-    for o in pictures:
-        folders,names = groups[o.count('/')]
-        folders[o.rpartition('/')[0]] = None; names.append(o)
-    return [([d.split('/') if d else [] for d in folders], names)
-            for folders,names in groups.values()]
+    text = '\n'.join(images).lower()
+    none = not any(o in text for o in ('mask','outline','overlay','segment')) # quick
+    pictures = images if none else [o for o in images if not _derived.search(o)] or images
+    folders,groups = defaultdict(list),defaultdict(lambda: ([],[]))
+    for o in pictures: folders[o[:o.rfind('/')+1]].append(o)
+    for d,names in folders.items():
+        ways,below = groups[d.count('/')]
+        ways.append(d.split('/')[:-1]); below += names
+    return [*groups.values()]
 
 def _some_of(names, n=1000): return names[::len(names)//n+1]
 
@@ -638,6 +645,7 @@ def instrument_pattern(there, well=None):
         if _has_well(pattern) or well: return pattern
     some = [*ways.values()] or [*found[found['share']>.05].drop_duplicates('file')['pattern']]
     how = ' or '.join(_call(there.root, o) for o in some) or \
-        "`Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`"
+        "`Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`, with "\
+        "`well='A01'` if no name holds a well because all are of one"
     raise FileNotFoundError(f'{there.root}: {len(images)} images, such as {images[0]}. '
                             f'Say how they are named: {how}.')

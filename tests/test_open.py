@@ -87,7 +87,7 @@ def test_harmony_tiles_and_their_times(tmp_path, capsys):
 
 def test_channels_without_a_well(tmp_path, capsys):
     write(tmp_path, 'Ch1.tif', 'Ch2.tif', 'Ch3.tif')
-    with pytest.raises(FileNotFoundError, match=r"3 images, such as Ch1\.tif.*Screen.from_pattern"): Screen.open(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"3 images, such as Ch1\.tif.*Screen.from_pattern.*`well='A01'`"): Screen.open(tmp_path)
     s = Screen.from_pattern(tmp_path, 'Ch{channel}.tif', well='C2')
     holds(s, ['Ch1.tif', 'Ch2.tif', 'Ch3.tif'])
     assert s.wells.well.tolist() == ['C02'] and s.channels == ['1', '2', '3']
@@ -353,6 +353,10 @@ def test_formats_that_are_not_read_are_named(tmp_path, end, cure):
     for w in ('B03', 'C02'): (tmp_path/f'{w}.{end}').write_bytes(b'x')
     with pytest.raises(FileNotFoundError, match=f'no images.*2 .{end}.*') as e: Screen.open(tmp_path)
     assert cure in str(e.value)
+
+def test_a_folder_of_tables_says_so(tmp_path):
+    (tmp_path/'profiles.csv.gz').write_bytes(b'x'); (tmp_path/'README.md').write_text('x')
+    with pytest.raises(FileNotFoundError, match='no images.*Only tables and texts, 1 .*read_profiles'): Screen.open(tmp_path)
 
 @pytest.mark.parametrize('path', ['none', 'none.csv', 'a/none.zarr'])
 def test_what_is_missing(tmp_path, path):
