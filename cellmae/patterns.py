@@ -296,6 +296,7 @@ def _no_images(there):
 
 _texts = r'\.(csv|tsv|txt|md|gz|json|xml|xlsx?|pdf|html?|parquet|log|ya?ml|py|ipynb)'
 
+# %% ../nbs/06_patterns.ipynb #58b0d3b5
 def _reach(name, pieces):
     "How many pieces of a pattern a name follows, and where it leaves them"
     k,end = 0,0

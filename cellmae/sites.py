@@ -427,7 +427,8 @@ _web = re.compile('[A-Za-z][A-Za-z0-9+]+://')
 def _is_there(address, root=Path()):
     "Is the file on this machine that an address begins with?"
     first = address.split('|')[0]
-    return any((root/f).exists() for f in {first, first.partition('#')[0]})
+    names = {first, first.partition('#')[0], first.rpartition('#')[0] or first}
+    return any((root/f).exists() for f in names)
 
 def _some(files, n=3):
     "A few addresses, from the first row to the last, of one channel after the other"

@@ -863,3 +863,18 @@ def test_tables_that_cannot_be_read_do_not_hinder_recognition(tmp_path):
     (tmp_path/'half.csv.gz').write_bytes(b'\x1f\x8b\x08\x00')
     (tmp_path/'odd.txt').write_bytes(bytes(range(256)))
     assert len(Screen.open(tmp_path))==2
+
+def test_names_with_a_hash(tmp_path, capsys):
+    "A `#` that is part of a name"
+    images = put_plate(tmp_path/'a'/'Plate #1.zarr', ['0'], names=['DAPI','GFP','Cy5'])
+    x = pixels(0, 2, 2, 4, 6)
+    (tmp_path/'b').mkdir()
+    put_ome(tmp_path/'b'/'plate #1.ome.tif', x, {(1,2):[0], (2,1):[1]})
+    same_pixels(Screen.open(tmp_path/'a'), 'C02', '0', ['DNA','GFP','Cy5'], images['C/2/0'])
+    same_pixels(Screen.open(tmp_path/'b'), 'C02', '1', ['DNA','GFP'], x[1])
+    assert 'Not on this machine' not in capsys.readouterr().out
+
+def test_options_of_a_plate_are_part_of_the_call(tmp_path, capsys):
+    put_plate(tmp_path/'P.zarr', list('0123'), acquired=lambda f: int(f)//2, names=['a','b','c'])
+    assert len(Screen.open(tmp_path, acquisition=1))==4
+    assert 'acquisition=1' in capsys.readouterr().out
