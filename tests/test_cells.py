@@ -75,7 +75,8 @@ def test_titles_of_positions(screen, cells, form):
 
 keys = {'CellProfiler': dict(well='Metadata_Well', site='Metadata_Site'),
         'CytoTable': dict(well='Image_Metadata_Well', site='Image_Metadata_Site'),
-        'plain': {}, 'position': dict(well='Metadata_well_position', site='Metadata_Site'), 'field': dict(site='Field')}
+        'plain': {}, 'position': dict(well='Metadata_well_position', site='Metadata_Site'),
+        'field': dict(site='Field')}
 
 @pytest.mark.parametrize('kind', keys)
 @pytest.mark.parametrize('file', ['csv', 'csv.gz', 'parquet', 'tsv'])
@@ -93,13 +94,16 @@ def test_spellings_of_sites(screen, cells, spell):
     assert (find_cells(screen, table=t.sample(frac=1, random_state=0).sort_values(['y'])).counts==cells.counts).all()
 
 def test_numbers_for_names_and_gaps_in_labels(root, cells):
-    t = pd.DataFrame(dict(plate='12', well=[p[0] for p in places], site=[p[1] for p in places], file_DNA=[f'images/{w}_s{s}_DNA.tif' for w,s in places]))
+    wells,sites = zip(*places)
+    files = [f'images/{w}_s{s}_DNA.tif' for w,s in places]
+    t = pd.DataFrame(dict(plate='12', well=wells, site=sites, file_DNA=files))
     lost = pd.DataFrame(dict(plate=np.nan, well='B03', site=1, x=1, y=1, ObjectNumber=np.nan), index=[0])
     c = find_cells(Screen(t, root=root), table=pd.concat([truth.assign(plate=12., ObjectNumber=5.), lost]))
     assert (c.yx==cells.yx).all() and c.table.label.tolist()==[1, 2, 3]*2+[1, 2]*2+[1]
 
 def test_rows_and_columns(screen, cells):
-    t = truth.assign(row=truth.well.str[0].map(' ABCD'.index), col=truth.well.str[1:].astype(int)).drop(columns='well')
+    rows,cols = truth.well.str[0].map(' ABCD'.index),truth.well.str[1:].astype(int)
+    t = truth.assign(row=rows, col=cols).drop(columns='well')
     assert (find_cells(screen, table=t).yx==cells.yx).all()
 
 def test_sites_by_names_of_images(screen, cells):
@@ -123,7 +127,8 @@ def test_deepprofiler(screen, cells, tmp_path):
 
 def test_of_several_pairs_nuclei_win_and_others_can_be_named(screen, cells):
     t = truth.rename(columns=dict(y='Nuclei_AreaShape_Center_Y', x='Nuclei_AreaShape_Center_X'))
-    t = t.assign(Cells_AreaShape_Center_Y=truth.y+1., Cells_AreaShape_Center_X=truth.x+1., place=t.well).drop(columns='well')
+    t = t.assign(Cells_AreaShape_Center_Y=truth.y+1., Cells_AreaShape_Center_X=truth.x+1.)
+    t = t.rename(columns=dict(well='place'))
     assert (find_cells(screen, table=t, well='place').yx==cells.yx).all()
     named = find_cells(screen, table=t, well='place', y='Cells_AreaShape_Center_Y', x='Cells_AreaShape_Center_X')
     assert (named.yx==cells.yx+1).all()
@@ -146,8 +151,10 @@ def bad_tables():
     yield 'exchanged', t.rename(columns=dict(x='y', y='x')).query('y>47'), 'exchanged'
     yield 'other unit', t.assign(x=t.x*10, y=t.y*10), 'upper left corner'
     yield 'middle is 0', t.assign(x=t.x-32., y=t.y-24.).query('x<0 or y<0'), 'upper left corner'
-    yield 'two objects', t.assign(spots_Center_X=1, spots_Center_Y=1, dots_Center_X=2, dots_Center_Y=2).drop(columns=['x', 'y']), 'Say which'
-    yield 'no such file', t.drop(columns='well').assign(FileName_DNA='Z09.tif'), 'None of 11.*image Z09.tif.*B03_s1_DNA.tif'
+    two = t.assign(spots_Center_X=1, spots_Center_Y=1, dots_Center_X=2, dots_Center_Y=2)
+    yield 'two objects', two.drop(columns=['x', 'y']), 'Say which'
+    yield 'no such file', t.drop(columns='well').assign(FileName_DNA='Z09.tif'), \
+        'None of 11.*image Z09.tif.*B03_s1_DNA.tif'
     yield 'two times', pd.concat([t.assign(t=0), t.assign(t=1)]), 'Cells of 2 times'
     yield 'empty', t.iloc[:0], 'no cell'
     yield 'no such option', t, 'No option wel. Did you mean well'
@@ -194,9 +201,12 @@ def test_kinds_of_mask_files(screen, cells, tmp_path, write):
 def test_labels_inside_of_ome_zarr(tmp_path):
     import zarr
     plate = zarr.open_group(tmp_path/'P.zarr', mode='w', zarr_format=2)
-    plate.attrs['plate'] = dict(wells=[dict(path=f'{r}/{c}', rowIndex=ord(r)-65, columnIndex=int(c)-1) for r,c in (('B', '3'), ('C', '2'))],
-        rows=[dict(name=r) for r in 'ABC'], columns=[dict(name=str(c)) for c in range(1, 5)], version='0.4')
-    scales = lambda *axes: [dict(version='0.4', axes=[dict(name=a, type='channel' if a=='c' else 'space') for a in axes], datasets=[dict(path='0')])]
+    wells = [dict(path='B/3', rowIndex=1, columnIndex=2), dict(path='C/2', rowIndex=2, columnIndex=1)]
+    plate.attrs['plate'] = dict(wells=wells, rows=[dict(name=r) for r in 'ABC'], version='0.4',
+                                columns=[dict(name=str(c)) for c in range(1, 5)])
+    def scales(*axes):
+        axes = [dict(name=a, type='channel' if a=='c' else 'space') for a in axes]
+        return [dict(version='0.4', axes=axes, datasets=[dict(path='0')])]
     for k,where in enumerate(['B/3', 'C/2']):
         plate.create_group(where).attrs['well'] = dict(images=[dict(path='0')], version='0.4')
         g,n = plate.create_group(f'{where}/0'),plate.create_group(f'{where}/0/labels/nuclei')
@@ -238,8 +248,10 @@ def test_masks_that_are_refused(screen, tmp_path, name, mask, says):
 
 def test_two_masks_for_a_site_and_none(screen, root, tmp_path):
     (tmp_path/'none').mkdir()
-    for kind in ('nuclei', 'cells'): imwrite(tmp_path/f'B03_s1_DNA_{kind}.tif', draw(spots['B03', '1'], lambda k: k+1))
-    with pytest.raises(ValueError, match='B03_s1_DNA_cells.tif and B03_s1_DNA_nuclei.tif'): find_cells(screen, masks=tmp_path)
+    m = draw(spots['B03', '1'], lambda k: k+1)
+    for kind in ('nuclei', 'cells'): imwrite(tmp_path/f'B03_s1_DNA_{kind}.tif', m)
+    with pytest.raises(ValueError, match='B03_s1_DNA_cells.tif and B03_s1_DNA_nuclei.tif'):
+        find_cells(screen, masks=tmp_path)
     assert len(find_cells(screen, masks=f'{tmp_path}/*_nuclei.tif'))==3
     with pytest.raises(ValueError, match='no images there'): find_cells(screen, masks=tmp_path/'none')
     with pytest.raises(ValueError, match='neither a column'): find_cells(screen, masks='nowhere')
@@ -265,13 +277,15 @@ def test_cells_stay_with_their_sites(screen, cells, tmp_path):
 
 def test_plates_of_two_batches_with_one_name(root):
     "RxRx1 calls its plates 1 to 4 in each experiment"
-    t = pd.DataFrame(dict(batch=['U2OS', 'HUVEC'], plate='1', well='B03', site='1', file_DNA=['images/B03_s1_DNA.tif', 'images/C02_s1_DNA.tif']))
+    def at(**k): return pd.DataFrame(dict(k, plate='1', well='B03', site='1'))
+    t = at(batch=['U2OS', 'HUVEC'], file_DNA=['images/B03_s1_DNA.tif', 'images/C02_s1_DNA.tif'])
     s = Screen(t, root=root)
-    c = find_cells(s, table=pd.DataFrame(dict(batch=['HUVEC', 'U2OS', 'U2OS'], plate='1', well='B03', site='1', y=[1, 2, 3], x=1)))
+    c = find_cells(s, table=at(batch=['HUVEC', 'U2OS', 'U2OS'], y=[1, 2, 3], x=1))
     assert c.counts.tolist()==[2, 1]
     twice = Screen(pd.concat([t, t]), root=root)
-    with pytest.raises(ValueError, match='Leave one out'): find_cells(twice, table=pd.DataFrame(dict(batch=['HUVEC'], plate='1', well='B03', site='1', y=1, x=1)))
-    with pytest.raises(ValueError, match='Add a column batch'): find_cells(s, table=pd.DataFrame(dict(plate='1', well=['B03'], site='1', y=1, x=1)))
+    with pytest.raises(ValueError, match='Leave one out'):
+        find_cells(twice, table=at(batch=['HUVEC'], y=1, x=1))
+    with pytest.raises(ValueError, match='Add a column batch'): find_cells(s, table=at(y=[1], x=1))
 
 # Training
 
@@ -332,7 +346,8 @@ class Stop(Callback):
         if self.train_iter==self.at: raise KeyboardInterrupt
 
 @pytest.fixture(scope='module')
-def whole(screen, cells, tmp_path_factory): return weights(fit(screen, tmp_path_factory.mktemp('whole')/'run', cells=cells))
+def whole(screen, cells, tmp_path_factory):
+    return weights(fit(screen, tmp_path_factory.mktemp('whole')/'run', cells=cells))
 
 @pytest.mark.parametrize('at', [1, 4])
 def test_exact_resume_at_cells(screen, cells, tmp_path, whole, at):
@@ -348,13 +363,15 @@ def test_other_cells_are_another_run(screen, cells, tmp_path):
 def test_a_classifier_learns_from_cells(screen, cells, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        learn = fit_wsl(screen, 'densenet_t', tmp_path/'run', epochs=1, bs=6, crop=32, crops=2, valid=0, apart=None, device='cpu', bf16=False, cells=cells)
+        learn = fit_wsl(screen, 'densenet_t', tmp_path/'run', epochs=1, bs=6, crop=32, crops=2,
+                        valid=0, apart=None, device='cpu', bf16=False, cells=cells)
     assert learn.model.provenance['cells'] and sorted(learn.dls.train.ids)==[0, 1, 2, 3, 4]
 
 def test_cells_beside_loaders_are_refused(screen, cells, tmp_path):
     dls = screen_dls(screen, 16, bs=2, valid=0, device='cpu')
     for given in (cells, truth):
-        with pytest.raises(ValueError, match='cells is settled by the loaders'): fit_mae(dls, tiny(), tmp_path/'run', cells=given)
+        with pytest.raises(ValueError, match='cells is settled by the loaders'):
+            fit_mae(dls, tiny(), tmp_path/'run', cells=given)
 
 def test_cells_of_several_screens(screen, cells):
     with warnings.catch_warnings():
@@ -375,7 +392,8 @@ def test_a_split_never_divides_a_well_at_several_times(tmp_path):
         dls = screen_dls(s, 16, bs=4, valid=.4, seed=seed, device='cpu')
         a,b = set(well[dls.train.ids]),set(well[dls.valid.ids])
         assert len(dls.train.ids)+len(dls.valid.ids)==15 and not a & b and len(b)==2
-    cells = find_cells(s, table=pd.DataFrame(dict(well=['B03', 'B3', 'C02'], site='1', Metadata_Timepoint=[1, 3, 2], x=5, y=6)))
+    at = dict(well=['B03', 'B3', 'C02'], site='1', Metadata_Timepoint=[1, 3, 2], x=5, y=6)
+    cells = find_cells(s, table=pd.DataFrame(at))
     assert cells.table.row.tolist()==[0, 2, 4]
     at = embed(mean_of_tiles, s, level='cell', size=16, cells=cells, progress=False)
     assert at.obs.t.astype(int).tolist()==[1, 3, 2] and at.uns['cellmae']['t']=='all'
@@ -413,7 +431,8 @@ def test_embedded_in_parts_and_adapted(screen, cells, tmp_path):
 
 def test_no_more_crops_at_once_than_a_batch(screen):
     g = np.random.default_rng(0)
-    many = pd.DataFrame(dict(row=np.sort(g.integers(0, 6, 300)), label=1, y=g.random(300)*H, x=g.random(300)*W, area=1))
+    rows,y,x = np.sort(g.integers(0, 6, 300)),g.random(300)*H,g.random(300)*W
+    many = pd.DataFrame(dict(row=rows, label=1, y=y, x=x, area=1))
     sizes = []
     def encode(x):
         sizes.append(len(x))
@@ -421,7 +440,8 @@ def test_no_more_crops_at_once_than_a_batch(screen):
     cells = Cells(screen, many)
     out = embed(encode, screen, level='cell', cells=cells, size=16, bs=7, progress=False)
     assert max(sizes)<=7 and sum(sizes)==300==out.n_obs
-    np.testing.assert_allclose(out.X, embed(mean_of_tiles, screen, level='cell', cells=cells, size=16, progress=False).X)
+    want = embed(mean_of_tiles, screen, level='cell', cells=cells, size=16, progress=False)
+    np.testing.assert_allclose(out.X, want.X)
 
 # What travels
 
@@ -448,7 +468,8 @@ def test_choices_go_into_checkpoint_bundle_card_and_embedding(screen, tmp_path):
     assert '| z | max |' in (tmp_path/'run/model/README.md').read_text()
     made = embed(load_model(tmp_path/'run/model'), s, size=16, progress=False).uns['cellmae']
     assert (made['z'], made['t'], made['pixel_size'], made['channels'])==('max', 0, .65, ['DNA', 'ER'])
-    with pytest.raises(ValueError, match="z='max' there and 3 now"): fit(opened(screen, z=3, t=0, pixel_size=.65), tmp_path/'run')
+    with pytest.raises(ValueError, match="z='max' there and 3 now"):
+        fit(opened(screen, z=3, t=0, pixel_size=.65), tmp_path/'run')
 
 @pytest.fixture(scope='module')
 def projected(screen, tmp_path_factory):
@@ -478,19 +499,24 @@ def test_channels_are_matched_by_name_or_refused(screen, tmp_path):
     turned = Screen(screen.table, ['ER', 'DNA'], screen.root, ranges=screen.fit_ranges()[::-1])
     a,b = (embed(tmp_path/'run/model', s, size=16, progress=False) for s in (screen, turned))
     np.testing.assert_allclose(a.X, b.X, atol=1e-5)
-    with pytest.raises(ValueError, match='no ER'): embed(tmp_path/'run/model', Screen(screen.table, ['DNA'], screen.root), size=16)
+    with pytest.raises(ValueError, match='no ER'):
+        embed(tmp_path/'run/model', Screen(screen.table, ['DNA'], screen.root), size=16)
 
 # Sizes
 
 def test_small_sites_are_named_and_counted_before_training(screen, tmp_path):
-    for i in range(12): imwrite(tmp_path/f'{i}.tif', np.zeros((30, 20) if i in (3, 7) else (48, 48), 'u2')+np.arange(48)[:20 if i in (3,7) else 48].astype('u2'))
-    s = Screen(pd.DataFrame(dict(plate='P', well=[f'A{i+1:02d}' for i in range(12)], file=[f'{i}.tif' for i in range(12)])), ['DNA'], tmp_path)
+    for i in range(12):
+        shape = (30, 20) if i in (3, 7) else (48, 48)
+        imwrite(tmp_path/f'{i}.tif', np.arange(np.prod(shape)).reshape(shape).astype('u2'))
+    wells,files = [f'A{i+1:02d}' for i in range(12)],[f'{i}.tif' for i in range(12)]
+    s = Screen(pd.DataFrame(dict(plate='P', well=wells, file=files)), ['DNA'], tmp_path)
     with pytest.raises(ValueError, match='well A04, site 1, which is 30x20 and 1 more of 12 sites'): screen_dls(s, 32)
     assert site_sizes(s)[3].tolist()==[30, 20]
 
 def test_sizes_stop_in_time_and_go_through_the_plates(screen, monkeypatch):
     import time
-    t = pd.DataFrame(dict(plate=np.repeat(['P1', 'P2', 'P3'], 400), well='A01', site=np.tile(range(400), 3).astype(str), file_DNA='x.tif'))
+    plates,sites = np.repeat(['P1', 'P2', 'P3'], 400),np.tile(range(400), 3).astype(str)
+    t = pd.DataFrame(dict(plate=plates, well='A01', site=sites, file_DNA='x.tif'))
     s = Screen(t)
     monkeypatch.setattr('cellmae.cells.size_of', lambda f: time.sleep(.01) or (48, 64))
     begun = time.monotonic()
