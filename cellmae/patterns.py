@@ -552,47 +552,50 @@ def _images(there):
     "Images, or else what holds some: HDF5, NumPy's files, those of vendors"
     return there.images or [o for s,names in there.by_suffix.items() if opener_of(s) for o in names]
 
+def _originals(names):
+    "Without masks and the like, if there is anything else"
+    text = '\n'.join(names).lower()
+    if not any(o in text for o in ('mask','outline','overlay','segment')): return names
+    return [o for o in names if not _derived.search(o)] or names
+
 def _by_depth(there):
     "`(folders, names)` of images that lie equally deep; masks only where there is nothing else"
-    images = _images(there)
-    text = '\n'.join(images).lower()
-    none = not any(o in text for o in ('mask','outline','overlay','segment')) # quick
-    pictures = images if none else [o for o in images if not _derived.search(o)] or images
-    folders,groups = defaultdict(list),defaultdict(lambda: ([],[]))
-    for o in pictures: folders[o[:o.rfind('/')+1]].append(o)
-    for d,names in folders.items():
-        ways,below = groups[d.count('/')]
-        ways.append(d.split('/')[:-1]); below += names
+    by,groups = defaultdict(list),defaultdict(lambda: ([],[]))
+    for o in _originals(_images(there)): by[o.rpartition('/')[0]].append(o)
+    for d,names in by.items():
+        way = d.split('/') if d else []
+        groups[len(way)][0].append(way); groups[len(way)][1].extend(names)
     return [*groups.values()]
 
-def _some_of(names, n=1000): return names[::len(names)//n+1]
+def _some_of(names, n=400): return names[::len(names)//n+1]
 
 def _end(name):
     "Suffix, with `.ome` if there is one"
     return re.search(r'(\.ome)?\.\w+$', name, re.I)[0]
 
 # %% ../nbs/06_patterns.ipynb #315c12e9
-def _is_well(folder): # P1, P2 are plates
-    return _is_place(folder) and not re.fullmatch('P[1-9]', folder)
+def _are_wells(folders): # P1, P2 are plates
+    return all(map(_is_place, folders)) and not all(o[:1]=='P' for o in folders)
 
 def _below(preset, folders, end):
     "Patterns of a preset below these folders: in a folder per well, in a folder per plate"
     own,plate = preset.pattern.count('/'),'{_}' if '{plate}' in preset.pattern else '{plate}'
     ways = [d[:len(d)-own] for d in folders]
     if len(folders[0])<own: return []
-    wells = '{row}' not in preset.pattern and ways[0] and all(_is_well(d[-1]) for d in ways)
+    wells = '{row}' not in preset.pattern and ways[0] and _are_wells([d[-1] for d in ways])
     leads = [_lead([d[:-1] for d in ways], plate)]*bool(wells),[_lead(ways, plate)]
     return [lead+mid+preset.pattern+end for some,mid in zip(leads, ('{well}/',''))
             for lead in some if lead is not None]
 
 def _tried(preset, folders, names):
     "The pattern of a preset below these folders, and its reading of some names; None if none fits"
-    some = _some_of(names)
+    some,tries = _some_of(names),[]
     numbers = (False,) if preset.loose else (True,'sites')
     for pattern,number in product(_below(preset, folders, _end(names[0])), numbers):
         rx = _regex(pattern, preset.well or True, number)
         met = [m for o in some if (m := rx.fullmatch(o)) and not _swallows(m)]
-        if met: return pattern,len(met)/len(some),met
+        if met: tries.append((pattern, len(met)/len(some), met))
+    return max(tries, key=lambda o: o[1], default=None)
 
 _plane = re.compile('(?i)(^|[ _-])(z|t)(step|stack|slice|ime|imepoint)?[ _-]?[0-9]+($|[ _-])')
 

@@ -296,6 +296,11 @@ def test_wells_are_in_the_name_or_in_the_folder(tmp_path, names, wells):
     l = Listing(touch(tmp_path, *names))
     assert sites_by_names(l, instrument_pattern(l))[0].well.tolist() == wells
 
+@pytest.mark.parametrize('folders', [('P01', 'P02', 'P03'), ('A1', 'A2', 'B1'), ('P1', 'A1')])
+def test_plates_that_are_called_like_wells_stay_plates(tmp_path, folders):
+    l = Listing(touch(tmp_path, *[f'{p}/{w}_s1_w1.png' for p in folders for w in (*folders, 'B03', 'C02', 'D04', 'E05', 'H12')]))
+    assert instrument_pattern(l) == '{plate}/{well}_s{site}_w{channel}.png'
+
 def test_folders_called_p1_are_plates_and_no_wells(tmp_path):
     l = Listing(touch(tmp_path, 'P1/Series009_z00_ch00.tif', 'P2/Series009_z00_ch00.tif'))
     with pytest.raises(FileNotFoundError, match=r"{plate}/\S*Series{site}.*well='A01'"): instrument_pattern(l)
