@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stores_that_say', 'ome_zarr', 'tables_of', 'tables_with', 'listed_table', 'load_data', 'ome_tiff', 'positions',
-           'rxrx', 'rxrx3_core', 'channel_rows', 'arrays', 'bioformats2raw']
+           'rxrx', 'rxrx3_core', 'channel_rows', 'site_table', 'arrays', 'bioformats2raw']
 
 # %% ../nbs/09_exchange.ipynb #0ae27774
 import csv, gzip, json, os, re
@@ -804,11 +804,13 @@ _titles_of = dict(
     site=('site','fov','field','position','image_id'),
     z=('z','plane','z_plane','slice'), t=('t','time','timepoint','frame'))
 _folder = ('folder','directory','dir','storage.zip','path')
+_boxes = ('.npz','.h5','.hdf5')
 
 def _first_of(df, titles):
     "The first of these titles that a table has"
     return next((c for k in titles for c in df if c.strip().lower()==k), None)
 
+# %% ../nbs/09_exchange.ipynb #9e01071b
 class _Places:
     "Where files of a table are: by their way from the root or the table, in zips, or by a name"
     def __init__(self, listing, table):
@@ -820,7 +822,14 @@ class _Places:
         self.once = {e:w for o,w in self.ways.items() if many[e := o.rpartition('/')[2]]==1}
 
     def __call__(self, f, folder=''):
-        "Address of a file; empty if it is not there, or if two are called so"
+        "Address of a file, or of what is chosen in it; empty if it is not there or in doubt"
+        if (way := self.way(f, folder)) or '#' not in f: return way
+        head,_,chosen = f.rpartition('#')
+        way = self.way(head, folder)
+        return way and f'{way}{"," if "#" in way else "#"}{chosen}'
+
+    def way(self, f, folder):
+        "Where a file is; empty if it is not there, or if two are called so"
         ways = [o.replace('\\', '/').removesuffix('.zip').strip('/') for o in (folder, f)]
         for o in ('/'.join(filter(None, ways)), ways[1]):
             for way in (o, f'{self.folder}/{o}'):
@@ -892,9 +901,42 @@ def _ragged(df):
     return [f'{panels.nunique()} panels of channels, such as {sorted(panels.iloc[0])} in '
             f'{panels.index[0]}: open one with `channels=`, and leave out the rest by `subset`']
 
-# %% ../nbs/09_exchange.ipynb #9e010081
-_boxes = ('.npz','.h5','.hdf5')
+# %% ../nbs/09_exchange.ipynb #9e01074b
+_file_of = re.compile('file_(?!(?:name|path|id|size|type|format)$)')
 
+def _file_titles(titles):
+    "Which titles are those of files: `file_<channel>`, or else one of `file`"
+    own = [t for t in titles if _file_of.match(t)]
+    return own or [t for t in titles if t in _titles_of['file']][:1]
+
+def _site_tables(listing):
+    "Tables with a row per site that name images which are there"
+    named = tables_with(listing, ('well','row','well_position','metadata_well'))
+    other = {*_load_tables(listing), *_long_tables(listing)}
+    few = {o:t for o in named if o not in other and (t := _file_titles(tables_of(listing)[o]))}
+    return [o for o,t in few.items() if _first_is_there(listing, o, t[0])]
+
+def _first_is_there(listing, name, title):
+    "Is the first file of a table here, and an image?"
+    df = listed_table(listing, name)
+    file = df[_first_of(df, [title])].iloc[0]
+    return not file.lower().endswith(_boxes) and bool(_Places(listing, name)(file))
+
+# %% ../nbs/09_exchange.ipynb #9e01074c
+@layout('sites', 'A table with a row per site', _site_tables)
+def site_table(listing, found):
+    "Tables of which each row is a site, with files by channel or one file for all"
+    parts = []
+    for o in (use := fullest(found)):
+        df,folders = _our_titles(listed_table(listing, o))
+        places = _Places(listing, o)
+        for c in [c for c in df if c=='file' or _file_of.match(c)]:
+            df[c] = [f and (places(f, d) or f) for f,d in zip(df[c], folders)]
+        parts.append(df)
+    df = pd.concat(parts, ignore_index=True).fillna('')
+    return Scan(df, left=[o for o in found if o not in use])
+
+# %% ../nbs/09_exchange.ipynb #9e010081
 def _npz_shapes(path):
     "`{name: shape}` of the arrays in an `npz`, from their headers"
     out = {}

@@ -878,3 +878,31 @@ def test_options_of_a_plate_are_part_of_the_call(tmp_path, capsys):
     put_plate(tmp_path/'P.zarr', list('0123'), acquired=lambda f: int(f)//2, names=['a','b','c'])
     assert len(Screen.open(tmp_path, acquisition=1))==4
     assert 'acquisition=1' in capsys.readouterr().out
+
+@pytest.mark.parametrize('where', ['', 'tables/'])
+def test_a_table_of_sites_under_any_name(tmp_path, where):
+    names = [f'img/{i}.tif' for i in range(4)]
+    x = put_tiffs(tmp_path/where, names)
+    to_csv(dict(file_DNA=names[::2], file_ER=names[1::2], Well=['B3','C2'], gene=['a','b']),
+           tmp_path/where/'mine.csv')
+    s = Screen.open(tmp_path, perturbation='gene')
+    same_pixels(s, 'C02', '1', ['DNA','ER'], [x[names[2]], x[names[3]]])
+
+def test_a_table_of_files_that_hold_all_channels(tmp_path):
+    x = [pixels(i, 2, 4, 6) for i in range(2)]
+    for i,o in enumerate(x): tifffile.imwrite(tmp_path/f'{i}.tif', o, photometric='minisblack')
+    to_csv(dict(filename=['0.tif','1.tif'], well=['B3','C2']), tmp_path/'mine.csv')
+    same_pixels(Screen.open(tmp_path, channels=['DNA','ER']), 'C02', '1', ['DNA','ER'], x[1])
+
+def test_a_table_of_other_files_is_no_candidate(tmp_path):
+    put_tiffs(tmp_path, ['B03.tif'])
+    to_csv(dict(file=['scan.pdf'], well=['B3']), tmp_path/'notes.csv')
+    assert not LAYOUTS['sites'].finds(Listing(tmp_path))
+
+def test_a_table_of_sites_within_files(tmp_path):
+    x = put_tiffs(tmp_path/'deep', ['a #1.tif'])
+    tifffile.imwrite(tmp_path/'deep'/'b.tif', y := pixels(5, 2, 4, 6), photometric='minisblack')
+    to_csv(dict(file_DNA=['a #1.tif','b.tif#page=1'], well=['B3','C2']), tmp_path/'deep'/'mine.csv')
+    s = Screen.open(tmp_path)
+    same_pixels(s, 'B03', '1', ['DNA'], [x['a #1.tif']])
+    same_pixels(s, 'C02', '1', ['DNA'], y[1:])
