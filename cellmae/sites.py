@@ -511,7 +511,7 @@ def at_home(files, root, replace=None):
     "Files by channel, those of another machine by where they are below `root`"
     if replace: files = _replaced(files, replace)
     some = _some(files)
-    if _web.match(str(root)) or all(_is_there(f, root) for f in some): return files
+    if _web.match(str(root)) or all(_is_there(f, Path(root)) for f in some): return files
     if not any(map(AWAY.match, some)): _say_lost(files, root); return files
     parts = (p for fs in files.values() for f in fs for p in f.split('|'))
     moved = _distinct(_moved(dict.fromkeys(parts), root))
