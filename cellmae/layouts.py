@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from .labels import did_you_mean
 from .containers import is_remote
+from .images import STAINS, canonical_stain
 from .patterns import Listing, instrument_pattern, is_store, preset_of, sites_by_names
 from .sites import KEYS, choose, wide
 
@@ -167,9 +168,18 @@ def plates_by_names(
     guessed = pattern is None
     if guessed: pattern = instrument_pattern(there, well)
     df,still = sites_by_names(there, pattern, z, t, plate_shape, well)
+    if guessed: _no_stains(df, root, pattern)
     whose = guessed and preset_of(pattern) or pattern
     return Plates(*_from_here(df, there), (still['z'],still['t']), f'Named as by {whose}',
                   f'Screen.from_pattern({str(root)!r}, {pattern!r}', _name_of(root))
+
+def _no_stains(df, root, pattern):
+    "Ask, where plates are called like stains"
+    plates = df['plate'].unique() if 'plate' in df else ()
+    odd = [p for p in plates if canonical_stain(p) in STAINS]
+    if odd: raise ValueError(f"{root}: is {odd[0]} a plate? If it is a channel: `Screen."
+        f"from_pattern({str(root)!r}, {pattern.replace('{plate}', '{channel}')!r})`; if it is one: "
+        f"`{pattern}`.")
 
 # %% ../nbs/07_layouts.ipynb #c8e15fa6
 def leftovers(

@@ -138,10 +138,17 @@ def _names_in_planes(self:Screen, files, channels):
             'A picture, such as an overlay of stains: its colours are no channels. Save each '
             'channel by itself.')
     names = {tuple(s.names or ()): f for f,s in reversed(seen.items())}
+    if not channels and seen and not any(names): _ask_names(*next(iter(seen.items())))
     if len(names)<2: return list(next(iter(names), ())) or None
     (b,g),(a,f) = list(names.items())[-2:]
     raise ValueError(f'The channels of {f} are {list(a)}, those of {g} {list(b)}. Open them as '
                      'two screens, or save them alike.')
+
+def _ask_names(f, s):
+    "Ask for the names of the channels in a file"
+    n = _length(s, 'CSIQ')
+    raise ValueError(f"{f} holds {n} channel{'s' if n>1 else ''} without names. Name them in "
+                     f"order: `channels={['...']*n}`.")
 
 # %% ../nbs/13_screen.ipynb #8bffa082
 @patch

@@ -327,6 +327,21 @@ def test_a_slip_in_an_option(tmp_path):
     for slip,meant in dict(chanels='channels', pertubation='perturbation', plateshape='plate_shape').items():
         with pytest.raises(ValueError, match=f'{slip} is no option here. Did you mean {meant}'): Screen.open(tmp_path, **{slip: 'x'})
 
+def test_folders_called_like_stains_are_a_question(tmp_path):
+    names = [f'{c}/{w}.tif' for w in ('B03', 'C02') for c in ('DAPI', 'GFP')]
+    with pytest.raises(ValueError, match="is DAPI a plate.*from_pattern.*'{channel}/{well}.tif'"):
+        Screen.open(write(tmp_path, *names), channels=['DNA'])
+    s = Screen.from_pattern(tmp_path, '{channel}/{well}.tif')
+    holds(s, names)
+    assert s.channels == ['DNA', 'GFP']
+
+@pytest.mark.parametrize('n', [1, 3])
+def test_planes_without_names_are_counted(tmp_path, n):
+    for w in ('B03', 'C02'): tifffile.imwrite(tmp_path/f'{w}.tif', stack(n, *((n, 6, 8) if n > 1 else (6, 8))), photometric='minisblack')
+    said = re.escape(str(['...']*n))
+    with pytest.raises(ValueError, match=f'holds {n} channels? without names.*channels={said}'): Screen.open(tmp_path)
+    assert (Screen.open(tmp_path, channels=['DNA', 'ER', 'RNA'][:n]).read(1) == stack(n, *((n, 6, 8) if n > 1 else (6, 8)))).all()
+
 def test_channels_that_some_sites_lack_are_said(tmp_path, capsys):
     write(tmp_path, *[n for n in human if 'C07f01d2' not in n])
     s = Screen.open(tmp_path)
