@@ -168,7 +168,7 @@ def plates_by_names(
     guessed = pattern is None
     if guessed: pattern = instrument_pattern(there, well)
     df,still = sites_by_names(there, pattern, z, t, plate_shape, well)
-    if guessed: _no_stains(df, root, pattern)
+    if guessed and '{channel}' not in pattern: _no_stains(df, root, pattern)
     whose = guessed and preset_of(pattern) or pattern
     return Plates(*_from_here(df, there), (still['z'],still['t']), f'Named as by {whose}',
                   f'Screen.from_pattern({str(root)!r}, {pattern!r}', _name_of(root))

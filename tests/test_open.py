@@ -335,6 +335,12 @@ def test_folders_called_like_stains_are_a_question(tmp_path):
     holds(s, names)
     assert s.channels == ['DNA', 'GFP']
 
+def test_a_plate_may_be_called_like_a_stain_where_channels_have_names(tmp_path):
+    names = [f'DNA/{w}_s1_{c}.tif' for w in ('B03', 'C02') for c in ('DAPI', 'GFP')]
+    s = Screen.open(write(tmp_path, *names))
+    holds(s, names)
+    assert s.table.plate.unique().tolist() == ['DNA']
+
 @pytest.mark.parametrize('n', [1, 3])
 def test_planes_without_names_are_counted(tmp_path, n):
     for w in ('B03', 'C02'): tifffile.imwrite(tmp_path/f'{w}.tif', stack(n, *((n, 6, 8) if n > 1 else (6, 8))), photometric='minisblack')
