@@ -70,6 +70,7 @@ def _limits(x, low=1, high=99):
 
 def _short(v): return f'{v:,.0f}' if abs(v)>=100 else f'{v:.2g}'
 
+# %% ../nbs/12_overview.ipynb #c77b21fe
 def _plates_of(t):
     "Names and wells of each plate; the batch is named where two have plates of one name"
     plates = t.groupby([k for k in ('batch','plate') if k in t], sort=False, observed=True)
@@ -281,6 +282,7 @@ def _map_of_fields(t):
     fig.axes[-1].locator_params('y', integer=True)
     return [said, fig]
 
+# %% ../nbs/12_overview.ipynb #31edc417
 def _maps(screen, d, plates):
     "Fields, brightness and sharpness, well by well"
     t,names = screen.table,screen.channels
@@ -306,6 +308,7 @@ def _in_columns(t, values, width=6):
     figs = [plot_plates(t[o], {k: v[o] for k,v in values.items()}, limits) for o in parts]
     return Html(f'<div class=row>{to_html(figs)}</div>')
 
+# %% ../nbs/12_overview.ipynb #5ba8fb4f
 def maps(screen, d, plates):
     "Pictures of the plates, or why there are none"
     with warnings.catch_warnings(record=True) as said:
@@ -349,6 +352,7 @@ def side_by_side(screen, d):
         for ax in axs[1]: ax.set_xticks(range(len(plates)), plates['plate'], rotation=90, size=6)
     return fig
 
+# %% ../nbs/12_overview.ipynb #09c96799
 def histograms(screen, views, most=8):
     "Distribution of the intensities of each channel, a line per batch"
     batch = screen.table['batch'].astype(str)
@@ -365,6 +369,7 @@ def histograms(screen, views, most=8):
     if len(names)>1: axs[0,-1].legend(fontsize=6)
     return fig
 
+# %% ../nbs/12_overview.ipynb #02e61863
 def correlations(screen, seen):
     "How channels correlate, the median of the sites that were read"
     from matplotlib.figure import Figure
@@ -399,21 +404,7 @@ def flagged(screen, problems, ranges, each=3, most=12):
         out.append(f'<figure>{img}<figcaption>{text}</figcaption></figure>')
     return Html(f'<div class=row>{"".join(out)}</div>') if out else None
 
-# %% ../nbs/12_overview.ipynb #2f88a773
-def write_overview(
-    screen, # Screen
-    path='screen.html', # Where the page goes
-    n:int|None=200, # Sites to look at, spread over the plates; None: all
-    workers:int=4, # Threads that read
-)->Path: # The file
-    "One HTML page: plates as pictures, small pictures of wells, what is wrong"
-    if not len(screen): raise ValueError(NO_SITES)
-    t,order = screen.table,spread(screen.table)[:n]
-    views = Views(to_show(t, order[:SAMPLE]), order[:SAMPLE])
-    seen = look_through(screen, n, workers=workers, also=views)
-    title = f'Screen {screen.root.resolve().name}'
-    return write_report(path, title, _sections(screen, seen, views))
-
+# %% ../nbs/12_overview.ipynb #a60928c0
 def _ranges(screen, views):
     "The screen's own ranges, or those of the pixels of the sample"
     if screen.ranges is not None: return screen.ranges
@@ -441,3 +432,18 @@ def _sections(screen, seen, views):
         'Pictures': [_as_seen, pictures(screen, views, rows, ranges)],
         **({'Plates side by side': side_by_side(screen, d)} if len(plates)>1 and len(d) else {}),
         'Channels': [correlations(screen, seen), histograms(screen, views)]}
+
+# %% ../nbs/12_overview.ipynb #2f88a773
+def write_overview(
+    screen, # Screen
+    path='screen.html', # Where the page goes
+    n:int|None=200, # Sites to look at, spread over the plates; None: all
+    workers:int=4, # Threads that read
+)->Path: # The file
+    "One HTML page: plates as pictures, small pictures of wells, what is wrong"
+    if not len(screen): raise ValueError(NO_SITES)
+    t,order = screen.table,spread(screen.table)[:n]
+    views = Views(to_show(t, order[:SAMPLE]), order[:SAMPLE])
+    seen = look_through(screen, n, workers=workers, also=views)
+    title = f'Screen {screen.root.resolve().name}'
+    return write_report(path, title, _sections(screen, seen, views))
