@@ -345,8 +345,8 @@ def side_by_side(screen, d):
         for c,ax in enumerate(row):
             m = d[d['c']==c].groupby('plate')[k].median()
             ax.scatter(m.index, m, c=colour[m.index], cmap='tab10', vmin=0, vmax=9, s=12)
-            ax.set(ylim=(0,None), xlim=(-.6,len(plates)-.4), xticks=[])
-            ax.margins(y=.2)
+            top = 1.2*m.max() if m.max()>0 else 1
+            ax.set(ylim=(0,top), xlim=(-.6,len(plates)-.4), xticks=[])
         row[0].set_ylabel(label, size=7)
     if len(plates)<=6:
         for ax in axs[1]: ax.set_xticks(range(len(plates)), plates['plate'], rotation=90, size=6)
@@ -356,7 +356,8 @@ def side_by_side(screen, d):
 def histograms(screen, views, most=8):
     "Distribution of the intensities of each channel, a line per batch"
     batch = screen.table['batch'].astype(str)
-    names = list(dict.fromkeys(batch.loc[list(views.pixels)]))[:most]
+    there = set(batch.loc[list(views.pixels)])
+    names = [b for b in batch.unique() if b in there][:most]
     fig,axs = _panels(1, len(screen.channels), screen.channels)
     for c,ax in enumerate(axs[0]):
         pix = {b: [x[c] for i,x in views.pixels.items() if c in x and batch[i]==b] for b in names}
