@@ -22,13 +22,11 @@ def package(folder, name):
     return importlib.import_module(f'{name}.screen')
 
 def write_plates(folder, plates, wells=384, fields=9, channels=6):
-    "Hard links to one file, named as ImageXpress does"
-    folder.mkdir(parents=True)
-    one = folder.parent/'one.tif'
-    tifffile.imwrite(one, np.random.default_rng(0).integers(0, 4000, (32,32)).astype(np.uint16))
+    "Hard links to one file per plate (no file can have more than 65,000), named as RxRx does"
     for p in range(plates):
-        d = folder/f'P{p:03d}'
-        d.mkdir()
+        d,one = folder/f'P{p:03d}',folder.parent/f'{p}.tif'
+        d.mkdir(parents=True)
+        tifffile.imwrite(one, np.random.default_rng(p).integers(0, 4000, (32,32)).astype(np.uint16))
         for w in range(wells):
             well = f'{chr(65+w//24)}{w%24+1:02d}'
             for s in range(fields):
