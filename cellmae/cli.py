@@ -396,7 +396,7 @@ def command(
 
 def _note(message, *args, **kwargs): print(f'note: {_line(message)}', file=sys.stderr)
 def _line(o): return _python.sub(r'`--\1 \2`', ' '.join(str(o).split()))
-_python = re.compile(r"`(z|t|layout|well|root|channels|meta|pattern)='?([\w./*{}-]+)'?`") # as an option
+_python = re.compile("`(z|t|layout|well|root|channels|meta|pattern)='?([\\w./*{}-]+)'?`")
 
 def _stop(name, e):
     "Leave with one line for an error, and its exit code"

@@ -258,7 +258,7 @@ def average_up(
     level:str, # `site` or `well`
 ): # Mean vectors `(m,D)` and metadata `m` rows, with `n_tiles` or `n_cells`, and `n_sites`
     "Mean of the rows that share a site, or a well"
-    below = 'site' if level=='well' else 'cell' if 'cell' in obs else 'tile'
+    below = 'site' if level=='well' else 'tile' if 'tile' in obs else 'cell'
     codes = obs.groupby(level_key(obs, level), sort=False, observed=True).ngroup().to_numpy()
     sums = np.zeros((codes.max()+1, X.shape[1]))
     np.add.at(sums, codes, X)
@@ -276,9 +276,9 @@ def _constant(obs, codes):
     return groups.first()[[c for c in obs if single[c]]]
 
 # %% ../nbs/41_embed.ipynb #d078b5cb
-def _metadata(screen):
+def _metadata(screen, cells):
     "What a screen's table says of its sites, but where their files are"
-    ours = ['tile','n_tiles','n_cells','n_sites',*CELL]
+    ours = ['tile','n_tiles','n_cells','n_sites'] + CELL*(cells is not None)
     t = screen.table.rename(columns=str)
     t = t[[c for c in t if not re.match('(file|illum)(_|$)', c) and c not in ours]]
     texts = t.select_dtypes(exclude=['number','bool'])
@@ -344,7 +344,7 @@ def _sites_to_embed(screen, level, size, cells):
         "level='cell' needs to know where cells are: `cells=`, see `find_cells`.")
     if level=='tile' and cells is not None: raise ValueError(
         "With `cells` crops are cut at these: ask for level='cell', or leave them out.")
-    sites = _metadata(screen)
+    sites = _metadata(screen, cells)
     return _agreed(sites) if level=='well' else sites
 
 def _cells_to_embed(screen, cells, size):

@@ -61,7 +61,7 @@ def test_well_that_contradicts_itself(tmp_path, column, values):
 
 
 def test_whole_plate_map_travels(tmp_path):
-    own = dict(dose=[.5,.5,1], guide=['g1','g1',None], type='crispr', tile=7, x=[1,2,3])
+    own = dict(dose=[.5,.5,1], guide=['g1','g1',None], type='crispr', tile=7, x=[1,2,3], cell='HeLa')
     t = pd.DataFrame(dict(plate='P1', well=['A01','A01','A02'], site=['1','2','1']))
     t = t.assign(perturbation=['NA','NA','TP53'], when=pd.Timestamp('2026-01-02'))
     e = embed('intensity', plates(tmp_path, t, **own), progress=False)
@@ -69,6 +69,7 @@ def test_whole_plate_map_travels(tmp_path):
     assert e.obs.dose.tolist() == [.5,1] and set(e.obs.type) == {'crispr'}
     assert e.obs.when.str.startswith('2026-01-02').all()
     assert 'x' not in e.obs and e.uns['cellmae']['left_out'] == ['x']
+    assert set(e.obs.cell) == {'HeLa'} and e.obs.n_tiles.tolist() == [2,1]
     e.write_h5ad(tmp_path/'a.h5ad')
     assert ad.read_h5ad(tmp_path/'a.h5ad').obs.dose.tolist() == [.5,1]
 
