@@ -305,6 +305,8 @@ def open_flatfield(
     at, # `flatfield`: number of a channel
 )->Stored: # `(H,W)` to divide by
     "The flat field of a channel, `Index.idx.xml#flatfield=2`"
+    if 'flatfield' not in at: raise ImageError('no image', path, 'Metadata of a microscope. Open '
+        'the folder: `Screen.open`.')
     f = _flatfield(str(path), str(at.pop('flatfield')))
     return Stored('YX', f.shape, f.dtype, None, lambda **_: f)
 

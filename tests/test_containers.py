@@ -411,7 +411,7 @@ def test_vendor_is_an_extra(tmp_path, monkeypatch, end, module):
     (tmp_path/f'x{end}').write_bytes(b'1')
     refuses(f'{end[1:]} files: `pip install cellmae[vendor]`', OPENERS[end], tmp_path/f'x{end}', None, {})
 
-@pytest.mark.parametrize('end', sorted(o for o in OPENERS if o[0]=='.'))
+@pytest.mark.parametrize('end', sorted(o for o,f in OPENERS.items() if o[0]=='.' and f.__module__==containers.__name__))
 def test_damage_is_told_with_the_file(tmp_path, end):
     f = tmp_path/f'x{end}'
     refuses('missing. No such file', OPENERS[end], f, 'a', dict(row=0, series=0))
@@ -569,6 +569,7 @@ def test_bucket():
 def test_s3_without_its_library(monkeypatch):
     monkeypatch.setattr(containers, '_nobody', lambda: True)
     monkeypatch.setitem(sys.modules, 's3fs', None)
+    monkeypatch.delitem(sys.modules['fsspec.registry']._registry, 's3', raising=False) # what was imported
     refuses('`pip install cellmae[remote]`', local, 's3://bucket/x.tif')
 
 @pytest.mark.parametrize('nobody', [True,False])

@@ -220,6 +220,10 @@ def test_flatfield_that_is_not_positive(tmp_path):
     with expect_fail(ImageError, 'not positive'):
         open_flatfield(tmp_path/'Index.xml', None, {'flatfield':1})
 
+def test_metadata_are_no_image(tmp_path):
+    write(tmp_path, 'Index.xml', index([shot(2,3)]))
+    with expect_fail(ImageError, 'Open the folder'): open_flatfield(tmp_path/'Index.xml', None, {})
+
 def test_flatfield_addresses(tmp_path):
     shots = [shot(2, 3, ch=c, name=DYES[c]) for c in DYES]
     put(tmp_path, [f'I/{o}' for o,_ in shots],
