@@ -21,7 +21,7 @@ from .containers import below, is_remote, local, opener_of
 from .files import text_of
 from .labels import row_letters, well_name
 from .planes import NOT_READ, SUFFIXES
-from .sites import WELL, choose, wide
+from .sites import WELL, choose, counted, wide
 
 # %% ../nbs/06_patterns.ipynb #778317b6
 def _closed(e): print(f'{e.filename} is left out: {e.strerror}')
@@ -408,6 +408,7 @@ def _settled(df, pattern, shape, well):
     "Rows whose wells are names, whose channels name their cycle"
     plus = {p.name for p in _parts(pattern)[1::2] if p.plus}
     for k in plus & {*df}: df[k] = _one_more(df[k])
+    for k in {'site','z','t'} & {*df}: df[k] = counted(df[k])
     if well is not None: df['well'] = well
     if 'well' in df: df['well'] = _indexed(df['well'], shape, pattern)
     if 'seq' in df: df = _ranked_sites(df, pattern)

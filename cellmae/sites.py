@@ -50,6 +50,11 @@ def as_text(values):
     codes,names = pd.factorize(np.asarray(values, dtype=object))
     return np.append(clean(names), '')[codes]
 
+def counted(values):
+    "Whole numbers in one spelling, so that 02 joins with 2; other names as they are"
+    codes,names = pd.factorize(as_text(values))
+    return np.array([str(int(n)) if n.isdecimal() else n for n in names], dtype=object)[codes]
+
 def natural(s):
     "Text that sorts as people count: 2 before 10"
     return s.str.replace(r'\d+', lambda m: m[0].zfill(9), regex=True)
@@ -83,7 +88,7 @@ def tidy(df, names):
     df = df.rename(columns={c:k for k,c in first.items() if k in [*KEYS,'t'] and k not in df})
     if 'well' not in df: df['well'] = _wells_by_row(df, first)
     for k in [*SITE,'t','perturbation']:
-        if k in df: df[k] = as_text(df[k])
+        if k in df: df[k] = (counted if k in ('site','t') else as_text)(df[k])
     return df.assign(well=_well_names(df['well']))
 
 # %% ../nbs/05_sites.ipynb #2588eccf

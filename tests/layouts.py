@@ -228,7 +228,7 @@ def tiles_in_time(root):
     for t in ('001','002'):
         for tile in ('r000_c000','r000_c001'):
             tiff(root/f'Timepoint{t}_Row02_Well03_DAPI_zstack001_{tile}.tif', x := pixels(t, tile))
-            out[root.name,'B03',tile,t] = dict(DNA=x)
+            out[root.name,'B03',tile,t.lstrip('0')] = dict(DNA=x)
     return out
 
 

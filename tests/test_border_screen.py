@@ -260,7 +260,7 @@ def test_planes_in_separate_files(tmp_path, z, want):
 @pytest.mark.parametrize('kw', [{}, dict(z=7)])
 def test_planes_and_times_must_be_chosen(tmp_path, kw):
     images(tmp_path, 'A01_z01_DNA.tif', 'A01_z02_DNA.tif')
-    with pytest.raises(ValueError, match=r"\{z\} is one of \['01', '02'\].*z=1.*z='max'"):
+    with pytest.raises(ValueError, match=r"\{z\} is one of \['1', '2'\].*z=1.*z='max'"):
         Screen.from_pattern(tmp_path, '{well}_z{z}_{channel}.tif', **kw)
     with pytest.raises(ValueError, match=r'\{t\} is one of.*t=1'):
         Screen.from_pattern(tmp_path, '{well}_z{time}_{channel}.tif')

@@ -87,7 +87,7 @@ def read(root, pattern, *columns, **kw):
 
 @pytest.mark.parametrize('name,pattern,fields', [
     ('AS_09125_0501_D03f00d0.tif', '{plate}_{well}f{site}d{channel}.tif',
-     dict(plate='AS_09125_0501', well='D03', site='00', channel='0')),
+     dict(plate='AS_09125_0501', well='D03', site='0', channel='0')),
     ('x_B02_w10_s1.tif', '{_}_{well}_w{channel}_s{site}.tif', dict(well='B02', channel='10', site='1')),
     ('x_B02_w10.tif', 'x_{well}_w{channel}{_}.tif', dict(channel='10')),
     ('x_B02_w1Conf640.tif', 'x_{well}_w{channel}{_}.tif', dict(channel='1')),
@@ -96,10 +96,10 @@ def read(root, pattern, *columns, **kw):
     ('a/b/c/B02_1.tif', '**/{well}_{channel}.tif', dict(well='B02')),
     ('B02_1.tif', '**/{well}_{channel}.tif', dict(well='B02')),
     ('p1/x/y/B02_1.tif', '{plate}/**/{well}_{channel}.tif', dict(plate='p1', well='B02')),
-    ('B02_t003_1.tif', '{well}_t{time}_{channel}.tif', dict(t='003')),
+    ('B02_t003_1.tif', '{well}_t{time}_{channel}.tif', dict(t='3')),
     ('r02c11.tif', 'r{row}c{col}.tif', dict(row='02', col='11')),
     ('B11.tif', '{row}{col}.tif', dict(row='B', col='11')),
-    ('002011003.tif', '{row:3}{col:3}{site:3}.tif', dict(row='002', col='011', site='003')),
+    ('002011003.tif', '{row:3}{col:3}{site:3}.tif', dict(row='002', col='011', site='3')),
     ('U10--V01.tif', 'U{col+1}--V{row+1}.tif', dict(col='11', row='2')),
     ('B0212.tif', '{well}{site}.tif', dict(well='B02', site='12')),
     ('AB12_1.tif', '{well}_{channel}.tif', dict(well='AB12')),

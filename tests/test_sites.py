@@ -86,6 +86,13 @@ def test_rows_of_any_order_become_sites_in_natural_order():
     assert t.well.tolist() == [w for w in ('AA01', 'B09', 'B10', 'C02') for _ in range(2)] and t.site.tolist() == ['9', '10']*4
     for _,o in t.iterrows(): assert o.file_GFP.lower().startswith({'AA01': 'aa1', 'B09': 'b9', 'B10': 'b10', 'C02': 'c2'}[o.well])
 
+@pytest.mark.parametrize('site', [['01', '2'], ['001', '002'], [1., 2.], [1, 2]])
+def test_sites_have_one_spelling_whatever_their_padding(site):
+    assert tidy(pd.DataFrame(dict(well='B03', site=site, t=site)), {})[['site', 't']].values.tolist() == [['1', '1'], ['2', '2']]
+
+def test_sites_that_are_no_numbers_stay_as_they_are():
+    assert tidy(pd.DataFrame(dict(well='B03', site=['r000_c001', 'X08--Y00', 's01'])), {})['site'].tolist() == ['r000_c001', 'X08--Y00', 's01']
+
 @pytest.mark.parametrize('row,col', [([2, 3], [3, 2]), (['2', '3'], ['3', '2']), (['B', 'C'], ['03', '2'])])
 def test_rows_and_columns_are_not_swapped(row, col):
     t = wide(pd.DataFrame(dict(row=row, col=col, channel='1', file=['b03.tif', 'c02.tif'])))
