@@ -485,7 +485,8 @@ def _described(image, where):
     try:
         first = image['multiscales'][0]
         axes = [o if isinstance(o, str) else o['name'] for o in first.get('axes', 'tczyx')]
-        names = [o.get('label') for o in image.get('omero', {}).get('channels', [])]
+        channels = (image.get('omero') or {}).get('channels') or []
+        names = [o.get('label') for o in channels]
         return first['datasets'][0]['path'],axes,[str(o) for o in names] if all(names) else None
     except (KeyError,IndexError,TypeError,AttributeError) as e:
         raise ImageError('unreadable', where, f'Its `multiscales` lack {e}. Write it anew.') from e
@@ -538,7 +539,7 @@ def _group_of(about, row):
         if row<(n := about.row_group(g).num_rows): return g,row
         row -= n
 
-def _of_pictures(field):
+def of_pictures(field):
     "Does a column hold pictures: bytes, or bytes with a path?"
     if hasattr(field.type, 'fields'): return any(o.name=='bytes' for o in field.type.fields)
     return 'binary' in str(field.type)
@@ -553,7 +554,7 @@ def open_parquet(
     "A picture in a row of a table"
     path = local(path)
     with held(path, _parquet) as f:
-        column = _one_of([o.name for o in f.schema_arrow if _of_pictures(o)], inner, path)
+        column = _one_of([o.name for o in f.schema_arrow if of_pictures(o)], inner, path)
         row = _chosen(at, 'row', f.metadata.num_rows, path, 'rows')
         group,place = _group_of(f.metadata, row)
     with held(path, _rows, column, group, most=4) as rows: cell = rows[place].as_py()

@@ -11,6 +11,7 @@ import csv, gzip, json, os, re
 import numpy as np, pandas as pd
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fastcore.basics import patch
 from fnmatch import fnmatchcase as fnmatch
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
@@ -19,10 +20,10 @@ from tempfile import TemporaryDirectory
 from tifffile import TiffFile
 from xml.etree import ElementTree
 from zipfile import BadZipFile, ZipFile
-from .containers import is_remote, local
+from .containers import is_remote, local, of_pictures
 from .files import read_table, text_of
 from .images import ImageError, PANELS
-from .labels import is_control
+from .labels import is_control, well_name
 from .layouts import Scan, layout
 from .patterns import Listing
 from .planes import SUFFIXES
@@ -35,19 +36,24 @@ def _content(path):
     with open(path, 'rb') as o: return o.read()
 
 def _packed(path):
-    "A way to the files of a packed Zarr, and the folder in which it begins"
+    "A way to the files of packed Zarr stores, and the folders in which these begin"
     try: z = ZipFile(path)
     except BadZipFile as e: raise ValueError(f'{path}: {e}. Copy it again.') from None
-    tops = [o.rpartition('/')[0] for o in z.namelist() if o.endswith(('zarr.json','.zgroup'))]
-    return z.read,min(tops, key=len, default='')
+    groups = {o.rpartition('/')[0] for o in z.namelist() if o.endswith(('zarr.json','.zgroup'))}
+    tops = []
+    for o in sorted(groups, key=lambda o: f'{o}/' if o else ''):
+        if not tops or tops[-1] and not o.startswith(f'{tops[-1]}/'): tops.append(o)
+    return z.read,tops
 
 class _Zarr:
     "The JSON files of a Zarr store: a folder here or on the web, or packed"
-    def __init__(self, path, name):
+    def __init__(self, path, name, lead=None):
         self.path,self.name,self.lead,self.packed = path,name,'',False
         if is_remote(path): self.get = lambda f: _content(local(f'{path}/{f}'))
         elif os.path.isdir(path): self.get = lambda f: _content(os.path.join(path, f))
-        else: (self.get,self.lead),self.packed = _packed(path),True
+        else:
+            (self.get,tops),self.packed = _packed(path),True
+            self.lead = next(iter(tops), '') if lead is None else lead
         self.new = self.json('zarr.json') is not None
 
     def inner(self, *way):
@@ -78,6 +84,15 @@ def shape(self:_Zarr, *way):
     array = self.json(*way, 'zarr.json' if self.new else '.zarray')
     return array and array['shape']
 
+@contextmanager
+def described(store, way=''):
+    "What is not as OME-Zarr has it is said with its place"
+    try: yield
+    except (KeyError,IndexError,TypeError,AttributeError) as e:
+        why = f'lack {e}' if isinstance(e, KeyError) else f'are not as OME-Zarr has them ({e})'
+        raise ValueError(f'{store.path}, {way or "its plate"}: the metadata {why}. Write them '
+                         'anew, or leave it out.') from e
+
 @patch
 def address(self:_Zarr, way, *marks):
     "Where the room `planes` finds an image, or a channel of it"
@@ -100,7 +115,8 @@ def _channels(store, way, names, seen):
     if not a.get('multiscales'): return {}
     m = a['multiscales'][0]
     axes = tuple(o['name'] if isinstance(o, dict) else o for o in m.get('axes', 'tczyx'))
-    labels = [str(o.get('label') or '') for o in a.get('omero', {}).get('channels', ())]
+    labels = (a.get('omero') or {}).get('channels') or ()
+    labels = [str(o.get('label') or '') for o in labels]
     labels = tuple(labels or names)
     if not labels or (axes,labels) not in seen:
         if not (shape := store.shape(way, m['datasets'][0]['path'])): return {}
@@ -133,7 +149,8 @@ def _by_channel(store, rows):
     out,gone,seen = [],[],{}
     if is_remote(store.path): _fetch_all(store, rows)
     for o in rows:
-        channels = _channels(store, way := o.pop('way'), o.pop('names', ()), seen)
+        with described(store, way := o.pop('way')):
+            channels = _channels(store, way, o.pop('names', ()), seen)
         if not channels: gone.append(way)
         out += [{**o, 'channel':c, 'file':store.address(way, at)} for c,at in channels.items()]
     return out,gone
@@ -203,7 +220,8 @@ def _known(**about): return {k:v for k,v in about.items() if v is not None}
 
 def _numbers(df):
     "Numbers of the channels and their names, if one number is one channel everywhere"
-    pairs = set(zip(df['file'].str.extract(r'c=(\d+)$')[0], df['channel']))
+    number = df['number'] if 'number' in df else df['file'].str.extract(r'c=(\d+)$')[0]
+    pairs = set(zip(number, df['channel']))
     names = {k:c for k,c in sorted(pairs, key=str) if isinstance(k, str)}
     return names if len(names)==len(pairs)==len(set(names.values())) else {}
 
@@ -220,7 +238,7 @@ def _named_alike(df):
 # %% ../nbs/09_exchange.ipynb #9e010013
 def _plate_of(store, plate, acquisition, images):
     "What a scanner finds in one plate"
-    fields,empty = _fields(store, plate)
+    with described(store): fields,empty = _fields(store, plate)
     first = store.attrs(fields[0]['way']) if fields else None
     rows,gone = _by_channel(store, fields)
     if not rows: raise ValueError(f'{store.path}: no image of the plate is there. Copy it again.')
@@ -238,7 +256,7 @@ def _images_of(stores):
         if not planes: gone.append(o.name)
     if not rows: raise ValueError(f'{stores[0].path}: no full size is there. Copy it again.')
     df = pd.DataFrame(rows)
-    df,said = placed(by_folder(df, df['file']))
+    df,said = placed_by(df, df['file'], 'site')
     about = _known(pixel_size=_pixel_size(stores[0].attrs()))
     if gone: said = [*said, f'{len(gone)} images lack their full size, such as {gone[0]}: left out']
     return Scan(df, _numbers(df), said=said, about=about)
@@ -260,7 +278,23 @@ def placed(
     if any(len(p)!=1 for p in places.values()): return df,[]
     wells = {s:p.pop() for s,p in places.items()}
     s,w = next(iter(wells.items()))
-    return df.assign(well=df[by].map(wells)),[f'Wells are taken from names: {s!r} is {w}']
+    said = f'Wells are taken from names: {s!r} is {well_name(w)}'
+    return df.assign(well=df[by].map(wells)),[said]
+
+def placed_by(
+    df, # A row per plane
+    files, # A file for each row
+    *columns, # Of names, the most telling first
+)->tuple: # The same, with plates and wells as far as they are told; and a sentence, or none
+    "Wells from names, or else from folders that are called like wells"
+    for c in columns:
+        out,said = placed(df, c)
+        if said: return by_folder(out, files),said
+    ways = files.str.partition('#')[0].str.rpartition('/')[0]
+    out = df.assign(folder=ways.str.rpartition('/')[2])
+    if not out['folder'].str.fullmatch(_place).all(): return by_folder(df, files),[]
+    out,said = placed(out, 'folder')
+    return by_folder(out.drop(columns='folder'), ways),said
 
 def by_folder(
     df, # A row per plane
@@ -281,7 +315,7 @@ def together(
     "Several plates as one"
     stems = {o: _stem(o) for o in scans}
     twice = len(set(stems.values()))<len(stems)
-    batch = lambda o: dict(batch=o.name.rpartition('/')[0] or '.') if twice else {}
+    batch = lambda o: dict(batch=(o.name or o.lead).rpartition('/')[0] or '.') if twice else {}
     tables = [s.table.assign(plate=stems[o], **batch(o)) for o,s in scans.items()]
     df,every = pd.concat(tables, ignore_index=True),list(scans.values())
     said = sum((o.said for o in every), [])
@@ -298,9 +332,9 @@ def _is_store(path):
 
 def _stores(listing):
     "What may be Zarr stores in a listing: those in it, or the packed one that it is of"
-    if listing.lead: 
-        inside = any(o.endswith(('zarr.json','.zattrs')) for o in (*listing.names, *listing.passed))
-        return [_Zarr(listing.root/listing.lead[:-1], '')] if inside else []
+    if listing.lead:
+        path = listing.root/listing.lead[:-1]
+        return [_Zarr(path, '', top) for top in _packed(path)[1]]
     plain = sorted(o for s,names in listing.by_suffix.items() if s not in SUFFIXES for o in names)
     return [_Zarr(listing.path(o), o) for o in plain if _is_store(listing.path(o))]
 
@@ -383,13 +417,26 @@ def tables_with(
     asked = [{c} if isinstance(c, str) else set(c) for c in columns]
     return [o for o,titles in tables_of(listing).items() if all(c & set(titles) for c in asked)]
 
+def _read(path, name):
+    "A table as text, in which pictures are their addresses"
+    from pyarrow import ArrowException, parquet
+    try: schema = parquet.read_schema(path) if name.lower().endswith('.parquet') else ()
+    except ArrowException: schema = ()
+    pictures = [o.name for o in schema if of_pictures(o)]
+    if not pictures: return read_table(path)
+    rest = [o for o in schema.names if o not in pictures]
+    df = pd.read_parquet(path, columns=rest).reset_index(drop=True).astype(object)
+    column = lambda c: f'{c},' if len(pictures)>1 else ''
+    return df.where(df.notna(), '').astype(str).assign(**{
+        c: [f'{name}#{column(c)}row={i}' for i in range(len(df))] for c in pictures})
+
 def listed_table(
     listing:Listing, # Of a folder
     name, # Of a table in it
 )->pd.DataFrame: # As text
     "A table of a listing, which may be packed or on the web"
     path = listing.path(name)
-    if isinstance(path, Path): return read_table(path)
+    if isinstance(path, Path): return _read(path, name)
     with TemporaryDirectory() as d:
         (f := Path(d)/name.rpartition('/')[2]).write_bytes(listing.bytes(name))
         return read_table(f)
@@ -534,8 +581,9 @@ def ome_planes(
         n = int(o.get('PlaneCount') or (1 if o.get('IFD') else np.prod(size)-start))
         for i,at in enumerate(zip(*np.unravel_index(range(start, start+n), size, order='F'))):
             at = dict(zip(order, map(int, at)))
-            out.append(dict(channel=names[at['C']], z=str(at['Z']), t=str(at['T']),
-                            uuid=file[0], name=file[1], page=int(o.get('IFD', 0))+i))
+            out.append(dict(channel=names[at['C']], number=str(at['C']), z=str(at['Z']),
+                            t=str(at['T']), uuid=file[0], name=file[1],
+                            page=int(o.get('IFD', 0))+i))
     return out
 
 # %% ../nbs/09_exchange.ipynb #9e010038
@@ -608,8 +656,7 @@ def _at_wells(df):
     "Plate, well and site of each plane, as the XML says, else from names; and a sentence"
     df['stem'] = df['of'].map(lambda f: re.sub(r'(?i)(\.ome)?\.tiff?$', '', f.rpartition('/')[2]))
     if 'row' in df: return _on_plates(df[df['row'].notna()]),[]
-    df,said = placed(by_folder(df, df['of']), 'label')
-    if not said: df,said = placed(df, 'stem')
+    df,said = placed_by(df, df['of'], 'label', 'stem')
     number = df['image'].astype(str)
     where = [k for k in ('batch','plate','well') if k in df]
     once = not _twice(df.assign(site=number), *where)
@@ -673,8 +720,8 @@ def ome_tiff(listing, found):
     if not rows: raise ValueError(f'{found[0]}: no plane that its OME-XML describes is here. Copy '
                                   'the companion, or the file that describes the set, beside it.')
     df,words = _one_table(rows)
-    return Scan(df, said=said+words, left=[o for o in left if o not in done],
-                about=_known(pixel_size=size))
+    left = [o for o in left if o not in done]
+    return Scan(df.drop(columns='number'), _numbers(df), left, said+words, _known(pixel_size=size))
 
 # %% ../nbs/09_exchange.ipynb #9e0100a4
 from .containers import series_of

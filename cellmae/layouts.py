@@ -121,6 +121,22 @@ def _at_wells(df, well, path):
                      "`well='A01'`. Else write a table with a column `well`: `Screen(table)`.")
 
 # %% ../nbs/07_layouts.ipynb #17541a4b
+def _within(there, table):
+    "Those rows whose images lie in the part of a store that was opened"
+    if not there.within: return table
+    col = next(c for c in table if c.startswith('file'))
+    mine = (table[col].str.partition('#')[0]+'/').str.startswith(f'{there.within}/')
+    if mine.any(): return table[mine]
+    raise ValueError(f'{there.root/there.within}: no image of {there.names[0]} that it would list. '
+                     f'Open {there.root/there.names[0]}, or a well or an image of it.')
+
+def _as_listed(df, long):
+    "Channels in the order in which a scan names them; numbers are in theirs"
+    names = list(dict.fromkeys(long['channel'])) if 'channel' in long else []
+    if all(str(n).isdigit() for n in names): return df
+    own = [c for n in names if (c := f'file_{n}') in df]
+    return df[[*(c for c in df if c not in own), *own]]
+
 def _unused(there, table):
     "Images that a scan does not name, not even by a path on another machine"
     cols = [c for c in table if c.startswith('file')]
@@ -147,9 +163,10 @@ def find_plates(
                                **_only(options, ['plate_shape'], path))
     what,_,scan = LAYOUTS[key]
     scan = scan(there, marks.get(key, []), **_only(options, _takes(scan, options), path))
-    df,still = choose(_at_wells(scan.table, well, path), z, t)
+    df,still = choose(_at_wells(_within(there, scan.table), well, path), z, t)
     left = dict.fromkeys([*there.passed, *scan.left, *_unused(there, scan.table)])
-    return Plates(*_from_here(wide(df, path), there, there.lead), (still['z'],still['t']), what,
+    sites = _as_listed(wide(df, path), df)
+    return Plates(*_from_here(sites, there, there.lead), (still['z'],still['t']), what,
                   f'Screen.open({str(path)!r}, layout={key!r}', _name_of(path), scan.names,
                   scan.said, [*left])
 

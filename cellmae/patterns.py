@@ -16,7 +16,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 from .containers import below, is_remote, local, opener_of
 from .files import text_of
 from .labels import row_letters, well_name
@@ -84,6 +84,7 @@ class Listing:
         root, # A folder, a file in it, a zip file, or the address of a folder on the web
     ):
         self.root,self.lead,folders = _found(root)
+        self.within = _part(root, self.root)
         self.names,self.passed = [],[]
         for d,fs,hidden in _noted(folders, root):
             way,aside = '' if d=='.' else d+'/',_aside(fs)
@@ -124,11 +125,27 @@ def _found(root):
     if is_remote(root): return _on_the_web(str(root).rstrip('/'))
     root = Path(root)
     if root.is_file() and re.search(r'(?i)(?<!\.zarr)\.zip$', root.name):
-        with ZipFile(root) as z: return root.parent,f'{root.name}#',_grouped(z.namelist())
-    if root.is_file() or root.is_dir() and is_store(root):
-        return root.parent,'',[('.',[root.name],[])]
+        return root.parent,f'{root.name}#',_grouped(_packed(root))
+    if root.is_file(): return root.parent,'',[('.',[root.name],[])]
+    if store := _store_of(root): return store.parent,'',[('.',[store.name],[])]
     if root.is_dir(): return root,'',_walked(root)
     raise ValueError(f'{root}: no such folder. Check the path.')
+
+def _packed(path):
+    "Names in a zip file"
+    try:
+        with ZipFile(path) as z: return z.namelist()
+    except BadZipFile as e: raise ValueError(f'{path}: {e}. Copy it again.') from None
+
+def _store_of(path):
+    "The outermost store that a folder is, or lies in; None if there is none"
+    return next((o for o in (*reversed(path.parents), path) if o.is_dir() and is_store(o)), None)
+
+def _part(path, root):
+    "Which part of a store was opened, as from the root; nothing if all of it"
+    if is_remote(path) or not Path(path).is_dir(): return ''
+    store = _store_of(Path(path))
+    return Path(path).relative_to(root).as_posix() if store and store!=Path(path) else ''
 
 def _on_the_web(url):
     "The same of an address; a Zarr is not listed, since it says itself what it holds"
@@ -638,6 +655,13 @@ def preset_of(pattern):
     fit = [o for o in PRESETS if o.pattern in pattern]
     return max(fit, key=lambda o: len(o.pattern)).name if fit else None
 
+def _boxed(there, boxes):
+    "What to do with files of many images that nothing tells apart"
+    return (f'{there.root}: {len(boxes)} files, such as {boxes[0]}, and nothing says which wells '
+            'the images in them are of. Write a table with columns `well` and `file`, addresses '
+            f"such as `{boxes[0]}#i=0`, beside them: `Screen.open('table.csv')`. All of one: "
+            "`well='A01'`.")
+
 def instrument_pattern(there, well=None):
     "The pattern that the images of a listing follow, or a question"
     images = _images(there)
@@ -648,6 +672,7 @@ def instrument_pattern(there, well=None):
     if len(ways)==1:
         pattern = best['pattern'].iloc[0]
         if _has_well(pattern) or well: return pattern
+    if not ways and all(map(opener_of, images)): raise FileNotFoundError(_boxed(there, images))
     some = [*ways.values()] or [*found[found['share']>.05].drop_duplicates('file')['pattern']]
     how = ' or '.join(_call(there.root, o) for o in some) or \
         "`Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`, with "\

@@ -85,7 +85,8 @@ def test_zarr_rows_that_begin_at_0_are_refused(tmp_path):
 def test_zarr_well_and_field_of_a_plate(tmp_path):
     images = put_plate(tmp_path/'P.zarr', ['0','1'])
     for o in ('B/3','B/3/1'):
-        s = Screen.open(tmp_path/'P.zarr'/o, well='B03')
+        s = Screen.open(tmp_path/'P.zarr'/o)
+        assert set(s.table['plate'])=={'P'} and set(s.table['well'])=={'B03'}
         same_pixels(s, 'B03', '1', ['0','1','2'], images['B/3/1'])
 
 def test_zarr_opened_itself(tmp_path):
@@ -906,3 +907,90 @@ def test_a_table_of_sites_within_files(tmp_path):
     s = Screen.open(tmp_path)
     same_pixels(s, 'B03', '1', ['DNA'], [x['a #1.tif']])
     same_pixels(s, 'C02', '1', ['DNA'], y[1:])
+
+@pytest.mark.parametrize('part,sites', [('B',2), ('B/3',2), ('B/3/1',1)])
+def test_zarr_part_of_a_plate_keeps_its_place(tmp_path, part, sites):
+    images = put_plate(tmp_path/'P.zarr', ['0','1'], names=['WGA','DAPI','ConA'])
+    s = Screen.open(tmp_path/'P.zarr'/part)
+    assert len(s)==sites and set(s.table['plate'])=={'P'}
+    same_pixels(s, 'B03', '1', ['golgi','DNA','ER'], images['B/3/1'])
+
+def test_zarr_array_of_an_image_is_no_plate(tmp_path):
+    put_plate(tmp_path/'P.zarr', ['0'])
+    with pytest.raises(ValueError, match='or a well or an image of it'):
+        Screen.open(tmp_path/'P.zarr/B/3/0/0')
+
+def test_zarr_several_plates_in_one_zip(tmp_path):
+    x = {p: put_plate(tmp_path/f'in/{p}.zarr', ['0'], shape=n) for p,n in
+         dict(P1=(3,4,6), P2=(3,5,7)).items()}
+    pack(tmp_path/'in', tmp_path/'all.zip')
+    s = Screen.open(tmp_path/'all.zip')
+    for p in x:
+        one = s.subset((s.table['plate']==p).to_numpy())
+        same_pixels(one, 'C02', '0', ['0','1','2'], x[p]['C/2/0'])
+
+def test_zarr_images_in_a_folder_per_well(tmp_path):
+    x = {w: pixels(i, 2, 4, 6) for i,w in enumerate(('B03','C02'))}
+    for w in x: put_image(tmp_path/w/'f1.zarr', x[w], names=['DAPI','ConA'])
+    same_pixels(Screen.open(tmp_path), 'C02', 'f1', ['DNA','ER'], x['C02'])
+
+@pytest.mark.parametrize('change,says', [
+    (lambda a: a['plate'].pop('wells'), "lack 'wells'"),
+    (lambda a: a['plate']['wells'][0].update(path='B3'), 'are not as OME-Zarr has them')])
+def test_zarr_metadata_of_no_sense_say_where(tmp_path, change, says):
+    put_plate(tmp_path/'P.zarr', ['0'], '0.4')
+    put_attrs(tmp_path/'P.zarr/B3', '0.4', well=dict(images=[dict(path='0')]))
+    attrs = dict(zarr.open_group(tmp_path/'P.zarr').attrs)
+    change(attrs)
+    put_attrs(tmp_path/'P.zarr', '0.4', **attrs)
+    with pytest.raises(ValueError, match=f'P.zarr, its plate: the metadata {says}'):
+        Screen.open(tmp_path)
+
+def test_zarr_null_channels_are_numbers(tmp_path):
+    put_plate(tmp_path/'P.zarr', ['0'], '0.4')
+    for o in WELLS: put_attrs(f'{tmp_path}/P.zarr/{o}/0', '0.4', omero=dict(channels=None))
+    s = Screen.open(tmp_path)
+    assert s.channels==['0','1','2'] and s.read(0).shape==(3,4,6)
+
+def test_ome_channels_are_in_the_order_of_the_file(tmp_path):
+    x = {w: pixels(i, 2, 4, 4, 6) for i,w in enumerate(('B03','C02'))}
+    for w in x:
+        with tifffile.TiffWriter(tmp_path/f'{w}.ome.tif', ome=True) as t:
+            for o in x[w]: t.write(o, photometric='minisblack', metadata=dict(
+                axes='CYX', Channel=dict(Name=['WGA','DAPI','ConA','Mito'])))
+    s = Screen.open(tmp_path)
+    assert s.channels==['golgi','DNA','ER','mito']
+    np.testing.assert_array_equal(s.read(1), x['B03'][1])
+
+def test_zarr_plates_of_other_orders_take_that_of_the_first(tmp_path):
+    for p,names in dict(P1=['WGA','DAPI'], P2=['DAPI','WGA']).items():
+        x = put_plate(tmp_path/f'{p}.zarr', ['0'], shape=(2,4,6), names=names)
+    s = Screen.open(tmp_path)
+    assert s.channels==['golgi','DNA']
+    second = s.subset((s.table['plate']=='P2').to_numpy())
+    same_pixels(second, 'C02', '0', ['DNA','golgi'], x['C/2/0'])
+
+@pytest.mark.parametrize('at', ['data.parquet', 'data/train-00000-of-00001.parquet'])
+def test_pictures_in_rows_with_their_places(tmp_path, at):
+    pa,pq,rows = pytest.importorskip('pyarrow'),pytest.importorskip('pyarrow.parquet'),[]
+    x = {(w,c): pixels(i, 4, 6) for i,(w,c) in enumerate(product(('B03','C02'), ('DNA','ER')))}
+    for (w,c),o in x.items():
+        picture = dict(bytes=imagecodecs.png_encode(o), path=f'{w}.png')
+        rows.append(dict(image=picture, plate='P1', well=w, channel=c))
+    (tmp_path/at).parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path/at)
+    both = np.stack([x['C02','DNA'], x['C02','ER']])
+    for o in (tmp_path,tmp_path/at): same_pixels(Screen.open(o), 'C02', '1', ['DNA','ER'], both)
+
+@pytest.mark.parametrize('name', ['c.npz','c.h5'])
+def test_arrays_without_a_table_ask_for_one(tmp_path, name):
+    x = pixels(0, 3, 2, 4, 6)
+    if name=='c.npz': np.savez(tmp_path/name, images=x)
+    else:
+        with pytest.importorskip('h5py').File(tmp_path/name, 'w') as f: f['images'] = x
+    for o in (tmp_path,tmp_path/name):
+        with pytest.raises(FileNotFoundError, match=f'Write a table.*{name}#i=0'): Screen.open(o)
+
+def test_a_zip_cut_short_is_no_crash(tmp_path):
+    (tmp_path/'a.zip').write_bytes(b'PK\3\4 and no more')
+    with pytest.raises(ValueError, match='a.zip: .*Copy it again'): Screen.open(tmp_path/'a.zip')
