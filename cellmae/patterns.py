@@ -70,12 +70,13 @@ def _noted(folders, root, every=20.):
 def _aside(fs):
     "Which files of a folder are no images of wells: hidden, thumbnails, flat fields of Yokogawa"
     text = '\n'+'\n'.join(fs).lower()
-    if not any(o in text for o in ('\n.','thumb','.mlf')): return set()
-    yokogawa = any(f.endswith('.mlf') for f in fs)
+    if not any(o in text for o in ('\n.','thumb','\ndc_','\nsc_')): return set()
+    yokogawa = any(f.endswith('.mlf') or _voyager.search(f) for f in fs)
     return {f for f in fs if f[0]=='.' or 'thumb' in f.lower() and _thumb.search(f)
             or yokogawa and f.startswith(('DC_','SC_'))}
 
 _thumb = re.compile('(?i)(?<![a-z])thumb')
+_voyager = re.compile(r'_T\d{4}F\d{3}L\d\dA\d\dZ\d\dC\d\d\.')
 
 # %% ../nbs/06_patterns.ipynb #50be1280
 class Listing:
@@ -257,6 +258,7 @@ def _number(then):
 def _filling(hole, before, then, well, number):
     "What may fill a hole; `well`, `number`: only what is one? Or its expression, or `'sites'` only"
     name = hole.name
+    if hole.width and name in ('col','site','z','t') and number: return rf'\d{{{hole.width}}}'
     if hole.width: return rf'[^/\n]{{{hole.width}}}'
     if name=='well' and isinstance(well, str): return well
     if name=='well' and well: return rf'(?:{_row})\d\d' if isinstance(then, Hole) else _well
@@ -504,6 +506,8 @@ class Preset(NamedTuple):
 # %% ../nbs/06_patterns.ipynb #eaf563d0
 PRESETS = [Preset(*o) for o in (
     ('Opera Phenix, Operetta', 'r{row}c{col}f{site}p{z}-ch{channel}sk{t}fk{_}fl{_}', 'all from 1'),
+    ('Opera Phenix, Operetta, short', 'r{row}c{col}f{site}p{z}-ch{channel}', 'all from 1'),
+    ('Operetta, Columbus', '{row:3}{col:3}-{site}-{z:3}{t:3}{channel:3}', 'all from 1'),
     ('RxRx', '{well}_s{site}_w{channel}', 'all from 1'),
     ('ImageXpress', '{plate}_{well}_s{site}_w{channel}{_}', 'all from 1'),
     ('ImageXpress, one site', '{plate}_{well}_w{channel}{_}', 'all from 1'),
@@ -513,12 +517,14 @@ PRESETS = [Preset(*o) for o in (
     ('InCell, planes', '{well}(fld {site} wv {channel} z {z})', 'all from 1'),
     ('InCell, times', '{well}(fld {site} wv {channel} time {t})', 'all from 1'),
     ('InCell', '{well}(fld {site} wv {channel})', 'all from 1'),
+    ('InCell, one field', '{well}(wv {channel})', 'all from 1'),
     ('ScanR', '{well}--W{_}--P{site}--Z{z}--T{t}--{channel}', 'site from 1, z and t from 0'),
     ('ArrayScan, kinetic', '{plate}i{_}t{t}{well}f{site}d{channel}', 'all from 0'),
     ('EVOS, planes', '{plate}_R_p{_}_z{z}_{t}_{well}f{site}d{channel}', 'all from 0'),
     ('EVOS', '{plate}_R_p{_}_{t}_{well}f{site}d{channel}', 'all from 0'),
     ('ArrayScan', '{plate}_{well}f{site}d{channel}', 'all from 0'),
     ('Cytation', '{well}_{_}_{_}_{site}_{channel}_{t}', 'all from 1'),
+    ('Cytation, planes', '{well}_{_}_{_}_{site}Z{z}_{channel}_{t}', 'z from 0'),
     ('Harmony, tiles', 'Timepoint{t}_Row{row}_Well{col}_{channel}_zstack{z}_{site}',
      'a tile is a site', '', True),
     ('Nikon JOBS', 'Well{well}_Channel{channel}_Seq{seq}', 'site: rank of Seq in the channel'),
@@ -530,11 +536,19 @@ PRESETS = [Preset(*o) for o in (
     ('Leica LAS X, times', '{_}Pos{site}_t{t}_z{z}_ch{channel}', 'well: `well=`, or the folder'),
     ('Zeiss, split', '{plate}_S{site}_T{t}_C{channel}', 'scenes are no wells: `well=`, or folders'),
     ('Micro-Manager, plate', '{well}-Site_{site}/img_{t}_{channel}_{z}', 'all from 0'),
+    ('Micro-Manager, wells', 'Pos{site}/img_{t}_{channel}_{z}', 'well: `well=`, or the folder'),
     ('Micro-Manager', 'img_channel{channel}_position{site}_time{t}_z{z}',
      'all from 0; well: `well=`, or the folder'),
     ('CellProfiler, Fly', '{_}_{well}_{channel}', 'POS: a well, or `plate_shape=`', r'POS\d+'),
-    ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''),
+    ('CellProfiler, Vitra', 'Channel_{channel}-{_}-{row}-{col}-{site}', ''))]
+
+
+# %% ../nbs/06_patterns.ipynb #5984171d
+PRESETS += [Preset(*o) for o in (
     ('plain names', '{well}_s{site}_{channel}', ''),
+    ('plain names, f', '{well}_f{site}_{channel}', ''),
+    ('plain names, field', '{well}_field{site}_{channel}', ''),
+    ('plain names, site', '{well}_site{site}_{channel}', ''),
     ('plain names with a plate', '{plate}_{well}_s{site}_{channel}', ''),
     ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'),
     ('a file per site', '{well}_s{site}', 'its planes are the channels'),

@@ -30,6 +30,11 @@ def test_flat_fields_are_passed_over_beside_an_mlf_only(tmp_path):
     l = Listing(touch(tmp_path, 'P/a.mlf', 'P/DC_1.tif', 'P/SC_1.tif', 'P/B03.tif', 'Q/DC_1.tif'))
     assert l.images == ['P/B03.tif', 'Q/DC_1.tif'] and l.passed == ['P/DC_1.tif', 'P/SC_1.tif']
 
+def test_flat_fields_of_yokogawa_are_known_without_its_records(tmp_path):
+    image = 'A_B03_T0001F001L01A01Z01C01.tif'
+    assert Listing(touch(tmp_path, image, 'DC_CAM1.tif', 'SC_BP445-45.tif')).images == [image]
+
+
 @pytest.mark.parametrize('globs,names', [
     (['Index*.xml'], ['p/Index.idx.xml', 'p/index.xml']), (['*.htd'], ['p/a.HTD']), (['index.XML'], ['p/index.xml']),
     (['*.htd', '*.mlf'], ['b.mlf', 'p/a.HTD']), (['a.*'], ['p/a.HTD']), (['README'], ['README']), (['*.none'], [])])
@@ -180,6 +185,13 @@ def index(row, col, n): return (ord(row)-65)*n+col
 
 NAMES = { # of row, column, site 1 or 2, channel 1 or 2; and what channel 1 is called
     'Opera Phenix, Operetta': (lambda r,c,s,k: f'P1/Images/r{ord(r)-64:02d}c{c:02d}f{s:02d}p01-ch{k}sk1fk1fl1.tiff', '1'),
+    'Opera Phenix, Operetta, short': (lambda r,c,s,k: f'P1/r{ord(r)-64:02d}c{c:02d}f{s:02d}p01-ch{k}.tiff', '1'),
+    'Operetta, Columbus': (lambda r,c,s,k: f'{ord(r)-64:03d}{c:03d}-{s}-001001{k:03d}.tif', '001'),
+    'Cytation, planes': (lambda r,c,s,k: f'{r}{c}_01_{k}_{s}Z0_{["DAPI", "GFP"][k-1]}_001.tif', 'DNA'),
+    'Micro-Manager, wells': (lambda r,c,s,k: f'{r}{c}/Pos{s-1}/img_000000000_{["DAPI", "GFP"][k-1]}_000.tif', 'DNA'),
+    'plain names, f': (lambda r,c,s,k: f'P1/{r}{c:02d}_f{s:02d}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
+    'plain names, field': (lambda r,c,s,k: f'P1/{r}{c:02d}_field{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
+    'plain names, site': (lambda r,c,s,k: f'P1/{r}{c:02d}_site{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
     'RxRx': (lambda r,c,s,k: f'HUVEC-01/Plate1/{r}{c:02d}_s{s}_w{k}.png', '1'),
     'ImageXpress': (lambda r,c,s,k: f'P/2023-02-21/1334/P_{r}{c:02d}_s{s}_w{k}{s}B{k}915F6-0679-4494-82D1-F80894B3{c:02d}66.tif', '1'),
     'CellVoyager': (lambda r,c,s,k: f'A_1/A/A_{r}{c:02d}_T0001F{s:03d}L01A01Z01C{k:02d}.tif', '01'),
@@ -223,8 +235,16 @@ def test_folders_of_instruments_open_with_every_pixel_in_its_well(tmp_path, inst
     for i,((r,c),n) in enumerate((w, n) for w in WELLS for n in (1, 2)):
         assert s.read(i)[:,0,0].tolist() == [value(r, c, n, 1), value(r, c, n, 2)]
 
+def test_incell_of_one_field(tmp_path):
+    l = Listing(touch(tmp_path, *[f'{w}(wv {k} - {k}).tif' for w in ('B - 03', 'C - 02') for k in ('DAPI', 'FITC')]))
+    assert sites_by_names(l, instrument_pattern(l))[0].well.tolist() == ['B03', 'C02']
+
+def test_letters_are_no_columns_of_a_fixed_width(tmp_path):
+    l = Listing(touch(tmp_path, 'sample-1-bluestain.tif', 'mutant-2-bluestain.tif'))
+    assert not guess_pattern(l)['preset'].str.contains('Columbus').any()
+
 def test_every_preset_is_tried_or_needs_a_word():
-    alike = {'ImageXpress, one site', 'ImageXpress, one channel', 'InCell, planes, times', 'InCell, times', 'CellProfiler, Fly',
+    alike = {'InCell, one field', 'ImageXpress, one site', 'ImageXpress, one channel', 'InCell, planes, times', 'InCell, times', 'CellProfiler, Fly',
              'EVOS', 'EVOS, planes', 'a file per site', 'a file per well'} # in the other tests
     assert {p.name for p in PRESETS} == {*NAMES, *alike, *NO_WELLS}
 
