@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['simulated', 'baselines', 'summary', 'attempt', 'fit_tvn', 'correct_all', 'compare', 'measure', 'strongest',
            'draw_map', 'Findings', 'findings', 'rehearse', 'usable', 'describe', 'look_at', 'embed_all',
-           'demo_sections', 'finding_sections', 'demo', 'told', 'own_screen', 'command', 'cellmae_demo',
+           'demo_sections', 'finding_sections', 'demo', 'told', 'own_screen', 'own_cells', 'command', 'cellmae_demo',
            'cellmae_check', 'cellmae_fit', 'cellmae_embed', 'cellmae_recall']
 
 # %% ../nbs/60_cli.ipynb #2c2a3723
@@ -17,6 +17,7 @@ warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated') 
 # %% ../nbs/60_cli.ipynb #abe2a234
 import re, sys
 from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 import anndata as ad
@@ -30,6 +31,7 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse, store_true
 from .files import write_whole
 from .images import ImageError
+from .cells import find_cells
 from .data import given
 from .embed import LEVELS, embed
 from .profiles import aggregate, read_profiles, to_parquet
@@ -379,6 +381,22 @@ def own_screen(
         if not Path(screen).is_dir(): raise
         raise FileNotFoundError(f'{e} In a command that is --pattern, and --meta.') from e
 
+# %% ../nbs/60_cli.ipynb #7c31d99d
+def own_cells(
+    screen, # `Screen`
+    path, # A table of centres, a folder of such tables or of masks, names of masks; or None
+    pixel_size:float=None, # um, for a table in um
+):
+    "Cells as a command is told"
+    if not path: return None
+    folder = Path(path)
+    tables = folder.is_dir() and next(chain(folder.glob('cells.parquet'), folder.rglob('*.csv')), 0)
+    if tables or not folder.is_dir() and str(path).endswith(_tables):
+        return find_cells(screen, table=path, pixel_size=pixel_size)
+    return find_cells(screen, masks=path)
+
+_tables = ('.csv','.csv.gz','.tsv','.txt','.parquet','.pq','.feather')
+
 # %% ../nbs/60_cli.ipynb #c13428b5
 def command(
     func, # Function of strings and numbers with a flag `debug`, its comments the help
@@ -395,8 +413,11 @@ def command(
     return call_parse(run)
 
 def _note(message, *args, **kwargs): print(f'note: {_line(message)}', file=sys.stderr)
-def _line(o): return _python.sub(r'`--\1 \2`', ' '.join(str(o).split()))
-_python = re.compile("`(z|t|layout|well|root|channels|meta|pattern)='?([\\w./*{}-]+)'?`")
+def _line(o): return _python.sub(_option, ' '.join(str(o).split()))
+def _option(m): return f"`--{m[1].replace('masks', 'cells')} {m[2]}".rstrip()+'`'
+_python = re.compile( # an argument, which in a command is an option
+    r"`(z|t|layout|well|root|channels|meta|pattern|level|cells|masks|pixel_size)="
+    r"""['"]?([\w./*{}-]*)['"]?`""")
 
 def _stop(name, e):
     "Leave with one line for an error, and its exit code"
@@ -462,6 +483,8 @@ def cellmae_fit(
     crop:int=None, # Side of a training crop in pixels
     crops:int=1, # Crops from each site that is read
     lr:float=None, # Peak learning rate
+    cells:str=None, # Crops at cells: a table of centres, or a folder of masks or of such tables
+    pixel_size:float=None, # um, if that table is in um
     seed:int=0, # Fixes weights, masks and data order
     restart:store_true=False, # Start over, even if the folder holds an unfinished run
     debug:store_true=False, # Show the whole traceback of an error
@@ -469,7 +492,8 @@ def cellmae_fit(
 ):
     "Train a masked autoencoder on a screen. Run the same command again to go on after a stop"
     run = dict(epochs=epochs, bs=bs, crop=crop, crops=crops, lr=lr, seed=seed, resume=not restart)
-    fit_mae(own_screen(screen, **kwargs), model, out, **run)
+    plates = own_screen(screen, **kwargs)
+    fit_mae(plates, model, out, cells=own_cells(plates, cells, pixel_size), **run)
     print(f'Model: {Path(out)/"model"}')
 
 # %% ../nbs/60_cli.ipynb #55289777
@@ -482,7 +506,9 @@ def cellmae_embed(
     model:str, # Folder of a trained model, as written by cellmae_fit
     screen:str, # Your plates: a folder of images, a table of sites, or a saved screen
     out:str='profiles.parquet', # Where to write: .parquet, .csv or .h5ad
-    level:_Level='well', # One row per well, site or tile
+    level:_Level='well', # One row per well, site, tile or cell
+    cells:str=None, # Crops at cells: a table of centres, or a folder of masks or of such tables
+    pixel_size:float=None, # um, if that table is in um
     pool:str=None, # How tokens become a vector: mean, meanstd or cls; default: the model's choice
     channelwise:bool=False, # One vector per stain, side by side (channel-agnostic models)
     device:str=None, # cpu, cuda or cuda:1; default: the GPU if there is one
@@ -492,7 +518,8 @@ def cellmae_embed(
     "Turn every well of a screen into a vector"
     if not out.endswith(_endings): raise ValueError(f'{out} must end in {", ".join(_endings)}')
     how = dict(pool=pool, channelwise=channelwise, level=level, device=device or default_device())
-    profiles = embed(model, own_screen(screen, **kwargs), **how)
+    plates = own_screen(screen, **kwargs)
+    profiles = embed(model, plates, cells=own_cells(plates, cells, pixel_size), **how)
     to_parquet(profiles, out)
     print(f'{profiles.n_obs} rows of {profiles.n_vars} numbers: {out}')
 

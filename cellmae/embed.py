@@ -341,9 +341,9 @@ def _sites_to_embed(screen, level, size, cells):
     if size is not None and size<1: raise ValueError(f'size must be 1 pixel or more, not {size}')
     if not len(screen): raise ValueError(_no_sites)
     if level=='cell' and cells is None: raise ValueError(
-        "level='cell' needs to know where cells are: `cells=`, see `find_cells`.")
+        "`level='cell'` needs to know where cells are: `cells=`, see `find_cells`.")
     if level=='tile' and cells is not None: raise ValueError(
-        "With `cells` crops are cut at these: ask for level='cell', or leave them out.")
+        "With `cells` crops are cut at these: ask for `level='cell'`, or leave them out.")
     sites = _metadata(screen, cells)
     return _agreed(sites) if level=='well' else sites
 

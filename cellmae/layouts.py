@@ -79,6 +79,7 @@ class Plates(NamedTuple):
     names:dict={} # Number of a channel -> its name in the files
     said:list=[] # What a person should know, a sentence each
     left:list=[] # Names of files that were passed over
+    about:dict={} # As in `Scan`
 
 # %% ../nbs/07_layouts.ipynb #c50fcd05
 def _only(options, takes, path):
@@ -168,7 +169,7 @@ def find_plates(
     sites = _as_listed(wide(df, path), df)
     return Plates(*_from_here(sites, there, there.lead), (still['z'],still['t']), what,
                   f'Screen.open({str(path)!r}, layout={key!r}', _name_of(path), scan.names,
-                  scan.said, [*left])
+                  scan.said, [*left], scan.about)
 
 # %% ../nbs/07_layouts.ipynb #a551bb84
 def plates_by_names(

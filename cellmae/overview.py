@@ -192,7 +192,7 @@ def _facts(screen, seen):
     sizes = [f'{h} x {w}' for h,w in np.unique(np.stack([p['h'],p['w']], 1), axis=0).tolist()]
     kinds = [np.dtype(k.decode()).name for k in np.unique(p['kind'])]
     n = {f'{k}s': len(t[SITE[:i]].drop_duplicates()) for i,k in ((4,'site'),(3,'well'),(2,'plate'))}
-    how = {k: getattr(screen, k, None) for k in ('z','t','illum')}
+    how = {k: getattr(screen, k, None) for k in ('z','t','illum','pixel_size')}
     return pd.DataFrame([dict(
         **n, batches=t['batch'].nunique(), controls=int(w['control'].sum()),
         perturbations=named.nunique(), pixels=', '.join(sizes[:3]),

@@ -54,6 +54,7 @@ class Screen:
         "Take up a table, and how to read its images"
         self.root,self.z,self.t = Path(how['root'] or '.'),how['z'],how['t']
         self.illum,self.replace = bool(how['illum']),how['replace']
+        self.pixel_size = how.get('pixel_size') # um, if the files say it
         self._still = tuple(how.get('still', (self.z,self.t))) # yet to choose within the files
         if how.get('own') and controls is None and not names:
             self.table,self.channels,self._raw = df,how['channels'],None # in order, as saved
@@ -331,7 +332,8 @@ def _opened(x, given, **options):
     if f: return _from_table(f, saved, given)
     found = find_plates(x, z=given['z'], t=given['t'], **options)
     return found.table,{**given, 'root': given['root'] or found.root, 'still':found.still,
-                        'names':found.names, 'plate':found.plate, 'found':found}
+                        'names':found.names, 'plate':found.plate, 'found':found,
+                        'pixel_size':found.about.get('pixel_size')}
 
 def _no_options(options):
     "Refuse what means nothing to a table"
@@ -542,7 +544,7 @@ def save(self:Screen,
     for c in t.columns[t.dtypes==object]: t[c] = t[c].where(t[c].notna(), '').astype(str)
     how = dict(table='screen.parquet', root=_way(self.root, folder), channels=self.channels,
                ranges=self.fit_ranges().tolist(), z=self.z, t=self.t, still=self._still,
-               illum=self.illum, replace=self.replace)
+               illum=self.illum, replace=self.replace, pixel_size=self.pixel_size)
     how = json.dumps(how, indent=1, default=int)
     (folder/'screen.json').unlink(missing_ok=True) # it must not be seen beside another table
     write_whole(folder/'screen.parquet', lambda f: t.to_parquet(f, index=False))
