@@ -1,4 +1,5 @@
 "Names of files: listed once, matched as they are meant, or refused with what differs"
+from itertools import product
 import os
 from zipfile import ZipFile
 
@@ -245,7 +246,7 @@ def test_letters_are_no_columns_of_a_fixed_width(tmp_path):
 
 def test_every_preset_is_tried_or_needs_a_word():
     alike = {'InCell, one field', 'ImageXpress, one site', 'ImageXpress, one channel', 'InCell, planes, times', 'InCell, times', 'CellProfiler, Fly',
-             'EVOS', 'EVOS, planes', 'a file per site', 'a file per well'} # in the other tests
+             'EVOS', 'EVOS, planes', 'a file per site', 'a file per well', 'Micro-Manager 2, plate', 'Micro-Manager, stacks'} # in the other tests
     assert {p.name for p in PRESETS} == {*NAMES, *alike, *NO_WELLS}
 
 NO_WELLS = {'Leica LAS X': 'x/Series009_z00_ch0{}.tif', 'Leica LAS X, times': 'Pos008_t000_z00_ch0{}.tif', 'Zeiss, split': 'plate1_S00001_T00009_C0000{}.tiff',
@@ -359,3 +360,17 @@ def test_a_long_list_says_how_far_it_is(tmp_path, capsys):
     from cellmae.patterns import _noted
     assert len([*_noted([('.', ['a'], [])]*3, 'root', every=0)]) == 3
     assert '3 files listed below root' in capsys.readouterr().out
+
+def test_micro_manager_stacks_of_a_plate(tmp_path):
+    x = np.random.default_rng(0).integers(0, 99, (2,2,2,4,6)).astype('u2')
+    for i,s in product(range(2), range(2)):
+        imwrite(tmp_path/f"run_1_MMStack_{('B03','C02')[i]}-Site_{s}.ome.tif", x[i,s],
+                metadata=dict(axes='CYX', Channel=dict(Name=['WGA','DAPI'])))
+    s = Screen.open(tmp_path)
+    assert s.channels==['golgi','DNA'] and list(s.table['well'])==['B03']*2+['C02']*2
+    for i in range(4): np.testing.assert_array_equal(s.read(i), x[i//2,i%2])
+
+def test_micro_manager_files_of_a_plate_are_asked_with_their_wells(tmp_path):
+    l = Listing(touch(tmp_path, *[f'{w}-Site_{s}/img_channel00{c}_position00{s}_time000000000_z000.tif'
+                                  for w,s,c in product(('B03','C02'), range(2), range(2))]))
+    with pytest.raises(FileNotFoundError, match=r'\{well\}-Site_\{site\}/img_channel'): instrument_pattern(l)
