@@ -401,6 +401,11 @@ def _mask_files(screen, masks):
     return _met(there, dict(zip(t['file'], rows_of(screen, tidy(t, {})))))
 
 # %% ../nbs/15_cells.ipynb #5c0e11d6
+def _like(masks, files):
+    "A pattern for masks that are called as the first is, and not as the second"
+    a,b = (re.sub('^.*(?=[_-])', '*', _last(f)) for f in files[:2])
+    return f'{_split(masks)[0]}/{a if a!=b else "*_nuclei.tif"}'
+
 def _one_each(screen, found, left, masks):
     "Refuse no mask at all, and two for one site"
     which = f'masks={str(masks)!r}'
@@ -412,7 +417,8 @@ def _one_each(screen, found, left, masks):
     two = by[by['row'].duplicated(keep=False)].sort_values('row')
     if len(two): raise ValueError(
         f'{which}: two for {_place(screen, two["row"].iloc[0])}, '
-        f'{" and ".join(map(_last, two["file"][:2]))}. Choose: `masks="masks/*_nuclei.tif"`.')
+        f'{" and ".join(map(_last, two["file"][:2]))}. '
+        f'Choose: `masks="{_like(masks, two["file"])}"`.')
     if left: print(f'{len(left)} masks are of no site of the screen, such as {left[0]}')
 
 def _of_mask(screen, i, f):

@@ -509,3 +509,11 @@ print({'torch', 'matplotlib', 'zarr', 'h5py', 'pyarrow.parquet', 'fsspec', 'scip
 def test_a_screen_needs_no_heavy_library_until_it_reads():
     res = subprocess.run([sys.executable, '-c', light], capture_output=True, text=True)
     assert res.returncode == 0 and not res.stdout.strip(), res.stdout+res.stderr
+
+def test_the_size_of_pixels_is_kept(tmp_path):
+    import layouts
+    layouts.phenix_v7(tmp_path/'plate')
+    s = Screen.open(tmp_path/'plate')
+    assert (s.pixel_size, s.subset([0]).pixel_size)==(.598, .598)
+    assert open_screen(s.save(tmp_path/'saved')).pixel_size==.598
+    assert Screen(s.table, channels=s.channels, root=s.root).pixel_size is None
