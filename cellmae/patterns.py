@@ -552,6 +552,8 @@ PRESETS += [Preset(*o) for o in (
     ('plain names, f', '{well}_f{site}_{channel}', ''),
     ('plain names, field', '{well}_field{site}_{channel}', ''),
     ('plain names, site', '{well}_site{site}_{channel}', ''),
+    ('plain names, planes', '{well}_s{site}_z{z}_{channel}', ''),
+    ('plain names, times', '{well}_s{site}_t{t}_{channel}', ''),
     ('plain names with a plate', '{plate}_{well}_s{site}_{channel}', ''),
     ('ImageXpress, one channel', '{plate}_{well}_s{site}{_}', 'all from 1'),
     ('a file per site', '{well}_s{site}', 'its planes are the channels'),
@@ -656,6 +658,18 @@ def guess_pattern(
     found = pd.DataFrame(rows, columns=None if rows else ['preset','pattern','share','note','file'])
     return found.sort_values('share', ascending=False, kind='stable', ignore_index=True).fillna('')
 
+# %% ../nbs/06_patterns.ipynb #dffe3f3e
+def _at_any_depth(found):
+    "What a preset at several depths is as one pattern"
+    for _,same in found.groupby('preset', sort=False):
+        ways = [o.split('/')[::-1] for o in same['pattern']]
+        ends = os.path.commonprefix(ways)
+        above = [p for o in ways for p in o[len(ends):]]
+        plain = not any(_own_folder.fullmatch(p) or '{z}' in p or '{t}' in p for p in above)
+        if len(ways)>1 and ends and plain and same['share'].sum()>=.9:
+            return ['**/'+'/'.join(ends[::-1])]
+    return []
+
 # %% ../nbs/06_patterns.ipynb #e1490f97
 def _places(pattern, names):
     "What a pattern takes for the wells"
@@ -690,7 +704,8 @@ def instrument_pattern(there, well=None):
         pattern = best['pattern'].iloc[0]
         if _has_well(pattern) or well: return pattern
     if not ways and all(map(opener_of, images)): raise FileNotFoundError(_boxed(there, images))
-    some = [*ways.values()] or [*found[found['share']>.05].drop_duplicates('file')['pattern']]
+    each = found[found['share']>.05].drop_duplicates('file')['pattern']
+    some = [*ways.values()] or _at_any_depth(found) or [*each]
     how = ' or '.join(_call(there.root, o) for o in some) or \
         "`Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`, with "\
         "`well='A01'` if no name holds a well because all are of one"

@@ -1,6 +1,7 @@
 "Names of files: listed once, matched as they are meant, or refused with what differs"
 from itertools import product
 import os
+import re
 from zipfile import ZipFile
 
 import numpy as np
@@ -193,6 +194,8 @@ NAMES = { # of row, column, site 1 or 2, channel 1 or 2; and what channel 1 is c
     'plain names, f': (lambda r,c,s,k: f'P1/{r}{c:02d}_f{s:02d}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
     'plain names, field': (lambda r,c,s,k: f'P1/{r}{c:02d}_field{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
     'plain names, site': (lambda r,c,s,k: f'P1/{r}{c:02d}_site{s}_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
+    'plain names, planes': (lambda r,c,s,k: f'P1/{r}{c:02d}_s{s}_z01_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
+    'plain names, times': (lambda r,c,s,k: f'P1/{r}{c:02d}_s{s}_t1_{["DAPI", "GFP"][k-1]}.tif', 'DNA'),
     'RxRx': (lambda r,c,s,k: f'HUVEC-01/Plate1/{r}{c:02d}_s{s}_w{k}.png', '1'),
     'ImageXpress': (lambda r,c,s,k: f'P/2023-02-21/1334/P_{r}{c:02d}_s{s}_w{k}{s}B{k}915F6-0679-4494-82D1-F80894B3{c:02d}66.tif', '1'),
     'CellVoyager': (lambda r,c,s,k: f'A_1/A/A_{r}{c:02d}_T0001F{s:03d}L01A01Z01C{k:02d}.tif', '01'),
@@ -239,6 +242,12 @@ def test_folders_of_instruments_open_with_every_pixel_in_its_well(tmp_path, inst
 def test_incell_of_one_field(tmp_path):
     l = Listing(touch(tmp_path, *[f'{w}(wv {k} - {k}).tif' for w in ('B - 03', 'C - 02') for k in ('DAPI', 'FITC')]))
     assert sites_by_names(l, instrument_pattern(l))[0].well.tolist() == ['B03', 'C02']
+
+def test_plates_in_folders_of_unequal_depth_are_proposed_as_one(tmp_path):
+    l = Listing(touch(tmp_path, *[f'{d}/{w}_s1_DAPI.tif' for d in ('P1', 'batch2/P2') for w in ('B03', 'C02', 'H12')]))
+    with pytest.raises(FileNotFoundError) as e: instrument_pattern(l)
+    pattern = re.search("'([*]{2}.*?)'", str(e.value))[1]
+    assert sites_by_names(l, pattern)[0][['plate', 'well']].values.tolist() == [[p, w] for p in ('P1', 'P2') for w in ('B03', 'C02', 'H12')]
 
 def test_letters_are_no_columns_of_a_fixed_width(tmp_path):
     l = Listing(touch(tmp_path, 'sample-1-bluestain.tif', 'mutant-2-bluestain.tif'))
