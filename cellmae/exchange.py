@@ -475,9 +475,16 @@ def _gallery(name):
     m = re.search(r'(?:^|/)load_data_csv/(?:([^/]+)/)?([^/]+)/[^/]+$', name)
     return _known(batch=m[1], plate=m[2]) if m else {}
 
+def _said_once(df):
+    "A table whose metadata stand once, and not for each channel, `Image_Metadata_Well_DAPI`"
+    ends,said = tuple(f'_{c}' for c in file_columns(df)),re.compile('(Image_)?Metadata_')
+    end = lambda c: max((e for e in ends if c.endswith(e)), key=len, default='')
+    df = df.rename(columns=lambda c: c.removesuffix(end(c)) if said.match(c) else c)
+    return df.loc[:,~df.columns.duplicated()]
+
 def _load_data_of(listing, name, plate):
     "One table: a row per site, `file_` and `illum_` by channel; `plate` if it says none"
-    df,folder = listed_table(listing, name),name.rpartition('/')[0]
+    df,folder = _said_once(listed_table(listing, name)),name.rpartition('/')[0]
     has = {_short(c) for c in df}
     more = {k:v for k,v in {**_known(plate=plate), **_gallery(name)}.items() if k not in has}
     own = df[[c for c in df if not re.match(ELSEWHERE, c)]].assign(**more)
@@ -514,6 +521,7 @@ def _called(tables):
 def _each_once(df):
     "Refuse a site that is listed twice, by one table or by two"
     key = [k for k in SITE if k in df]
+    if 'well' not in key: return
     twice = df.reset_index('table')[df.duplicated(key, keep=False).to_numpy()]
     if not len(twice): return
     a,b = twice[(twice[key]==twice[key].iloc[0]).all(axis=1)]['table'].iloc[:2]

@@ -994,3 +994,20 @@ def test_arrays_without_a_table_ask_for_one(tmp_path, name):
 def test_a_zip_cut_short_is_no_crash(tmp_path):
     (tmp_path/'a.zip').write_bytes(b'PK\3\4 and no more')
     with pytest.raises(ValueError, match='a.zip: .*Copy it again'): Screen.open(tmp_path/'a.zip')
+
+def test_load_data_with_metadata_for_each_channel(tmp_path):
+    x,rows = pixels(0, 2, 2, 4, 6),[]
+    for i,w in enumerate(('B03','C02')):
+        rows.append({f'Image_{k}_{c}':v for j,c in enumerate(('DAPI','Actin')) for k,v in
+                     dict(FileName=f'{w}_{c}.tif', PathName='.', Metadata_Plate='P',
+                          Metadata_Well=w).items()})
+        for c,o in zip(('DAPI','Actin'), x[i]): tifffile.imwrite(tmp_path/f'{w}_{c}.tif', o)
+    pd.DataFrame(rows).to_csv(tmp_path/'image.csv', index=False)
+    s = Screen.open(tmp_path)
+    assert set(s.table['plate'])=={'P'}
+    same_pixels(s, 'C02', '1', ['DNA','actin'], x[1])
+
+def test_load_data_without_wells_asks_for_them(tmp_path):
+    tifffile.imwrite(tmp_path/'a.tif', pixels(0, 4, 6))
+    pd.DataFrame(dict(FileName_DNA=['a.tif'])).to_csv(tmp_path/'load_data.csv', index=False)
+    with pytest.raises(ValueError, match='which wells'): Screen.open(tmp_path)
