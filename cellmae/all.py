@@ -8,7 +8,8 @@ from .sites import *
 from .patterns import *
 from .layouts import *
 from .instruments import *
-from .exchange import *
+from .tables import *
+from .ome import *
 from .checks import *
 from .report import *
 from .overview import *

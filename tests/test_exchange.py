@@ -5,7 +5,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from threading import Thread
 import numpy as np, pandas as pd, pytest, tifffile
-from cellmae.exchange import *
+from cellmae.ome import *
+from cellmae.tables import *
 from cellmae.layouts import LAYOUTS
 from cellmae.patterns import Listing
 from cellmae.screen import Screen
