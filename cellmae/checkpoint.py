@@ -188,7 +188,7 @@ def begin(self:Checkpoint,
 # %% ../nbs/34_checkpoint.ipynb #695bfdf9
 _words = dict(images='other images', ranges='other ranges of intensity', labels='other labels',
     start='other starting weights', split='other sites for validation', cells='other cells')
-_make_pixels = 'panels','z','t','illum','pixel_size' # other ones make other images
+_make_pixels = 'panels','z','t','illum' # other ones make other images
 
 def check_same(
     folder, # Of the run
@@ -196,7 +196,8 @@ def check_same(
     new:dict, # Settings of the run to come
 ):
     "Refuse to go on with a run of other data or settings, and say what differs"
-    differs = [k for k in {**old, **new} if old.get(k)!=new.get(k)]
+    every = [k for k in {**old, **new} if k!='pixel_size'] # which changes no image
+    differs = [k for k in every if old.get(k)!=new.get(k)]
     if {*_make_pixels}&{*differs}:
         differs = [k for k in differs if k not in ('images','ranges')]
     plain = lambda k: f'{k}={old.get(k)!r} there and {new.get(k)!r} now'

@@ -465,6 +465,7 @@ def cellmae_check(
     **kwargs
 ):
     "What is in these plates and what is wrong with them. After a stop, it goes on where it was"
+    if Path(out).is_file(): raise FileExistsError(f'{out}: a file. Name a folder, `--out`.')
     plates = own_screen(screen, **kwargs)
     problems = plates.check(n=n, out=out, workers=workers)
     write_whole(Path(out)/'problems.csv', lambda f: problems.to_csv(f, index=False))

@@ -28,7 +28,7 @@ from .data import how_read
 from .device import has_bf16, memory_kept
 from .labels import clean
 from .screen import open_screen, place_of_site
-from .sites import SITE, WELL, agreed, disagreeing, site_key
+from .sites import WELL, agreed, disagreeing, site_key
 from .stats import intensity_stats, spectrum_stats
 from .zoo import create_model, list_models, load_model
 

@@ -293,6 +293,11 @@ def test_channels_of_a_command(tmp_path, monkeypatch, text, want):
     with pytest.raises(ValueError, match='16x24'): own_screen('somewhere', plate_shape='384')
 
 
+def test_check_does_not_write_into_a_file(tmp_path):
+    (tmp_path/'full').write_text('x')
+    with pytest.raises(OSError, match='Name a folder'): cellmae_check(str(tmp_path), out=str(tmp_path/'full'))
+
+
 def test_cures_of_commands_are_options(tmp_path, capsys):
     for z in (1,2): tifffile.imwrite(tmp_path/f'A01_s1_z{z}_DNA.tif', np.ones((8,8), 'u2'))
     with pytest.raises(SystemExit):
