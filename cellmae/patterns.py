@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 from zipfile import BadZipFile, ZipFile
 from .containers import below, is_remote, local, opener_of
 from .files import text_of
+from .images import STAINS, canonical_stain
 from .labels import row_letters, well_name
 from .planes import NOT_READ, SUFFIXES
 from .sites import WELL, choose, counted, wide
@@ -670,6 +671,32 @@ def _at_any_depth(found):
             return ['**/'+'/'.join(ends[::-1])]
     return []
 
+# %% ../nbs/06_patterns.ipynb #5033ecaf
+_signs = dict(site='s|f|site|field|fov|pos|position', z='z', t='t', channel='w|c|ch')
+
+def _meaning(words, after):
+    "What the words at one place of all names may be; `after`: what stands behind the first"
+    if all(re.fullmatch(r'(?:[A-P]|A[A-F])\d{1,2}', o) for o in words): return '{well}'
+    for k,mark in _signs.items():
+        begin = {m and m[1] for m in (re.fullmatch(rf'(?i)({mark})\d+', o) for o in words)}
+        if len(begin)==1 and None not in begin: return f'{begin.pop()}{{{k}}}'
+    if all(canonical_stain(o) in STAINS for o in words): return '{channel}'
+    if len({*words})==1: return words[0]
+    return '{plate}' if '/' in after else '{site}' if all(map(str.isdigit, words)) else '{channel}'
+
+def proposed(
+    names, # Of images
+)->list: # A pattern, or none
+    "How images may be named, by the words in their names"
+    parts = [re.split('([A-Za-z0-9]+)', o.removesuffix(_end(o))) for o in names]
+    if len({tuple(o[::2]) for o in parts})>1: return []
+    between,words = parts[0][::2],[*zip(*(o[1::2] for o in parts))]
+    holes = [_meaning(w, b) for w,b in zip(words, between[1:])]
+    for i in [i for i,o in enumerate(holes) if o=='{well}'][:-1]: holes[i] = '{plate}' # called P1
+    pattern = ''.join(map(''.join, zip(between, [*holes, _end(names[0])])))
+    once = all(pattern.count(f'{{{k}}}')<2 for k in (*_signs,'plate'))
+    return [pattern] if once and pattern.count('{well}')==1 else []
+
 # %% ../nbs/06_patterns.ipynb #e1490f97
 def _places(pattern, names):
     "What a pattern takes for the wells"
@@ -705,7 +732,7 @@ def instrument_pattern(there, well=None):
         if _has_well(pattern) or well: return pattern
     if not ways and all(map(opener_of, images)): raise FileNotFoundError(_boxed(there, images))
     each = found[found['share']>.05].drop_duplicates('file')['pattern']
-    some = [*ways.values()] or _at_any_depth(found) or [*each]
+    some = [*ways.values()] or _at_any_depth(found) or [*each] or proposed(_some_of(images, 50))
     how = ' or '.join(_call(there.root, o) for o in some) or \
         "`Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`, with "\
         "`well='A01'` if no name holds a well because all are of one"

@@ -338,7 +338,8 @@ def _our_titles(df):
     "A table under our titles, and the column of folders that its files are in"
     df = df.rename(columns=_chammi)
     if (said := df.get(_control)) is not None and (said!='unknown').any():
-        df['control'] = said.map({v: is_control(v) for v in said.unique()})
+        yes = lambda v: is_control(v) or v.lower() in ('true','yes','1')
+        df['control'] = said.map({v: yes(v) for v in said.unique()})
     found = {_first_of(df, titles): k for k,titles in _titles_of.items() if k not in df}
     df = tidied(df.rename(columns={c:k for c,k in found.items() if c}))
     folder = _first_of(df, _folder)

@@ -584,7 +584,8 @@ def test_rxrx3_core_half_downloaded(tmp_path):
 
 # A row per channel
 
-def test_chammi_75(tmp_path):
+@pytest.mark.parametrize('yes', ['negative','True'])
+def test_chammi_75(tmp_path, yes):
     "A zip per plate; two channels of one type; a table in no order"
     x,rows = {},[]
     for k,well in enumerate(('B03','C02')):
@@ -595,7 +596,7 @@ def test_chammi_75(tmp_path):
                 rows.append({
                     'experiment.study':'idr0017', 'experiment.plate':'P1', 'experiment.well':well,
                     'experiment.reagent':'x' if k else 'taxol', 'microscopy.fov':'1',
-                    'experiment.control':'negative' if k else 'no', 'geometry.z_slice':'unknown',
+                    'experiment.control':yes if k else 'no', 'geometry.z_slice':'unknown',
                     'imaging.multi_channel_id':f'idr0017_{k}', 'geometry.timepoint':'unknown',
                     'imaging.channel':c, 'imaging.channel_type':kind,
                     'storage.zip':f'plate{k}', 'storage.filename':f'{well}_{c}.png'})
