@@ -507,7 +507,8 @@ def _ome_tiffs(listing):
     if found := listing.named('*.companion.ome'): return found
     if listing.lead or isinstance(listing.root, str) or load_tables(listing): return []
     tiffs = sorted(o for s in _tif for o in listing.by_suffix.get(s, ()))
-    tiffs = [o for o in tiffs if '.ome.' in o[-10:].lower()] or tiffs
+    if '.ome.' in '\n'.join(tiffs).lower(): # or else a look at each is for nothing
+        tiffs = [o for o in tiffs if '.ome.' in o[-10:].lower()] or tiffs
     few = {o for o in (*tiffs[:1], *tiffs[len(tiffs)//2:][:1], *tiffs[-1:])}
     return tiffs if any(_says_more(_description(listing.path(o))) for o in few) else []
 

@@ -57,7 +57,9 @@ def tables_of(
 )->dict: # Name of a table -> titles of its columns, in lower case
     "Tables of a listing by their titles, looked up once"
     if '_tables' not in vars(listing):
-        names = [*filter(_is_table, listing.names)]
+        ends = {'.'+o.rpartition('.')[2] for o in _tables}
+        some = [o for s in ends for o in listing.by_suffix.get(s, ())]
+        names = sorted(filter(_is_table, some))
         listing._tables = {o: [c.strip().lower() for c in _titles(listing, o)] for o in names}
     return listing._tables
 
@@ -69,6 +71,7 @@ def tables_with(
     asked = [{c} if isinstance(c, str) else set(c) for c in columns]
     return [o for o,titles in tables_of(listing).items() if all(c & set(titles) for c in asked)]
 
+# %% ../nbs/09_tables.ipynb #70c2e812
 def _read(path, name):
     "A table as text, in which pictures are their addresses"
     from pyarrow import ArrowException, parquet
