@@ -10,6 +10,7 @@ import json, os, zlib
 import numpy as np, pandas as pd
 from contextlib import closing
 from fastcore.basics import patch
+from functools import cached_property
 from itertools import combinations, islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -183,7 +184,7 @@ class Seen:
 
     def __len__(self): return int((self.planes['state']!=UNSEEN).all(axis=1).sum())
 
-    @property
+    @cached_property
     def files(self):
         "Addresses `(n,C)`, as the table has them"
         cols = [col for col,chs in _columns(self.screen) for _ in chs]
@@ -483,18 +484,17 @@ def _measured(d, seen):
 def pixel_problems(seen):
     "What is wrong with pixels, as `(place,problem,channel,file,cure)`: channels, plates, sites"
     t,names,d,sites = seen.screen.table,seen.screen.channels,good_planes(seen),_worded(seen)
-    plate = lambda i: tuple(t[WELL[:2]].iloc[i])
+    plates,places = (t[k].to_numpy(dtype=object) for k in (WELL[:2], site_key(t)))
     rows = [((), problem, chs, '', cure) for chs,problem,cure in _twice(seen)]
     if len(d):
         some = d.groupby('plate')['i'].first()
-        rows += [(plate(some[p]), problem, chs, '', cure)
+        rows += [(tuple(plates[some[p]]), problem, chs, '', cure)
                  for p,chs,problem,cure in _swapped(d, names)]
         for ns,problem,cure in _measured(d, seen):
             i,c = d['i'][ns[0]],d['c'][ns[0]]
-            if len(ns)>1: rows.append((plate(i), problem, names[c], '', cure))
+            if len(ns)>1: rows.append((tuple(plates[i]), problem, names[c], '', cure))
             else: sites.append((i, problem, names[c], seen.files[i,c], cure))
-    place = lambda i: tuple(t[site_key(t)].iloc[i])
-    return rows+[(place(i), *o) for i,*o in sorted(sites, key=lambda o: o[0])]
+    return rows+[(tuple(places[i]), *o) for i,*o in sorted(sites, key=lambda o: o[0])]
 
 # %% ../nbs/11_checks.ipynb #2224ae98
 def problems_of(seen):
