@@ -18,7 +18,7 @@ from .files import progress, read_table, write_whole
 from .labels import did_you_mean
 from .patterns import Listing, sites_by_names
 from .planes import SUFFIXES, read_plane, size_of
-from .sites import SITE, WELL, about, in_words, site_key, tidy
+from .sites import SITE, about, in_turn, in_words, site_key, tidy
 from .screen import open_screen
 
 # %% ../nbs/16_cells.ipynb #5c0e11a5
@@ -446,20 +446,13 @@ def _from_masks(screen, masks):
     return t
 
 # %% ../nbs/16_cells.ipynb #5c0e11e1
-def _in_turn(screen):
-    "Rows in random order, plate after plate in turn"
-    order = np.random.default_rng(0).permutation(len(screen))
-    plate = screen.table[WELL[:2]].iloc[order]
-    turn = plate.groupby(WELL[:2], observed=True).cumcount().to_numpy()
-    return order[np.argsort(turn, kind='stable')]
-
 def site_sizes(
     screen, # `Screen`
     seconds:float=10., # To spend
     workers:int=16, # Threads
 )->np.ndarray: # `(n,2)` height and width in pixels, NaN where it was not seen or cannot be said
     "The sizes of sites from the headers of their files, of as many as there is time for"
-    sizes,todo = np.full((len(screen),2), np.nan),iter(_in_turn(screen))
+    sizes,todo = np.full((len(screen),2), np.nan),iter(in_turn(screen.table))
     end = time.monotonic()+seconds
     def look():
         for i in todo:

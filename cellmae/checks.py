@@ -18,18 +18,11 @@ from threading import Thread
 from time import monotonic
 from .labels import dates_among
 from .files import progress, write_whole
-from .images import ImageError, check_pixels
+from .images import ImageError, check_pixels, thinned
 from .planes import parse_address
 from .sites import LABEL, SITE, WELL, disagreeing, in_words, site_key
 
 # %% ../nbs/11_checks.ipynb #ae58ad68
-def thinned(
-    p:np.ndarray, # `(..,H,W)`
-): # `(..,h,w)` with 256 to 511 pixels along the shorter side, where there are as many
-    "Pixels enough for statistics"
-    s = max(1, min(p.shape[-2:])//256)
-    return p[...,::s,::s]
-
 def hole(
     p:np.ndarray, # `(H,W)`
 )->float: # Share of pixels

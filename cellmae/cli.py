@@ -32,6 +32,7 @@ from fastcore.script import call_parse, store_true
 from .files import write_whole
 from .images import ImageError
 from .cells import find_cells
+from .checks import place_of_problem
 from .data import given
 from .embed import LEVELS, embed
 from .profiles import aggregate, read_profiles, to_parquet
@@ -451,8 +452,7 @@ def _counted(problems):
     first = problems.drop_duplicates('problem').set_index('problem')
     for k,n in problems['problem'].value_counts().items():
         o = first.loc[k]
-        where = ', '.join(f'{c} {o[c]}' for c in [*SITE,'channel','file'] if o[c])
-        yield f'{n:,} x {k}: {where}. {o["cure"]}'.replace(': . ', ': ')
+        yield f'{n:,} x {k}: {place_of_problem(o)}. {o["cure"]}'.replace(': . ', ': ')
 
 @command
 @delegates(own_screen)

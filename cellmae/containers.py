@@ -216,7 +216,13 @@ def close_held():
             with shelf.lock: shelf.trim(len(shelf.all))
 
 # %% ../nbs/03_containers.ipynb #c0a1001a
-def _size(shape): return 'x'.join(map(str, shape))
+def sized(shape):
+    "A shape in words"
+    return 'x'.join(map(str, shape))
+
+def short_last(shape):
+    "Is the last of three axes shorter than an image, so that it is not its width?"
+    return len(shape)==3 and shape[-1]<min(10, *shape[:2])
 
 def _chosen(at, k, n, where, what):
     "Number `k` of `n`, which may be left out where there is only one"
@@ -236,15 +242,14 @@ def _letters(words):
 
 def _guess(shape):
     "What two or three axes are; one that is shorter than an image comes last as well"
-    last = len(shape)==3 and shape[-1]<min(10, *shape[:2])
-    return {2:'YX', 3:'YXI' if last else 'IYX'}.get(len(shape))
+    return {2:'YX', 3:'YXI' if short_last(shape) else 'IYX'}.get(len(shape))
 
 def _axes(told, shape, where):
     "Names of axes, if there is no doubt about them"
     axes = _letters(told) if told else _guess(shape)
     if axes and len(axes)==len(shape) and 'YX'==re.sub('[^YX]', '', axes): return axes
     doubt = f'`{told}`' if told else 'unknown'
-    cure = (f'{len(shape)} axes, {_size(shape)}, {doubt}. Name them, Y before X, as in '
+    cure = (f'{len(shape)} axes, {sized(shape)}, {doubt}. Name them, Y before X, as in '
             '`#axes=ZCYX`; `I` is one you do not know.')
     raise ImageError('unknown axes', where, cure)
 

@@ -123,6 +123,14 @@ def check_pixels(
         raise ValueError('float in 0..1: rescaled. Export 16-bit integers, or multiply all images '
                          'by 65535.')
 
+# %% ../nbs/02_images.ipynb #872d8e1a
+def thinned(
+    p:np.ndarray, # `(..,H,W)`
+): # `(..,h,w)` with 256 to 511 pixels along the shorter side, where there are as many
+    "Pixels enough for statistics"
+    s = max(1, min(p.shape[-2:])//256)
+    return p[...,::s,::s]
+
 # %% ../nbs/02_images.ipynb #499806bd
 def _majority(imgs):
     "Pixels of the type that most images have; a warning counts the others"
@@ -137,8 +145,7 @@ def _majority(imgs):
 def _sampled(x):
     "65,000 pixels of an image are plenty"
     check_pixels(x)
-    s = max(1, min(x.shape[1:])//256)
-    return x[:,::s,::s].reshape(len(x),-1)
+    return thinned(x).reshape(len(x),-1)
 
 def fit_range(
     imgs, # Images `(C,H,W)`; sizes may differ

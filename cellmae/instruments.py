@@ -22,7 +22,7 @@ from .containers import Stored, opener
 from .files import progress
 from .images import ImageError
 from .labels import row_letters, well_name
-from .layouts import Scan, layout
+from .layouts import UM, Scan, layout
 from .patterns import Listing
 from .planes import SUFFIXES
 
@@ -368,12 +368,10 @@ def _written(table, index):
     return table[~bad], [f'Not taken well, and left out: {bad.sum()} of {len(bad)} images of '
                          f'{index}, such as {where}.']
 
-_um = dict(m=1e6, mm=1e3, um=1., nm=1e-3)
-
 def _harmony_measures(root):
     "Size of a pixel in um, rows and columns of the plate"
     pixel = next(root.iter('ImageResolutionX'), ElementTree.Element('none'))
-    um = _um.get(pixel.get('Unit', 'm'))
+    um = UM.get(pixel.get('Unit', 'm'))
     shape = [root.findtext(f'.//Plate/{k}') for k in ('PlateRows','PlateColumns')]
     return measures(um and pixel.text, *shape, um=um)
 

@@ -27,6 +27,10 @@ class Scan(NamedTuple):
     said:list = [] # What a person should know, a sentence each
     about:dict = {} # `pixel_size` in um, `plate_shape`, as far as the files say
 
+# %% ../nbs/07_layouts.ipynb #eaa13c7a
+UM = dict(m=1e6, mm=1e3, um=1., nm=1e-3, # Units of length in um, as files write them
+          meter=1e6, millimeter=1e3, micrometer=1., nanometer=1e-3)
+
 # %% ../nbs/07_layouts.ipynb #77c87fbd
 class Layout(NamedTuple):
     "A way to lay out plates on disk"

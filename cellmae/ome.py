@@ -19,9 +19,9 @@ from zipfile import BadZipFile, ZipFile
 from .containers import is_remote, local, series_of
 from .images import ImageError
 from .labels import well_name
-from .layouts import Scan, absent, layout
+from .layouts import UM, Scan, absent, layout
 from .patterns import Listing
-from .planes import SUFFIXES, address, look_into
+from .planes import SUFFIXES, address as address_of, look_into, xml_of
 from .tables import load_tables
 
 # %% ../nbs/10_ome.ipynb #9e010003
@@ -186,7 +186,6 @@ def _wanted(df, name, images):
                      f"another. Choose: `images={there[0]!r}`, or all, `images='*'`.")
 
 # %% ../nbs/10_ome.ipynb #9e010012
-_um = dict(micrometer=1., nanometer=1e-3, millimeter=1e3, um=1., nm=1e-3, mm=1e3)
 _shapes = ((2,3),(3,4),(4,6),(6,8),(8,12),(16,24),(32,48))
 
 def _pixel_size(image):
@@ -195,7 +194,7 @@ def _pixel_size(image):
     axes,steps = m.get('axes', []),m.get('datasets', [{}])[0].get('coordinateTransformations', [])
     units = [o.get('unit') for o in axes if isinstance(o, dict)]
     scale = next((o['scale'] for o in steps if o.get('type')=='scale'), None)
-    if scale and len(units)==len(scale) and units[-1] in _um: return scale[-1]*_um[units[-1]]
+    if scale and len(units)==len(scale) and units[-1] in UM: return scale[-1]*UM[units[-1]]
 
 def _plate_shape(plate):
     "Rows and columns, if they are those of a whole plate"
@@ -362,11 +361,9 @@ def ome_xml(
     where, # For the message
 )->ElementTree.Element: # Its root
     "OME-XML, its tags without the namespace, which differs by version"
-    try: root = ElementTree.fromstring(text)
+    try: return xml_of(text)
     except ElementTree.ParseError as e:
         raise ValueError(f'{where}: damaged OME-XML ({e}). Copy it again.') from None
-    for o in root.iter(): o.tag = o.tag.rpartition('}')[2]
-    return root
 
 def ome_places(
     ome, # Root of an OME-XML
@@ -528,7 +525,7 @@ def _ome_size(ome):
     "Size of a pixel in um, if it is said"
     p = next(ome.iter('Pixels'))
     size,unit = p.get('PhysicalSizeX'),p.get('PhysicalSizeXUnit', 'um').replace('\xb5', 'u')
-    return float(size)*_um[unit] if size and unit in _um else None
+    return float(size)*UM[unit] if size and unit in UM else None
 
 @layout('ome_tiff', 'OME-TIFF', _ome_tiffs)
 def ome_tiff(listing, found):
@@ -588,10 +585,10 @@ def _positions(listing, name):
     labels = series_of(path)
     for i,label in enumerate(labels):
         at = dict(series=i) if len(labels)>1 else {}
-        s = look_into(address(path, **at))
+        s = look_into(address_of(path, **at))
         n = s.shape[s.axes.index('C')] if 'C' in s.axes else 1
         each = [dict(at, c=c) for c in range(n)] if n>1 else [at]
-        rows += [dict(stem=stem, site=str(i), label=label, channel=c, file=address(name, **o))
+        rows += [dict(stem=stem, site=str(i), label=label, channel=c, file=address_of(name, **o))
                  for c,o in zip(numbered(s.names or map(str, range(n))), each)]
     return rows
 

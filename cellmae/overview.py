@@ -10,11 +10,11 @@ import base64, html, io, re, warnings
 import numpy as np, pandas as pd
 from pathlib import Path
 from .labels import clean, row_col, row_letters, well_name, yes_no
-from .images import fit_range
+from .images import fit_range, thinned
 from .sites import SITE, WELL
 from .checks import (GOOD, NO_SITES, SAMPLE, SATURATED, field_counts, full_share,
                             good_planes, look_at, look_through, place_of_problem, problems_of,
-                            spread, thinned)
+                            spread)
 from .report import Aside, Html, to_html, write_report
 
 # %% ../nbs/13_overview.ipynb #c2e8cff3

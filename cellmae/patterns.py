@@ -21,7 +21,7 @@ from .containers import below, is_remote, local, opener_of
 from .files import text_of
 from .images import STAINS, canonical_stain
 from .labels import row_letters, well_name
-from .planes import NOT_READ, SUFFIXES
+from .planes import NOT_READ, SUFFIXES, xml_of
 from .sites import WELL, choose, counted, wide
 
 # %% ../nbs/06_patterns.ipynb #778317b6
@@ -209,14 +209,10 @@ def xml(self:Listing,
     "An XML file, its tags and attributes without namespaces"
     raw = self.bytes(name)
     try:
-        try: root = ElementTree.fromstring(raw)
-        except ElementTree.ParseError: root = ElementTree.fromstring(_undeclared(text_of(raw)))
+        try: return xml_of(raw)
+        except ElementTree.ParseError: return xml_of(_undeclared(text_of(raw)))
     except ElementTree.ParseError as e:
         raise ValueError(f'{self.path(name)}: damaged XML ({e}). Copy it again.') from None
-    for o in root.iter():
-        o.tag = o.tag.rpartition('}')[2]
-        o.attrib = {k.rpartition('}')[2]: v for k,v in o.attrib.items()}
-    return root
 
 def _undeclared(text):
     "XML whose first line names another encoding than it has"

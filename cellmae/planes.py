@@ -20,7 +20,7 @@ from struct import unpack
 from tifffile import TiffFile
 from typing import NamedTuple
 from xml.etree import ElementTree
-from .containers import OPENERS, Stored, held, local
+from .containers import OPENERS, Stored, held, local, short_last, sized
 from .images import ImageError
 
 # %% ../nbs/04_planes.ipynb #30a47bb7
@@ -80,8 +80,6 @@ def parse_address(
     return Address(s[:end]+path[len(below):], inner or None, _numbers(choices, s))
 
 # %% ../nbs/04_planes.ipynb #2a134d9d
-def _size(shape): return 'x'.join(map(str, shape))
-
 def _wanted(axes, at): return tuple(at.get(k, slice(None)) for k in axes.lower())
 
 def _whole(axes, shape, dtype, get, names=None):
@@ -128,7 +126,7 @@ def _paged(lead, sizes, page, p, own=None, names=None):
     if axes=='Q': axes = 'I' # as unknown as that
     own = own or p.axes
     if 'C' not in axes: own = _own_axes(p, own)
-    thin = axes=='I' and own=='YX' and shape[-1]<min(10, *shape[:2])
+    thin = axes=='I' and own=='YX' and short_last(shape)
     fill = partial(_fill, page, p)
     return _planewise('YXC' if thin else axes+own, shape, p.dtype, len(more), fill, names)
 
@@ -138,7 +136,7 @@ def _one_of(n, i, image):
     if i is None and n==1: i = 0
     if i is not None and i<n: return image(i)
     some = ((j,image(j)) for j in range(min(n, 6)))
-    held = 'It holds ' + ', '.join(f'{j}: {o.axes} {_size(o.shape)}' for j,o in some)
+    held = 'It holds ' + ', '.join(f'{j}: {o.axes} {sized(o.shape)}' for j,o in some)
     raise ImageError('several series', '', f'{held}. Choose with `series=`, or save each by itself.'
                      if i is None else f'There is no series {i}. {held}.')
 
@@ -219,9 +217,11 @@ def _no_page(i, n):
 def xml_of(
     text, # Or bytes
 )->ElementTree.Element: # Its root
-    "An XML text, its tags without namespaces, which differ by version"
+    "An XML text, its tags and attributes without namespaces, which differ by version"
     root = ElementTree.fromstring(text)
-    for o in root.iter(): o.tag = o.tag.rpartition('}')[2]
+    for o in root.iter():
+        o.tag = o.tag.rpartition('}')[2]
+        o.attrib = {k.rpartition('}')[2]: v for k,v in o.attrib.items()}
     return root
 
 def _companion(t, only):
@@ -255,7 +255,7 @@ def _first(data, order, sizes):
     "Number of the first plane of a `TiffData`"
     at = [int(data.get(f'First{k}', 0)) for k in order]
     if all(i<n for i,n in zip(at, sizes)): return int(np.ravel_multi_index(at, sizes))
-    raise ImageError('unreadable', '', f'Its OME-XML has {_size(sizes)} planes along {order}, and '
+    raise ImageError('unreadable', '', f'Its OME-XML has {sized(sizes)} planes along {order}, and '
                      f'names one at {at}. Write it anew.')
 
 def _pages_of(px, order, own, samples, n):
@@ -550,7 +550,7 @@ def _chw(x, axes):
     if len(rest)>1 or rest not in 'CSI':
         odd = [f'`#{k.lower()}=0`' for k in rest if k not in 'CSIQ']
         cure = f'Choose along them, {", ".join(odd)}' if odd else 'Save channels, height, width'
-        raise ImageError('wrong channel count', '', f'Stored as {axes} {_size(x.shape)}. {cure}.')
+        raise ImageError('wrong channel count', '', f'Stored as {axes} {sized(x.shape)}. {cure}.')
     x = x.transpose([axes.index(k) for k in rest+'YX'])
     return x if rest else x[None]
 
@@ -591,7 +591,7 @@ def _stack(f, z, t, single):
 # %% ../nbs/04_planes.ipynb #fcea5589
 def _same_kind(x, f, y, g):
     "Of the size and type of the first"
-    pairs = dict(size=(_size(x.shape[1:]), _size(y.shape[1:])), type=(x.dtype, y.dtype))
+    pairs = dict(size=(sized(x.shape[1:]), sized(y.shape[1:])), type=(x.dtype, y.dtype))
     for k,(a,b) in pairs.items():
         if a==b: continue
         raise ImageError(f'wrong {k}', f, f'{a}, but {g} has {b}. Export all channels alike.')

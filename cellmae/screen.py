@@ -20,7 +20,7 @@ from .containers import OPENERS, is_remote, local
 from .planes import (NOT_READ, SUFFIXES, address as address_of, look_into,
                             parse_address, read_plane, read_site)
 from .sites import (AWAY, KEYS, LABEL, SITE, WELL, about, agreed, arranged, at_home,
-                           file_columns, filled, illum_columns, in_words, join_plate_map,
+                           file_columns, filled, illum_columns, in_turn, in_words, join_plate_map,
                            name_channels, site_key, tidy)
 from .layouts import Plates, find_plates, leftovers, plates_by_names, recognise
 from . import instruments, ome, tables # they register their layouts
@@ -484,10 +484,8 @@ def from_csv(cls:Screen,
 def _sample(self:Screen, n, seed):
     "Images of `n` sites, plate after plate in turn, passing over bad ones"
     if not len(self): raise ValueError(NO_SITES)
-    order = np.random.default_rng(seed).permutation(len(self))
-    turn = self.table.iloc[order].groupby(WELL[:2], observed=True).cumcount().to_numpy()
     good,bad = 0,None
-    for i in order[np.argsort(turn, kind='stable')][:4*n]:
+    for i in in_turn(self.table, seed)[:4*n]:
         if good==n: return
         try: x = self.read(i); check_pixels(x)
         except ImageError as e: bad = e

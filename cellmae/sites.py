@@ -30,6 +30,13 @@ def site_key(
     "What a row of this table is known by"
     return SITE+['t']*('t' in table)
 
+# %% ../nbs/05_sites.ipynb #5970daf3
+def in_turn(table, seed=0):
+    "Row numbers in random order, plate after plate in turn"
+    order = np.random.default_rng(seed).permutation(len(table))
+    turn = table.iloc[order].groupby(WELL[:2], observed=True).cumcount().to_numpy()
+    return order[np.argsort(turn, kind='stable')]
+
 # %% ../nbs/05_sites.ipynb #3a57a73d
 @contextmanager
 def about(what):
@@ -77,12 +84,14 @@ def _renamed(df, names):
     was = {k: f'given_{k}' for k,v in names.items() if k in df and k!=v}
     return df.rename(columns=was).assign(**{k: df[v] for k,v in names.items()})
 
-def _short(c): return re.sub('^(image_)?metadata_|_position$', '', str(c).strip().lower())
+def short(c):
+    "A title in small letters, without what stands before and behind it in tables of metadata"
+    return re.sub('^(image_)?metadata_|_position$', '', str(c).strip().lower())
 
 def tidy(df, names):
     "Metadata columns under our names, as text"
     df = _renamed(df, names)
-    first = {_short(c): c for c in reversed(list(df))}
+    first = {short(c): c for c in reversed(list(df))}
     for k in ('fieldid','field','fov'): # what others call a site
         if k in first: first.setdefault('site', first[k])
     df = df.rename(columns={c:k for k,c in first.items() if k in [*KEYS,'t'] and k not in df})

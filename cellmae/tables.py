@@ -20,7 +20,7 @@ from .labels import is_control
 from .layouts import Scan, absent, layout
 from .patterns import Listing
 from .sites import (ELSEWHERE, SITE, file_columns, illum_columns, in_words, join_plate_map,
-                           tidy, wide)
+                           short, tidy, wide)
 
 # %% ../nbs/09_tables.ipynb #9e010051
 _tables = ('.csv','.tsv','.txt','.csv.gz','.tsv.gz','.txt.gz','.parquet')
@@ -123,7 +123,7 @@ def tidied(
     df, # A table with columns such as `Metadata_Well`
 )->pd.DataFrame: # The same with `batch,plate,well,site`, as far as they are there
     "Columns of places under our names"
-    return tidy(df, {}) if {'well','well_position','row'} & {_short(c) for c in df} else df
+    return tidy(df, {}) if {'well','row'} & {short(c) for c in df} else df
 
 def _gallery(name):
     "Batch and plate of a table, from the folders of the Cell Painting Gallery"
@@ -140,15 +140,13 @@ def _said_once(df):
 def _load_data_of(listing, name, plate):
     "One table: a row per site, `file_` and `illum_` by channel; `plate` if it says none"
     df,folder = _said_once(listed_table(listing, name)),name.rpartition('/')[0]
-    has = {_short(c) for c in df}
+    has = {short(c) for c in df}
     told = dict(plate=plate) | _gallery(name)
     more = {k:v for k,v in told.items() if v and k not in has}
     own = df[[c for c in df if not re.match(ELSEWHERE, c)]].assign(**more)
     for lead,found in dict(file_=file_columns(df), illum_=illum_columns(df)).items():
         own = own.assign(**{lead+c: _beside(fs, folder) for c,fs in found.items()})
     return tidied(own)
-
-def _short(title): return re.sub('^(image_)?metadata_', '', title.lower())
 
 # %% ../nbs/09_tables.ipynb #9e010057
 def _illum_of(names, batch, plate):
