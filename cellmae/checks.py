@@ -11,13 +11,11 @@ import numpy as np, pandas as pd
 from contextlib import closing
 from fastcore.basics import patch
 from functools import cached_property
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from time import monotonic
 from .labels import dates_among
-from .files import progress, write_whole
+from .files import ahead, progress, write_whole
 from .images import ImageError, check_pixels, thinned
 from .planes import parse_address
 from .sites import LABEL, SITE, WELL, disagreeing, in_words, site_key
@@ -143,29 +141,6 @@ def spread(table, seed=0):
     t['turn'] = t.groupby(WELL[:2], observed=True).cumcount()
     return t.sort_values('turn', kind='stable').index.to_numpy()
 
-# %% ../nbs/11_checks.ipynb #f9277345
-def ahead(f, items, workers):
-    "`(item,f(item))` as they get done, by daemon threads: nothing waits for a read that hangs"
-    todo,done,items = SimpleQueue(),SimpleQueue(),iter(items)
-    more = lambda n: sum(todo.put(o) is None for o in islice(items, n))
-    def work():
-        while (o := todo.get()) is not None: done.put((o, _tried(f, o)))
-    for _ in range(workers): Thread(target=work, daemon=True).start()
-    try:
-        left = more(4*workers)
-        while left:
-            item,(result,error) = done.get()
-            if error: raise error
-            yield item,result
-            left += more(1)-1
-    finally:
-        while not todo.empty(): todo.get_nowait()
-        for _ in range(workers): todo.put(None)
-
-def _tried(f, o):
-    try: return f(o),None
-    except Exception as e: return None,e
-
 # %% ../nbs/11_checks.ipynb #290402b3
 class Seen:
     "What was seen of the sites of a screen: a record for each plane, and words for bad ones"
@@ -198,7 +173,7 @@ def look(self:Seen,
         return seen,bad
     unseen = (self.planes['state']==UNSEEN).any(1)
     todo,due = [int(i) for i in sites if unseen[i]],monotonic()+30
-    with closing(ahead(one, todo, workers)) as looks:
+    with closing(ahead(one, todo, workers, 4*workers, ordered=False)) as looks:
         for i,(seen,bad) in progress(looks, len(todo), 'checked'):
             self.planes[i] = seen
             self.words.update({(i,c):b for c,b in bad.items()})

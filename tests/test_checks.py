@@ -7,7 +7,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from tifffile import imread, imwrite
 
-from cellmae.checks import Seen, ahead, field_counts, measure_plane, sharpness, spread, thinned
+from cellmae.checks import Seen, field_counts, measure_plane, sharpness, spread, thinned
+from cellmae.files import ahead
 from cellmae.screen import Screen
 
 wells = [f'{r}{c:02d}' for r in 'BCD' for c in range(2, 6)] # 3 x 4 of a plate of 8 x 12
@@ -306,11 +307,8 @@ def test_checks_and_pages_are_light_to_import():
 
 # --- threads and interrupts
 
-def test_an_error_in_a_thread_comes_out():
-    with pytest.raises(ZeroDivisionError): list(ahead(lambda i: 1/(i-3), range(9), 2))
-
 def test_a_read_that_hangs_holds_up_nothing_else():
-    done = ahead(lambda i: time.sleep(60) if i == 0 else i, range(300), 2)
+    done = ahead(lambda i: time.sleep(60) if i == 0 else i, range(300), 2, ordered=False)
     start = time.monotonic()
     assert {next(done)[0] for _ in range(299)} == set(range(1, 300)) and time.monotonic()-start < 10
 
