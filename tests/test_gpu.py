@@ -1,0 +1,40 @@
+"What is to run on a lent GPU runs here in a tiny size, and a case that fails costs no other"
+import json, os, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+
+root = Path(__file__).resolve().parents[1]
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    "The script as a module, with a folder of its own"
+    monkeypatch.setenv('OUT', str(tmp_path)); monkeypatch.syspath_prepend(str(root/'benchmarks'))
+    sys.modules.pop('gpu', None)
+    import gpu
+    return gpu
+
+def test_tiny(tmp_path):
+    res = subprocess.run(['bash',root/'benchmarks/gpu.sh','--tiny'], capture_output=True, text=True, env={**os.environ, 'OUT': str(tmp_path)})
+    assert res.returncode==0, res.stderr
+    made = json.loads((tmp_path/'speed.json').read_text())
+    assert made['failed']==[] and all(r['same'] for r in made['check']), res.stdout
+    cases = {(r['model'],r['what'],r['case'][:5],r['compiled']) for r in made['speed']}
+    assert cases=={('camae_vits16',w,k,False) for w in ('train','embed') for k in ('cellm','plain')} | {('mae_vits16',w,'cellm',True) for w in ('train','embed')}
+    assert '| planner, GB |' in res.stdout and 'passed' in (tmp_path/'tests.txt').read_text()
+
+def test_batch_is_halved_until_it_fits(gpu):
+    def fits(bs):
+        if bs>3: raise torch.OutOfMemoryError('no')
+        return 2*bs
+    assert gpu.halving(fits, 24)==(3,6)
+    with pytest.raises(torch.OutOfMemoryError): gpu.halving(lambda bs: fits(9), 24)
+
+def test_a_failing_and_a_stuck_case_are_results(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'LEAST', 0)
+    for name,text in dict(fails='raise ValueError("odd")', stuck='import time; time.sleep(60)').items():
+        (tmp_path/f'{name}.py').write_text(text)
+        monkeypatch.setattr(gpu, '__file__', str(tmp_path/f'{name}.py'))
+        gpu.run(['x'], time.time()+(1 if name=='stuck' else 30))
+    odd,stuck = [r['why'] for r in gpu.read('failed')]
+    assert odd=='1: ValueError: odd' and 'still running' in stuck
