@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'LossGuard', 'History', 'Reconstructions', 'Lines', 'SafeLearner', 'as_list', 'guards',
            'NumbersOnly', 'records', 'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle', 'check_folder',
-           'run_whole', 'make_model', 'check_names', 'make_loaders', 'fit_mae']
+           'run_whole', 'make_model', 'make_loaders', 'fit_mae']
 
 # %% ../nbs/35_train.ipynb #653c940d
 import shutil, time
@@ -13,7 +13,6 @@ from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
-from inspect import signature
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -32,10 +31,9 @@ from fastcore.meta import delegates
 from timm.optim.lion import Lion
 from .checkpoint import Checkpoint, SeedSteps, about_data, about_model, note_lineage
 from .classifier import Classifier
-from .data import CropLoader, check_options, given, screen_dls
+from .data import CropLoader, check_names, check_options, given, screen_dls
 from .device import BF16, in_bf16, memory_kept
 from .files import locked, moved, watched, write_whole
-from .labels import did_you_mean
 from .plots import show_channels, show_reconstruction
 from .zoo import check_savable, create_model, recipe, save_model
 
@@ -389,17 +387,6 @@ def make_model(
     return model
 
 # %% ../nbs/35_train.ipynb #0ff30781
-def check_names(
-    f, # Function that takes `**kwargs`
-    kwargs:dict, # What it was given
-):
-    "Refuse misspelt options of `f`, and name the nearest"
-    known = [k for k in signature(f).parameters if k!='kwargs']
-    for k in kwargs:
-        if k in known: continue
-        hint = did_you_mean(k, known) or f' It takes {", ".join(known)}.'
-        raise TypeError(f'{f.__name__} has no option {k!r}.{hint}')
-
 def make_loaders(
     data, # What `screen_dls` takes, or `DataLoaders`
     r, # `Recipe`, for crop and batch

@@ -24,11 +24,11 @@ from fastai.learner import AvgMetric
 from fastcore.meta import delegates
 from .checkpoint import about_data, about_model, short_hash
 from .classifier import Classifier, any_channels, arcface, batch_norms
-from .data import check_options, given, screen_dls
+from .data import check_names, check_options, given, screen_dls
 from .device import in_bf16
 from .imagenet import ImageNetEncoder
 from .labels import clean
-from .train import NumbersOnly, SafeLearner, as_list, check_names, guards
+from .train import NumbersOnly, SafeLearner, as_list, guards
 from .train import make_loaders, records, run_whole
 from .zoo import Recipe, check_savable, create_model, list_models, load_model, recipe
 

@@ -135,7 +135,7 @@ def test_another_run_in_the_folder_is_refused(screen, run, tmp_path):
         assert files(run)==before
 
 def test_the_same_run_is_taken_up(screen, whole, run):
-    for options in ({}, dict(cache_gb=0), dict(num_workers=0)):
+    for options in ({}, dict(num_workers=0), dict(num_workers=3)):
         assert same(weights(fit(screen, run, **options)), weights(whole))
 
 def test_start_over(screen, whole, run):
@@ -398,7 +398,7 @@ def test_not_finite_changes_nothing(screen, tmp_path, what, value, step):
     ('alpha',2), ('alpha',-.1), ('clip',0), ('clip',-1), ('valid',-1), ('valid',1), ('resume','no'),
     ('lr',1e9), ('lr',0), ('lr',float('nan')),
     ('lr','fast'), ('mask_ratio',0), ('mask_ratio',1), ('crops',0), ('n_pictures',-1), ('n_pictures',1.5),
-    ('save_every',-1), ('seed',-1), ('crop',0), ('wd',-1), ('cache_gb',-1), ('num_workers',-1), ('bf16','yes')])
+    ('save_every',-1), ('seed',-1), ('crop',0), ('wd',-1), ('num_workers',-1), ('bf16','yes')])
 def test_values_out_of_range_are_refused_by_name(screen, tmp_path, name, value):
     with pytest.raises(ValueError, match=f'^{name}={value!r}: it must be'):
         fit(screen, tmp_path/'run', **{name:value})
@@ -409,7 +409,7 @@ def test_values_of_a_classifier(screen, tmp_path, name, value):
     with pytest.raises(ValueError, match=f'^{name}='):
         fit_wsl(screen, 'densenet_t', tmp_path, crop=32, **{name:value})
 
-@pytest.mark.parametrize('wrong,right', [('epoch','epochs'), ('crop_size',None), ('num_worker','num_workers'),
+@pytest.mark.parametrize('wrong,right', [('epoch','epochs'), ('crop_size',None), ('num_worker','num_workers'), ('cache_gb',None),
                                          ('batch_size',None), ('masked_ratio','mask_ratio')])
 def test_misspelt_options(screen, wrong, right):
     for f in (fit_mae, fit_wsl):

@@ -1,0 +1,239 @@
+"The training reader: the same batches whoever reads them, ahead of their use, in bounded memory"
+import os, signal, subprocess, sys, threading, time
+import numpy as np, pandas as pd, pytest, tifffile, torch
+from fastai.torch_core import to_device
+from cellmae.data import CropLoader, Sites, one_ahead, put, reading_threads, screen_dls
+from cellmae.images import ImageError
+from cellmae.screen import Screen
+
+stains = ['DNA', 'ER', 'mito']
+
+@pytest.fixture(scope='module')
+def screen(tmp_path_factory):
+    "Sites of different sizes, with different pixels, on a plate that is neither square nor symmetric"
+    root,rng,rows = tmp_path_factory.mktemp('reader'),np.random.default_rng(0),[]
+    for i in range(24):
+        row = dict(plate='P', well=f'{"BC"[i%2]}{i//2%7+2:02d}', site=i//14+1, batch=f'b{i%3}')
+        for c in stains:
+            x = rng.integers(0, 4000, (30+i%5, 53-i%4)).astype(np.uint16)
+            tifffile.imwrite(root/f'{i}_{c}.tif', x)
+            row[f'file_{c}'] = f'{i}_{c}.tif'
+        rows.append(row)
+    s = Screen(pd.DataFrame(rows), root=root)
+    s.fit_ranges()
+    return s
+
+@pytest.fixture(scope='module')
+def cells(screen):
+    rng = np.random.default_rng(1)
+    t = screen.table[['plate','well','site']].loc[np.repeat(range(24), 3)]
+    return t.assign(y=rng.integers(0, 30, len(t)), x=rng.integers(0, 50, len(t)))
+
+def batches(screen, workers, epoch=1, start=0, share=None, **options):
+    "All batches of training and validation"
+    dls = screen_dls(screen, 16, bs=4, valid=.3, num_workers=workers, device='cpu', **options)
+    for dl in dls: dl.epoch,dl.start = epoch,start
+    if share: dls.train.share(*share)
+    return [b for dl in dls for b in dl]
+
+def equal(a, b):
+    return len(a)==len(b) and all(torch.equal(x, y) for p,q in zip(a, b) for x,y in zip(p, q))
+
+kinds = dict(plain={}, crops=dict(crops=3), apart=dict(apart='batch'), resumed=dict(start=2), seed=dict(seed=7),
+             second=dict(share=(1,2)))
+
+@pytest.mark.parametrize('kind', [*kinds, 'cells'])
+def test_batches_do_not_depend_on_who_reads_them(screen, cells, kind):
+    options = dict(cells=cells, crops=2) if kind=='cells' else {**kinds[kind]}
+
+    one,*others = (batches(screen, n, **options) for n in (0, 1, 4))
+    assert len(one)>2 and all(equal(one, o) for o in others)
+    assert not equal(one, batches(screen, 0, **{**options, 'epoch':2}))
+
+def test_batches_are_those_of_the_seed(screen):
+    "Place and flips of each crop, drawn as ever"
+    dl = CropLoader(Sites(screen), range(24), size=16, bs=5, crops=2, seed=3, num_workers=2)
+    dl.epoch = 1
+    for k,(x,ids) in enumerate(dl):
+        rng = np.random.default_rng([3, 1, k])
+        for crop,i in zip(x, ids):
+            site = screen[int(i)]
+            r,c = rng.integers(site.shape[1]-15),rng.integers(site.shape[2]-15)
+            up,left = 1-2*rng.integers(2, size=2)
+            assert (crop.numpy()==site[:, r:r+16, c:c+16][:, ::up, ::left]).all()
+
+@pytest.mark.parametrize('size', [1, 2, 7, 8, 12, 31])
+@pytest.mark.parametrize('turn', [(1,1), (1,-1), (-1,1), (-1,-1)])
+def test_windows_of_all_widths_are_mirrored(size, turn):
+    "Out of an image that nobody may write to, at places that no number is aligned to"
+    x = np.random.default_rng(0).integers(0, 256, (3,40,41), dtype=np.uint8)
+    x.setflags(write=False)
+    window,out = x[:, 5:5+size, 3:3+size][:, ::turn[0], ::turn[1]],np.zeros((3,size,size), np.uint8)
+    put(out, window)
+    assert (out==window).all()
+
+# --- several at a time, left early, small in memory
+
+def reading(): return [t for t in threading.enumerate() if t.name.endswith('(_work)')]
+
+def wait_for_none():
+    end = time.monotonic()+5
+    while reading() and time.monotonic()<end: time.sleep(.01)
+    return not reading()
+
+def test_iterators_do_not_disturb_one_another(screen):
+    dl = CropLoader(Sites(screen), range(24), size=16, bs=4, num_workers=2)
+    want = {}
+    for e in (0, 1):
+        dl.epoch = e
+        want[e] = list(dl)
+    dl.epoch = 0; a = iter(dl); first = [next(a)]
+    dl.epoch = 1; b = iter(dl); second = [next(b)]
+    for o,p in zip(a, b, strict=True): first.append(o); second.append(p)
+    assert equal(first, want[0]) and equal(second, want[1])
+    assert wait_for_none()
+
+def test_an_iterator_left_early_leaves_no_threads(screen):
+    dl = CropLoader(Sites(screen), range(24), size=16, bs=2, num_workers=3)
+    for _ in dl: break
+    assert wait_for_none()
+    it = iter(dl); next(it); assert reading()
+    it.close()
+    assert wait_for_none()
+    assert dl.one_batch()[0].shape==(2,3,16,16) and not reading()
+
+class Slow:
+    "Sites that take a while, and say who is reading"
+    channels,now,most = ['a'],0,0
+    def __init__(self, n, size=64, seconds=0, hook=None):
+        self.n,self.size,self.seconds,self.hook,self.lock = n,size,seconds,hook,threading.Lock()
+        self.table = pd.DataFrame(dict(plate='P', well='B03', site=range(n), file_a=[f'{i}.tif' for i in range(n)]))
+    def __len__(self): return self.n
+    def fit_ranges(self): return np.float32([[0,255]])
+    def __getitem__(self, i):
+        if self.hook: self.hook(i)
+        time.sleep(self.seconds)
+        return np.full((1,self.size,self.size), i%256, np.uint8)
+
+def slow_loader(n, size=64, bs=1, workers=2, **kw):
+    sites = Sites.__new__(Sites)
+    sites.screens,sites.starts,sites.panels,sites.cells = [Slow(n, size, **kw)],np.array([0,n]),[('a',)],None
+    return CropLoader(sites, range(n), size=size, bs=bs, num_workers=workers)
+
+@pytest.mark.parametrize('workers', [0, 1, 4])
+def test_few_batches_are_on_their_way(workers):
+    begun = []
+    it = iter(slow_loader(200, workers=workers, hook=begun.append))
+    for k in range(1, 40):
+        next(it); time.sleep(.002)
+        assert k<=len(begun)<=k+workers+2
+
+def peak(n):
+    import tracemalloc
+    tracemalloc.start()
+    for _ in slow_loader(n, size=256, bs=4, workers=2): pass
+    _,most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most
+
+def test_memory_does_not_grow_over_an_epoch():
+    peak(40)
+    short,long = peak(80),peak(1600)
+    assert long<short+2*4*256**2 # a batch or two more, by chance; kept, it would be 380 of them
+
+def test_threads_read_side_by_side():
+    start = time.monotonic()
+    assert len(list(slow_loader(24, workers=8, seconds=.1)))==24
+    assert time.monotonic()-start<1.2
+
+# --- errors and interrupts
+
+class Odd(Exception): pass
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_error_names_its_place_and_keeps_its_type(workers):
+    def hook(i):
+        if i==7: raise Odd('never heard of')
+    with pytest.raises(Odd, match='never heard of') as e: list(slow_loader(20, workers=workers, hook=hook))
+    assert str(e.value)=='never heard of' and e.value.__notes__==['At plate P, well B03, site 7: 7.tif']
+    assert wait_for_none()
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_damaged_file_is_named_with_its_well(screen, tmp_path, workers):
+    (tmp_path/'bad.tif').write_bytes(b'II*\0')
+    t = screen.table.copy()
+    t.loc[5, 'file_ER'] = str(tmp_path/'bad.tif')
+    bad = Screen(t, root=screen.root, ranges=screen.ranges)
+    dl = CropLoader(Sites(bad), range(24), size=16, bs=4, num_workers=workers)
+    with pytest.raises(ImageError, match=f'bad.tif: unreadable.*plate P, well {t.well[5]}, site {t.site[5]}'): list(dl)
+    assert wait_for_none()
+
+stop = '''
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler) # a process in the background may ignore it
+sys.path.insert(0, 'tests')
+import test_reader as o
+hang = lambda i: time.sleep(999) if i==30 else None
+print('ready', flush=True)
+for x,_ in o.slow_loader(90, workers=int(sys.argv[1]), seconds=.01, hook=hang): pass
+'''
+
+@pytest.mark.skipif(os.name=='nt', reason='signals')
+@pytest.mark.parametrize('workers', [0, 1, 4])
+@pytest.mark.parametrize('after', [.1, 1])
+def test_ctrl_c_stops_at_once(workers, after):
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', stop, str(workers)], text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': os.getcwd()})
+    assert p.stdout.readline()=='ready\n'
+    time.sleep(after)
+    p.send_signal(signal.SIGINT); start = time.monotonic()
+    _,error = p.communicate(timeout=20)
+    assert error.rstrip().endswith('KeyboardInterrupt') and time.monotonic()-start<8
+
+# --- as fastai asks for it
+
+def test_fastai_finds_what_it_knows(screen):
+    seen = []
+    def double(b): seen.append(threading.current_thread()); return b[0].float()*2,b[1]
+    dl = CropLoader(Sites(screen), range(24), size=16, bs=4, num_workers=2, after_batch=double)
+    plain = CropLoader(Sites(screen), range(24), size=16, bs=4, num_workers=2)
+    for (x,i),(y,j) in zip(dl, plain): assert torch.equal(x, 2.*y) and torch.equal(i, j)
+    assert set(seen)=={threading.main_thread()}
+    item = CropLoader(Sites(screen), range(24), size=16, bs=4, num_workers=2, after_item=lambda b: (255-b[0],b[1]))
+    for (x,_),(y,_) in zip(item, plain): assert torch.equal(x, 255-y)
+
+def test_the_number_of_workers_goes_along(screen):
+    for n in (None, 0, 3):
+        dls = screen_dls(screen, 16, bs=4, num_workers=n, device='cpu')
+        want = reading_threads('cpu') if n is None else n
+        assert [dls.train.workers, dls.train.new(shuffle=False).workers]==[want]*2
+        with dls.train.fake_l.no_multiproc(): assert dls.train.workers==0
+        assert dls.train.workers==want
+
+def test_beside_a_gpu_all_cores_read(monkeypatch):
+    for n,threads in ((1,1), (2,1), (8,7), (64,16)):
+        monkeypatch.setattr('cellmae.data.cores', lambda: n)
+        assert reading_threads('cuda')==reading_threads(torch.device('cuda', 1))==threads
+        assert reading_threads('cpu')==reading_threads(None)<=1
+
+def test_each_batch_is_sent_before_the_one_before_is_used():
+    done = []
+    out = one_ahead(range(3), lambda i: done.append(f'send {i}') or i, lambda i: done.append(f'receive {i}') or i)
+    for i in out: done.append(f'use {i}')
+    assert done==['send 0','send 1','receive 0','use 0','send 2','receive 1','use 1','receive 2','use 2']
+    assert list(one_ahead([], id, id))==[]
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('workers', [0, 3])
+def test_a_gpu_gets_the_same(screen, workers):
+    "Also while it computes, and its memory is handed on"
+    dls = screen_dls(screen, 16, bs=4, crops=2, num_workers=workers, device='cuda')
+    want = batches(screen, 0, epoch=0, crops=2)
+    kept,load = [],torch.ones(2000, 2000, device='cuda')
+    for dl in dls:
+        for x,ids in dl:
+            for _ in range(10): load = load@load*1e-4
+            kept.append((x.float()+load[0,0]*0,ids.clone()))
+            assert x.is_cuda and ids.is_cuda
+            del x
+    assert all(torch.equal(x.cpu(), y.float()) and torch.equal(i.cpu(), j) for (x,i),(y,j) in zip(kept, want, strict=True))
