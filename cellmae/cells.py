@@ -446,23 +446,32 @@ def _from_masks(screen, masks):
     return t
 
 # %% ../nbs/16_cells.ipynb #5c0e11e1
+def _arrays(screen):
+    "A number for each site; those of one array, `a.zarr/plate#i=3`, share it and are of one size"
+    t = screen.table
+    files = t['file' if 'file' in t else f'file_{screen.channels[0]}']
+    own = [f.rpartition('#i=')[0] or i for i,f in enumerate(files)]
+    return pd.factorize(np.array(own, dtype=object))[0]
+
 def site_sizes(
     screen, # `Screen`
     seconds:float=10., # To spend
     workers:int=16, # Threads
 )->np.ndarray: # `(n,2)` height and width in pixels, NaN where it was not seen or cannot be said
     "The sizes of sites from the headers of their files, of as many as there is time for"
-    sizes,todo = np.full((len(screen),2), np.nan),iter(in_turn(screen.table))
-    end = time.monotonic()+seconds
+    order,arrays = in_turn(screen.table),_arrays(screen)
+    _,first = np.unique(arrays[order], return_index=True)
+    rows,todo = order[first],iter(arrays[order[np.sort(first)]])
+    sizes,end = np.full((len(rows),2), np.nan),time.monotonic()+seconds
     def look():
-        for i in todo:
+        for k in todo:
             if time.monotonic()>end: return
-            try: sizes[i] = size_of(_first(screen, i))
+            try: sizes[k] = size_of(_first(screen, rows[k]))
             except Exception: pass # what is wrong with it is said when it is read
     with ThreadPoolExecutor(workers) as pool:
         try: wait([pool.submit(look) for _ in range(workers)])
         finally: deque(todo, 0) # all stop
-    return sizes
+    return sizes[arrays]
 
 # %% ../nbs/16_cells.ipynb #5c0e11e3
 def _beyond(t, sizes):

@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'sharpness', 'measure_plane', 'Seen', 'field_counts', 'look_through', 'check_sites']
 
 # %% ../nbs/11_checks.ipynb #ff9f1862
-import json, os, zlib
+import json, zlib
 import numpy as np, pandas as pd
 from contextlib import closing
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from time import monotonic
 from .labels import dates_among
 from .files import ahead, progress, write_whole
 from .images import ImageError, check_pixels, thinned
-from .planes import parse_address
+from .planes import stamp_of
 from .sites import LABEL, SITE, WELL, disagreeing, in_words, site_key
 
 # %% ../nbs/11_checks.ipynb #ae58ad68
@@ -84,15 +84,10 @@ def _columns(screen):
 def _planes(screen, f, chs):
     "`(len(chs),H,W)` of one address"
     if not f: raise ImageError('missing', '', 'No file. Add it to the table, or leave it out.')
-    x = screen.read_files(screen.address(f) if 'file' in screen.table else [screen.address(f)])
+    f = screen.address(f)
+    x = screen.read_files(f if 'file' in screen.table else [f], checked=True)
     if len(x)==len(chs): return x
     raise ImageError('wrong channel count', '', f'{len(x)} planes for {chs}. Name each of them.')
-
-def _stamp(screen, f):
-    "Bytes of the files of an address, and when the last was written; -1 where nobody knows"
-    try: found = [os.stat(parse_address(o).path) for o in screen.address(f).split('|')]
-    except (OSError,ValueError): return -1,-1
-    return sum(o.st_size for o in found),max(o.st_mtime_ns for o in found)
 
 # %% ../nbs/11_checks.ipynb #b6818051
 def record(channels):
@@ -115,7 +110,7 @@ def _pixels(screen, i):
     xs,bad,stamps = {},{},np.zeros((len(screen.channels),2), 'i8')
     for col,chs in _columns(screen):
         f,at = screen.table[col].iat[i],[screen.channels.index(c) for c in chs]
-        stamps[at] = _stamp(screen, f)
+        stamps[at] = stamp_of(screen.address(f))
         try: xs.update(zip(at, _planes(screen, f, chs)))
         except ImageError as e: bad.update(dict.fromkeys(at, (e.problem, e.cure)))
     return xs,bad,stamps
@@ -221,7 +216,7 @@ def resume(self:Seen,
     now = pd.MultiIndex.from_arrays([files.ravel(), np.tile(names, n)])
     row = known.get_indexer(now).reshape(files.shape)
     stamps,then = {},list(zip(old['bytes'], old['time']))
-    for f in pd.unique(files[(row>=0).all(1)].ravel()): stamps[f] = _stamp(self.screen, f)
+    for f in pd.unique(files[(row>=0).all(1)].ravel()): stamps[f] = stamp_of(self.screen.address(f))
     same = lambda i: all(then[k]==stamps[f] for k,f in zip(row[i], files[i]))
     sites = [i for i in np.flatnonzero((row>=0).all(1)) if same(i)]
     self._fill(sites, old.iloc[row[sites].ravel()])

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['OPENERS', 'Stored', 'opener', 'opener_of', 'is_remote', 'cache_folder', 'local', 'below', 'held', 'close_held',
-           'open_npy', 'open_npz', 'open_h5', 'open_zarr', 'open_zip', 'open_parquet', 'open_nd2', 'open_lif',
+           'open_npy', 'open_npz', 'open_h5', 'Images', 'open_zarr', 'open_zip', 'open_parquet', 'open_nd2', 'open_lif',
            'open_czi', 'series_of']
 
 # %% ../nbs/03_containers.ipynb #3e107185
-import atexit, json, os, re, shutil
+import atexit, json, os, re, shutil, sys
 import numpy as np
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from contextlib import contextmanager, suppress
+from fastcore.basics import patch
 from functools import lru_cache, partial
 from hashlib import sha256
 from importlib import import_module
 from itertools import product
+from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Callable, NamedTuple
@@ -211,6 +214,7 @@ def held(
 @atexit.register
 def close_held():
     "Close the containers that this process holds, as at its end, or before files are removed"
+    _arrays.clear(); _mapped.clear()
     for (pid,_),shelf in _shelves.items():
         if pid==os.getpid():
             with shelf.lock: shelf.trim(len(shelf.all))
@@ -475,10 +479,198 @@ def _read_zarr(path, node, blank, index):
                 'store again; if its writer left out what is blank, add `#blank=1` to the address.')
         raise ImageError('missing', _joined(path, node), cure)
 
+# %% ../nbs/03_containers.ipynb #174ed853
+NOTHING = 2**64-1 # offset and length of an image that is not there
+
+def crc32c(
+    raw, # Bytes, or an array of them
+)->int:
+    "Checksum of bytes, as Zarr takes it"
+    return import_module('google_crc32c').value(raw)
+
+def index_of_shard(
+    raw, # Bytes of a shard, or those of its end
+    n:int, # Images in it
+    size:int=None, # Bytes of the whole shard, where only its end is given
+)->np.ndarray|None: # Offset and length of each `(n,2)`; None: damaged
+    "Where the images of a shard lie, from the index at its end"
+    end = bytes(raw[-16*n-4:])
+    if len(end)!=16*n+4 or crc32c(end[:-4])!=int.from_bytes(end[-4:], 'little'): return
+    index = np.frombuffer(end, '<u8', 2*n).reshape(n, 2)
+    there = index[:,0]!=NOTHING
+    return index if (index[there].sum(1)<=(size or len(raw))-len(end)).all() else None
+
+def unsealed(
+    raw, # Bytes of an image, the last 4 of them their checksum
+)->bytes|None: # Of the image; None: these are others
+    "What a checksum belongs to"
+    body = raw[:-4]
+    return body if crc32c(body)==int.from_bytes(raw[-4:], 'little') else None
+
+# %% ../nbs/03_containers.ipynb #9ee5fd1d
+class _Shard:
+    "A shard in memory: a map of its bytes, and where its images lie"
+    def __init__(self, path, n, stamp):
+        with open(path, 'rb') as f:
+            self.map = mmap(f.fileno(), 0, access=ACCESS_READ) if os.path.getsize(path) else b''
+        self.index,self.stamp = index_of_shard(self.map, n),stamp
+
+    def __getitem__(self, j):
+        "Bytes of image number `j`; None where it was left out"
+        at,n = self.index[j].tolist()
+        return None if at==NOTHING else np.frombuffer(self.map, np.uint8, n, at)
+
+@lru_cache
+def _most_maps():
+    "How many shards stay mapped: each takes a number of an open file"
+    if sys.platform=='win32': return 512
+    resource = import_module('resource')
+    limit,_ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(64, min(limit, 16384)//2)
+
+def _brief(path):
+    "What changes when a file of a store is written anew or cut; None: not there"
+    try: s = os.stat(path)
+    except (OSError,ValueError): return
+    return s.st_mtime_ns,s.st_size,s.st_ino
+
+# %% ../nbs/03_containers.ipynb #48c6404c
+_chains = ['bytes'],['bytes','crc32c'],['bytes','zstd'],['bytes','zstd','crc32c']
+
+def _image_codecs(meta):
+    "Names of the codecs of images that are the inner chunks of shards; None for any other array"
+    try:
+        (codec,),shape = meta['codecs'],meta['shape']
+        how,shard = codec['configuration'],meta['chunk_grid']['configuration']['chunk_shape']
+        index = [(o['name'], o.get('configuration')) for o in how['index_codecs']]
+        fits = [codec['name'], meta['data_type'], how['chunk_shape'], shard[1:], index,
+                how.get('index_location', 'end')]==['sharding_indexed', 'uint8', [1,*shape[1:]],
+                shape[1:], [('bytes', dict(endian='little')),('crc32c', None)], 'end']
+        chain = [o['name'] for o in how['codecs']]
+    except (KeyError,ValueError,TypeError,AttributeError): return
+    return chain if fits and chain in _chains else None
+
+def _keys(meta):
+    "How the files of shards are called"
+    how = meta['chunk_key_encoding']
+    lead,sep = (['c'],'/') if how['name']=='default' else ([],'.')
+    sep = how.get('configuration', {}).get('separator', sep)
+    return sep.join([*lead, '{}', *['0']*(len(meta['shape'])-1)])
+
+def _image_array(path):
+    "What a `zarr.json` describes, if shards of it can be mapped"
+    try: meta = json.loads(Path(path).read_bytes())
+    except (OSError,ValueError): return
+    chain = _image_codecs(meta)
+    return chain and Images(os.path.dirname(path), meta, chain)
+
+# %% ../nbs/03_containers.ipynb #642c2dc1
+_mapped = deque() # `(Images,number)` of the shards that are mapped, the oldest first
+
+class Images:
+    "An array of a Zarr folder, each of whose images is found without Zarr"
+    def __init__(self, folder, meta, chain):
+        self.folder,self.key,self.maps = folder,_keys(meta),{}
+        self.shape,self.dtype = tuple(meta['shape']),np.dtype('u1')
+        self.per = meta['chunk_grid']['configuration']['chunk_shape'][0] # images in a shard
+        self.packed,self.sealed = 'zstd' in chain,'crc32c' in chain
+        self.dims,self.about = meta.get('dimension_names'),meta.get('attributes', {})
+
+    def file(self, k):
+        "Path of shard number `k`"
+        return f'{self.folder}/{self.key.format(k)}'
+
+    def raw(self, i):
+        "Bytes of image number `i` as they are stored, with its checksum"
+        k,j = divmod(i, self.per)
+        s,stamp = self.maps.get(k),_brief(self.file(k))
+        if s is None or s.stamp!=stamp: s = self.map(k, stamp)
+        if (raw := s[j]) is None: raise _torn('missing', self.file(k), f'Image {i} was left out')
+        return raw
+
+    def map(self, k, stamp):
+        "Map shard number `k`, and let go of the one that was mapped first if they are too many"
+        if stamp is None: raise _torn('missing', self.file(k), 'This shard is not there')
+        try: s = _Shard(self.file(k), self.per, stamp)
+        except OSError as e: raise _meaning(e, self.file(k)) from e
+        if s.index is None: raise _torn('unreadable', self.file(k), 'It is cut short or damaged')
+        self.maps[k] = s
+        _mapped.append((self,k))
+        while len(_mapped)>_most_maps():
+            with suppress(IndexError): (old,n) = _mapped.popleft(); old.maps.pop(n, None)
+        return s
+
+def _torn(problem, file, why):
+    cure = 'Copy it again, or, if cellmae packed it, let `repack(store)` write it anew.'
+    return ImageError(problem, file, f'{why}. {cure}')
+
+# %% ../nbs/03_containers.ipynb #291beb03
+@patch
+def image(self:Images,
+    i:int, # Its number
+    checked:bool=False, # Compare its bytes with their checksum? Packed ones always are
+)->np.ndarray: # Of `shape[1:]`, uint8; a view that cannot be written to, unless it is packed
+    "An image of the array"
+    raw = self.raw(i)
+    if self.sealed: x = unsealed(raw) if checked or self.packed else raw[:-4]
+    else: x = raw
+    if x is not None and self.packed: x = _unpacked(x)
+    if x is not None and x.size==prod(self.shape[1:]): return x.reshape(self.shape[1:])
+    raise _torn('damaged', self.file(i//self.per), f'The bytes of image {i} have changed')
+
+def _unpacked(x):
+    imagecodecs = import_module('imagecodecs')
+    with suppress(imagecodecs.ZstdError): return np.frombuffer(imagecodecs.zstd_decode(x), np.uint8)
+
+@patch
+def __getitem__(self:Images, index):
+    i,*rest = index
+    if not isinstance(i, slice): return self.image(i, True)[tuple(rest)]
+    return np.stack([self.image(j, True)[tuple(rest)] for j in range(*i.indices(self.shape[0]))])
+
+# %% ../nbs/03_containers.ipynb #8f7c1886
+_arrays = {} # Folder -> what changes when its `zarr.json` does, and `Images`
+
+def images_at(
+    folder, # Of an array
+)->Images|None: # None: not an array of a Zarr folder, or one of another kind
+    "The images of an array that can be mapped"
+    file = f'{folder}/zarr.json'
+    stamp,(known,a) = _brief(file),_arrays.get(folder, (None,None))
+    if stamp is None or stamp==known: return stamp and a
+    if a := _image_array(file): _arrays[folder] = stamp,a
+    return a
+
+def stored_image(
+    address, # `<folder of an array>#i=<number>`
+)->tuple|None: # `Images`, and the number among them; None: it is opened otherwise
+    "Where an address of a store leads"
+    folder,_,i = address.rpartition('#i=')
+    if not folder or not i.isdecimal() or (a := images_at(folder)) is None: return
+    return (a,int(i)) if int(i)<a.shape[0] else None
+
+def mapped(
+    address, # `<folder of an array>#i=<number>`
+    checked:bool=False, # Compare with the checksum?
+)->np.ndarray|None: # None: what it leads to is opened otherwise
+    "An image of a store, without detours"
+    if found := stored_image(address): return found[0].image(found[1], checked)
+
+def seal_of(
+    address, # `<folder of an array>#i=<number>`
+)->bytes|None: # None: it is opened otherwise, or not there
+    "What changes when an image of a store does: its length, checksum, or first bytes"
+    if not (found := stored_image(address)): return
+    try: raw = found[0].raw(found[1])
+    except ImageError: return
+    return str(len(raw)).encode()+bytes(raw[-4:] if found[0].sealed else raw[:2**16])
+
 # %% ../nbs/03_containers.ipynb #c0a1002d
 def _zarr_array(path, node, attrs, at, axes=None, names=None):
     "An array of a store, as `Stored`"
     blank = at.pop('blank', 0) or 'image-label' in attrs
+    own = images_at(_joined(path, node)) if os.path.isdir(path) else None
+    if own: return _array(own.__getitem__, own, at, own.folder, own.dims, own.about.get('channels'))
     with _held_array(path, node) as a:
         dims = getattr(a.metadata, 'dimension_names', None) or a.attrs.get('_ARRAY_DIMENSIONS')
         axes = axes or (dims if dims and all(dims) else None)

@@ -93,11 +93,14 @@ def _check_depth(x, lo, hi):
                          'Export all images with one bit depth.')
 
 # %% ../nbs/02_images.ipynb #134f7cd1
+_as_is = np.float32([0,255]).tobytes()
+
 def to_uint8(
     x:np.ndarray, # Pixels `(C,H,W)`
     ranges, # `(C,2)`: the intensities `lo,hi` that become 0 and 255
 )->np.ndarray: # `(C,H,W)` uint8
     "Map `[lo,hi]` of each channel to `[0,255]`, rounded and clipped"
+    if x.dtype==np.uint8 and np.float32(ranges).tobytes()==_as_is*len(x): return x
     lo,hi = np.asarray(ranges, dtype=np.float32).T[...,None,None]
     if len(lo)!=len(x):
         raise ValueError(f'{len(x)} channels, but ranges for {len(lo)}. Fit them on images of this '
@@ -105,7 +108,6 @@ def to_uint8(
     if not (hi>lo).all():
         raise ValueError(f'Ranges need lo < hi, got {np.asarray(ranges).tolist()}. Fit them again.')
     check_pixels(x)
-    if x.dtype==np.uint8 and (lo==0).all() and (hi==255).all(): return x
     _check_depth(x, lo, hi)
     y = x.astype(np.float32)
     y -= lo; y *= 255/(hi-lo)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'NOT_READ', 'Address', 'address', 'parse_address', 'look_into', 'nth', 'projected', 'read_site',
-           'read_image', 'read_plane', 'size_of', 'names_of']
+           'read_image', 'read_plane', 'size_of', 'names_of', 'stamp_of']
 
 # %% ../nbs/04_planes.ipynb #6d9a4058
 import os, re
@@ -20,7 +20,8 @@ from struct import unpack
 from tifffile import TiffFile
 from typing import NamedTuple
 from xml.etree import ElementTree
-from .containers import OPENERS, Stored, held, local, short_last, sized
+from .containers import (OPENERS, Stored, held, local, mapped, short_last, sized,
+                                stored_image)
 from .images import ImageError
 
 # %% ../nbs/04_planes.ipynb #30a47bb7
@@ -609,8 +610,11 @@ def read_site(
     addresses, # One for all channels, or a list of one per channel; `|` between planes of one image
     z=None, # Plane of a stack, from 0, `'mid'`, `'max'` or `'mean'`
     t=None, # Time in a series of times, from 0, `'first'` or `'last'`
+    checked:bool=False, # Compare images of a store with their checksums?
 )->np.ndarray: # `(C,H,W)` in the files' own dtype
-    "Read a field of view"
+    "Read a field of view; an image of a store comes as a view that cannot be written to"
+    if z is t is None and isinstance(addresses, str):
+        if (x := mapped(addresses, checked)) is not None: return x
     _asked(z, 'z', ('mid','max','mean')); _asked(t, 't', ('first','last','max','mean'))
     if isinstance(addresses, (str,Path)):
         return np.ascontiguousarray(_stack(addresses, z, t, single=False))
@@ -648,3 +652,12 @@ def size_of(address)->tuple: # `(H,W)`
 def names_of(address)->list|None: # None: the file has none
     "Names of the channels as the file has them"
     return look_into(_planes_of(address)[0]).names
+
+def stamp_of(
+    address, # Of an image, or of several that are planes of one
+)->tuple: # -1, -1 where nobody knows, as on the web
+    "Bytes of the files of an image, and when the last was written, in ns"
+    stored = lambda o: (found := stored_image(o)) and found[0].file(found[1]//found[0].per)
+    try: found = [os.stat(stored(o) or parse_address(o).path) for o in _planes_of(address)]
+    except (OSError,ValueError): return -1,-1
+    return sum(o.st_size for o in found),max(o.st_mtime_ns for o in found)
