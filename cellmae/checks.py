@@ -84,8 +84,7 @@ def _columns(screen):
 def _planes(screen, f, chs):
     "`(len(chs),H,W)` of one address"
     if not f: raise ImageError('missing', '', 'No file. Add it to the table, or leave it out.')
-    f = screen.address(f)
-    x = screen.read_files(f if 'file' in screen.table else [f], checked=True)
+    x = screen.read_files(screen.address(f) if 'file' in screen.table else [screen.address(f)])
     if len(x)==len(chs): return x
     raise ImageError('wrong channel count', '', f'{len(x)} planes for {chs}. Name each of them.')
 

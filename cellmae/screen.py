@@ -259,7 +259,7 @@ def read(self:Screen,
 @patch
 def read_files(self:Screen,
     files, # Addresses as `files` gives them: one for all channels, or a list
-    checked:bool=False, # Compare images of a store with their checksums?
+    checked:bool=True, # Compare images of a store with their checksums?
 )->np.ndarray: # `(C,H,W)`, as stored
     "Pixels of some addresses, with the planes and times of this screen"
     return read_site(files, *self._still, checked)
