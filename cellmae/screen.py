@@ -598,11 +598,13 @@ def way_to(root, folder):
 
 # %% ../nbs/14_screen.ipynb #3bd55863
 @patch
-def settings(self:Screen)->dict: # What `screen.json` holds, but where images are
+def settings(self:Screen,
+    ranges=None, # Others than its own
+)->dict: # What `screen.json` holds, but where images are
     "How the images of this screen are read"
-    how = dict(channels=self.channels, ranges=self.fit_ranges().tolist(), z=self.z, t=self.t,
-               still=self._still, illum=self.illum, replace=self.replace,
-               pixel_size=self.pixel_size)
+    ranges = np.float32(self.fit_ranges() if ranges is None else ranges).tolist()
+    how = dict(channels=self.channels, ranges=ranges, z=self.z, t=self.t, still=self._still,
+               illum=self.illum, replace=self.replace, pixel_size=self.pixel_size)
     return {**how, 'even':self._even, 'packed':self.packed} if self.packed else how
 
 @patch(cls_method=True)
@@ -626,6 +628,13 @@ def stored(self:Screen,
     full = [[0,255]]*len(self.channels)
     own = dict(ranges=full, still=(None,None), even=False, replace=None, packed=packed)
     return Screen.restored(table, root, {**self.settings(), **own})
+
+@patch
+def ranged(self:Screen,
+    ranges, # `(C,2)` intensities that become 0 and 255
+)->Screen:
+    "These sites with the ranges of others"
+    return Screen.restored(self.table, self.root, self.settings(ranges))
 
 # %% ../nbs/14_screen.ipynb #c0674650
 @patch
