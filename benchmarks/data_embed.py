@@ -1,0 +1,174 @@
+"""Parts of `data.py` about whole sites: reading hidden behind computing, readers alone, memory, packing
+
+Each function measures one thing and gives a row of a table, or several. `python benchmarks/data_embed.py FOLDER memory N`
+is one process of the part about memory."""
+import argparse, json, os, re, shutil, sys, tempfile, threading, time
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pandas as pd, torch
+
+from cellmae.data import CropLoader, Sites
+from cellmae.embed import as_encoder, embed
+from cellmae.files import ahead
+from cellmae.images import tile
+from cellmae.screen import Screen, open_screen
+from cellmae.zoo import create_model
+from data_images import site_table, write_tiff
+from data_readers import timed
+
+TILE = 256
+
+
+# reading hides behind computing
+
+def spent(f):
+    "CPU seconds and seconds of the clock, lists of one thing each"
+    return timed(f)
+
+def encoder_alone(model, screen, n):
+    "CPU seconds that encoding a site takes at least: with one thread or with all"
+    encoder = as_encoder(model)
+    tiles = torch.from_numpy(np.concatenate([tile(screen[i], TILE) for i in range(n)]))
+    def all_tiles(): return [encoder.encode(x) for x in tiles.split(encoder.bs)]
+    return min(with_threads(t, all_tiles)['cpu'] for t in (1, os.cpu_count()))/n
+
+def with_threads(n, f):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: return timed(f)
+    finally: torch.set_num_threads(before)
+
+def reading_alone(screen, n):
+    "CPU seconds that reading a site takes at least: one after the other or two at once"
+    read = lambda i: screen[i].shape
+    return min(timed(lambda: list(ahead(read, range(n), w)))['cpu'] for w in (0,2))/n
+
+def overlap(folder, model, rounds=3, parts=16):
+    "`embed` end to end, and what both cores need for its parts"
+    screen,rows = open_screen(folder),[]
+    net = create_model(model, in_chans=len(screen.channels)).eval()
+    net.channels = screen.channels
+    for _ in range(rounds):
+        n = min(parts, len(screen))
+        parts_ = dict(encode=encoder_alone(net, screen, n), read=reading_alone(screen, n))
+        rows.append(dict(parts_, **in_folder(partial(embed, net, screen, progress=False))))
+    return overlap_table(rows, len(screen))
+
+def in_folder(f):
+    "What a run with `out=` takes"
+    with tempfile.TemporaryDirectory() as d: return timed(lambda: f(out=Path(d)/'out'))
+
+def overlap_table(rows, n):
+    t = pd.DataFrame(rows)
+    need = (t.encode+t.read)*n/os.cpu_count()
+    return dict(sites=n, encode=t.encode.median(), read=t.read.median(), need=need.median(),
+                wall=t.wall.median(), cpu=t.cpu.median(), over=(t.wall/need).median(),
+                busy=(t.cpu/t.wall/os.cpu_count()).median())
+
+
+# an encoder that costs nothing
+
+def nothing(x): return torch.zeros(len(x), 1)
+
+class AsDataset(torch.utils.data.Dataset):
+    "Tiles of a site, for torch's own processes"
+    def __init__(self, screen): self.screen = screen
+    def __len__(self): return len(self.screen)
+    def __getitem__(self, i): return torch.from_numpy(tile(self.screen[i], TILE))
+
+def by_threads(screen, workers):
+    return embed(nothing, screen, size=TILE, num_workers=workers, progress=False)
+
+def by_processes(screen, workers):
+    loader = torch.utils.data.DataLoader(AsDataset(screen), batch_size=None, num_workers=workers)
+    for x in loader: nothing(x)
+
+def readers_alone(folder, kinds, workers=(1,2,4), rounds=3):
+    "Sites a second that each format reaches, by threads and by processes"
+    ways = dict(threads=by_threads, processes=by_processes)
+    cases = [(k,w,how) for k in kinds for w in workers for how in ways]
+    rng,rows = np.random.default_rng(0),[]
+    for r in range(rounds):
+        for k in rng.permutation(len(cases)):
+            kind,w,how = cases[k]
+            screen = open_screen(folder/kind)
+            t = timed(lambda: ways[how](screen, w))
+            rows.append(dict(images=kind, workers=w, how=how, rate=len(screen)/t['wall'], cpu=t['cpu']/len(screen)))
+    t = pd.DataFrame(rows).groupby(['images','how','workers'], sort=False).rate.median()
+    return t.unstack(['how','workers']).reindex(kinds)
+
+
+# memory
+
+def small_screen(folder, n, side=128, links=64):
+    "`n` sites, links to a few small images"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng,names = np.random.default_rng(0),[f'{i:06d}.tif' for i in range(n)]
+    for i in range(links): write_tiff(folder/f'one{i}.tif', rng.gamma(2, 30, (3,side,side)).clip(0, 255).astype(np.uint8))
+    for i,f in enumerate(names): os.link(folder/f'one{i%links}.tif', folder/f)
+    t = site_table(n, 384*9, 9).assign(file=names)
+    Screen(t, channels=['DNA','ER','RNA'], root=folder, ranges=[[0,255]]*3).save(folder)
+
+def of_status(key): return int(re.search(rf'{key}:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024
+
+class Watched:
+    "Memory of this process that is its own (no pages of files), in MB, every so many seconds"
+    def __init__(self, every=.1): self.every,self.curve,self.over = every,[],threading.Event()
+    def watch(self):
+        start = time.perf_counter()
+        while not self.over.wait(self.every):
+            self.curve.append((round(time.perf_counter()-start, 2), round(of_status('RssAnon'), 1)))
+    def __enter__(self): threading.Thread(target=self.watch, daemon=True).start(); return self
+    def __exit__(self, *_): self.over.set()
+
+def flat(x): return x[:,:,::2,::2].reshape(len(x), -1)[:,:768].float()
+
+MEMORY = dict(
+    well=lambda s,d: embed(flat, s, size=32, out=d, progress=False),
+    tile=lambda s,d: embed(flat, s, size=32, level='tile', out=d, progress=False),
+    epoch=lambda s,d: [None for _ in CropLoader(Sites(s), np.arange(len(s)), 64, 64)])
+
+def memory(folder, what):
+    "Peak in MB of this process, and its memory over time"
+    screen = open_screen(folder)
+    with tempfile.TemporaryDirectory() as d, Watched() as w: MEMORY[what](screen, Path(d)/'out')
+    return dict(what=what, sites=len(screen), peak=of_status('VmHWM'), curve=w.curve[::max(1, len(w.curve)//200)])
+
+
+# packing
+
+def packed_by_us(screen, out, workers):
+    from cellmae.store import pack
+    pack(screen, out, workers=workers)
+
+def packed_by_zarr(screen, out, workers, per_shard=24):
+    "The same array through zarr-python, read ahead in the same way"
+    import zarr
+    shape = screen[0].shape
+    z = zarr.create_array(str(out), shape=(len(screen),*shape), chunks=(1,*shape), dtype='u1',
+                          shards=(per_shard,*shape), compressors=None)
+    some = [range(k, min(k+per_shard, len(screen))) for k in range(0, len(screen), per_shard)]
+    for r in some: z[r.start:r.stop] = np.stack([x for _,x in ahead(screen.__getitem__, r, workers)])
+
+def packing(folder, kinds, workers=(1,2), rounds=3):
+    "Sites and MB a second of packing each format"
+    ways,rows = dict(pack=packed_by_us, zarr=packed_by_zarr),[]
+    cases = [(k,w,how) for k in kinds for w in workers for how in ways]
+    rng = np.random.default_rng(0)
+    for r in range(rounds):
+        for k in rng.permutation(len(cases)):
+            kind,w,how = cases[k]
+            screen = open_screen(folder/kind)
+            with tempfile.TemporaryDirectory(dir=folder) as d:
+                t = timed(lambda: ways[how](screen, Path(d)/'store.zarr', w))
+            rows.append(dict(images=kind, by=how, workers=w, sites=len(screen)/t['wall'], cpu=t['cpu']/len(screen)))
+    return pd.DataFrame(rows).groupby(['images','by','workers'], sort=False).median().reset_index()
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('folder'); p.add_argument('what', choices=list(MEMORY))
+    a = p.parse_args()
+    print(json.dumps(memory(a.folder, a.what)))
+
+if __name__=='__main__': main()
