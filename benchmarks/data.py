@@ -17,18 +17,18 @@ from timing import machine
 
 here = Path(__file__).resolve().parent
 OURS = ['screen:store','CropLoader:store','screen:archive','CropLoader:archive','CropLoader:tiff','CropLoader:deflate',
-        'CropLoader:png','CropLoader:ome_zarr','npy','zarr','hdf5']
+        'CropLoader:png','CropLoader:ome_zarr','npy','batches:npy','zarr','hdf5']
 BEFORE = ['before:tiff','before:deflate']
-PEERS = ['tensorstore','litdata','mds','datasets','lance','webdataset']
-BASE = 'CropLoader:store'
+PEERS = ['tensorstore','litdata','mds','datasets','lance','webdataset','batches:litdata','batches:mds','batches:datasets']
+BASE = 'npy'
 
 
 # crops: workers asked in turn
 
 class Asked:
     "A worker in a process of its own, asked line by line"
-    def __init__(self, python, script, folder, *more, log):
-        self.errors = open(log, 'w')
+    def __init__(self, python, script, folder, *more):
+        self.errors = open(Path(folder)/'errors.log', 'a')
         self.process = subprocess.Popen([python, str(here/script), str(folder), *map(str, more)], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
     def ask(self, *words):
@@ -38,17 +38,18 @@ class Asked:
         except BrokenPipeError: return dict(error='it ended')
     def close(self): self.process.stdin.close(); self.process.wait(); self.errors.close()
 
+def worker_of(library, folder, a):
+    "A worker for a library, or for all that is installed here; None where it is not there"
+    more = ['--core', a.core]
+    if library=='here': return Asked(sys.executable, 'data_ours.py', folder, *more, *(['--before', a.before] if a.before else []))
+    python = Path(a.peers or '')/library/'bin/python'
+    return Asked(python, 'data_readers.py', folder, *more) if a.peers and python.exists() else None
+
 def workers_of(folder, names, a):
-    "The worker that has each name: one for all of ours, and one for each library"
-    ours = [n for n in names if ':' in n or n in ('npy','zarr','hdf5')]
-    before = ['--before', a.before] if a.before else []
-    start = lambda name, python, script, *more: Asked(python, script, folder, '--core', a.core, *more,
-                                                      log=folder/f'{name}.log')
-    out = dict.fromkeys(ours, start('ours', sys.executable, 'data_ours.py', *before))
-    for name in (n for n in names if n not in ours):
-        python = Path(a.peers or '')/name/'bin/python'
-        if a.peers and python.exists(): out[name] = start(name, python, 'data_readers.py')
-    return out
+    "The worker that has each name"
+    where = {n: n.split(':')[-1] if n.split(':')[-1] in PEERS else 'here' for n in names}
+    each = {k: worker_of(k, folder, a) for k in dict.fromkeys(where.values())}
+    return {n: each[k] for n,k in where.items() if each[k]}
 
 def prepared(worker, name, folder):
     "What is said of a reader whose images are there and right; or of what went wrong"
@@ -81,7 +82,7 @@ def part_crops(folder, a): return crops(folder/'crops', OURS+BEFORE*bool(a.befor
 
 def part_windows(folder, a):
     "Crops of sites that are larger and have 16 bits, ours alone"
-    return crops(folder/'windows', ['screen:store','CropLoader:store','CropLoader:planes','CropLoader:planes_deflate'], a)
+    return crops(folder/'sites', ['screen:store','CropLoader:store','CropLoader:planes','CropLoader:planes_deflate'], a)
 
 def part_overlap(folder, a): return [whole.overlap(folder/'sites/planes_deflate', a.model, a.rounds)]
 

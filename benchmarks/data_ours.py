@@ -9,54 +9,52 @@ from importlib import import_module
 
 import numpy as np
 
-from cellmae.data import CropLoader, Sites, centre_crop
+from cellmae.data import CropLoader, Sites
+from cellmae.images import to_uint8
 from cellmae.screen import open_screen
-from data_readers import BATCH, READERS, SIZE, Worker, add_options, serve, timed
+from data_readers import BATCH, READERS, SIZE, Reader, Worker, add_options, serve
 from plates import package
 
-
 FORMATS = 'store archive tiff deflate png ome_zarr planes planes_deflate'.split()
+
 
 def open_images(folder): return open_screen(folder).__getitem__
 
 def pack_images(images, folder):
+    "From raw TIFF"
     from cellmae.store import pack
     raw = next(folder.parent/o for o in ('tiff','planes') if (folder.parent/o).exists())
     pack(open_screen(raw), folder, archive=folder.name=='archive')
 
-def loader_now(folder, train=True):
-    "An epoch of crops by the training loader"
-    screen = open_screen(folder)
-    return CropLoader(Sites(screen), np.arange(len(screen)), SIZE, BATCH, train=train)
+def epochs(CropLoader, sites):
+    "Epochs of crops of all sites"
+    def epoch(seed, train=True):
+        loader = CropLoader(sites, np.arange(len(sites)), SIZE, BATCH, train=train)
+        loader.epoch = seed
+        return loader
+    return epoch
 
-def loader_before(folder, train=True):
-    "The same by the other version"
-    data,screen = (import_module(f'before.{o}') for o in ('data','screen'))
-    sites = data.Sites(screen.open_screen(folder), cache_gb=0)
-    return data.CropLoader(sites, np.arange(len(sites)), SIZE, BATCH, train=train)
+def open_loader(folder): return epochs(CropLoader, Sites(folder))
 
-LOADERS = dict(CropLoader=loader_now, before=loader_before)
-PACKED = dict.fromkeys(['store','archive'], pack_images)
-OURS = {f'{how}:{k}': ('cellmae', PACKED.get(k) if how=='screen' else None, open_)
-        for how,open_ in dict(screen=open_images, **LOADERS).items() for k in FORMATS}
+def open_before(folder):
+    "The loader of another version, all images read each time"
+    data = import_module('before.data')
+    return epochs(data.CropLoader, data.Sites(folder, cache_gb=0))
+
+OURS = {}
+for k in FORMATS:
+    write = pack_images if k in ('store','archive') else None
+    OURS[f'screen:{k}'] = Reader('cellmae', write, open_images)
+    OURS[f'CropLoader:{k}'] = Reader('cellmae', None, open_loader, True)
+    OURS[f'before:{k}'] = Reader('cellmae', None, open_before, True)
 
 class Ours(Worker):
-    "A worker whose readers may be loaders, which give batches of crops"
-    def is_loader(self, name): return name.split(':')[0] in LOADERS
-
-    def all_of(self, name):
-        if not self.is_loader(name): return super().all_of(name)
-        batches = self.readers[name][2](self.place(name), train=False)
-        return (x.numpy() for batch,_ in batches for x in batch)
-
-    def truth(self, name):
-        return (centre_crop(x, SIZE) for x in self.images) if self.is_loader(name) else self.images
-
-    def crops(self, name, seed):
-        if not self.is_loader(name): return super().crops(name, seed)
-        loader = self.get(name)
-        loader.epoch = int(seed)
-        return dict(crops=len(self.images), **timed(lambda: [None for _ in loader]))
+    "A worker that also knows what becomes of images of 16 bits"
+    def __init__(self, folder):
+        super().__init__(folder, {**READERS, **OURS})
+        if self.images.dtype==np.uint8: return
+        ranges = open_screen(self.folder/'planes').ranges
+        self.images = np.stack([to_uint8(x, ranges) for x in self.images])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,6 +62,6 @@ def main():
     p.add_argument('--before', help='another checkout')
     a = p.parse_args()
     if a.before: package(a.before, 'before')
-    serve(Ours(a.folder, {**READERS, **OURS}), a.core)
+    serve(Ours(a.folder), a.core)
 
 if __name__=='__main__': main()

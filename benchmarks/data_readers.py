@@ -6,15 +6,17 @@ The worker stays on one core and answers each line that it is given with a line 
 `crops NAME SEED`. PYTHON is one that has the library of that name; nothing of cellmae is needed. `FOLDER` holds
 `images.npy`, bytes `(n,C,H,W)`, with which every image that is read is compared."""
 import argparse, json, os, shutil, sys, time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 
 SIZE,BATCH = 256,64 # side of a crop, crops in a batch
 
 
-# a name, its library, and two functions: `write(images, folder)`, `open(folder)` that gives `get(i)`
+# what `Reader` names
 
 def write_npy(images, folder):
     folder.mkdir()
@@ -115,16 +117,48 @@ def open_lance(folder):
             return np.frombuffer(f.read(), np.uint8).reshape(shape)
     return get
 
-READERS = { # name: (library, write, open)
-    'npy': ('numpy', write_npy, open_npy),
-    'zarr': ('zarr', write_zarr, open_zarr),
-    'hdf5': ('h5py', write_hdf5, open_hdf5),
-    'tensorstore': ('tensorstore', None, open_tensorstore),
-    'litdata': ('litdata', write_litdata, open_litdata),
-    'mds': ('mosaicml-streaming', write_mds, open_mds),
-    'datasets': ('datasets', write_datasets, open_datasets),
-    'lance': ('pylance', write_lance, open_lance),
-    'webdataset': ('webdataset', write_webdataset, open_webdataset)}
+class Crops:
+    "What people write around a data set for torch: a crop of an image, turned over at random"
+    def __init__(self, get, n, train): self.get,self.n,self.train = get,n,train
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        import torch
+        x = self.get(i)
+        if not self.train: return torch.from_numpy(middle(x).copy())
+        top,left = (np.random.randint(side-SIZE+1) for side in x.shape[1:])
+        up,down = 1-2*np.random.randint(2, size=2)
+        return torch.from_numpy(x[:, top:top+SIZE, left:left+SIZE][:, ::up, ::down].copy())
+
+def loading(open_one):
+    "A reader whose crops torch's `DataLoader` puts into batches"
+    def open_all(folder):
+        from torch.utils.data import DataLoader
+        get,n = open_one(folder),len(np.load(folder.parent/'images.npy', mmap_mode='r'))
+        return lambda seed, train=True: DataLoader(Crops(get, n, train), batch_size=BATCH, shuffle=train)
+    return open_all
+
+def middle(x):
+    "The window in the middle of an image"
+    top,left = ((side-SIZE)//2 for side in x.shape[1:])
+    return x[:, top:top+SIZE, left:left+SIZE]
+
+class Reader(NamedTuple):
+    library:str # On PyPI
+    write:Callable|None # `write(images, folder)`; None: another has written them
+    open:Callable # `open(folder)`, which gives `get(i)`, or, if `loads`, `epoch(seed, train=True)`
+    loads:bool=False # Does it give batches of crops?
+
+READERS = {
+    'npy': Reader('numpy', write_npy, open_npy),
+    'zarr': Reader('zarr', write_zarr, open_zarr),
+    'hdf5': Reader('h5py', write_hdf5, open_hdf5),
+    'tensorstore': Reader('tensorstore', None, open_tensorstore),
+    'litdata': Reader('litdata', write_litdata, open_litdata),
+    'mds': Reader('mosaicml-streaming', write_mds, open_mds),
+    'datasets': Reader('datasets', write_datasets, open_datasets),
+    'lance': Reader('pylance', write_lance, open_lance),
+    'webdataset': Reader('webdataset', write_webdataset, open_webdataset)}
+READERS |= {f'batches:{k}': Reader(r.library, None, loading(r.open), True) for k,r in READERS.items()}
 
 
 # the worker
@@ -138,46 +172,51 @@ class Worker:
     def place(self, name): return self.folder/name.split(':')[-1]
 
     def get(self, name):
-        if name not in self.opened: self.opened[name] = self.readers[name][2](self.place(name))
+        if name not in self.opened: self.opened[name] = self.readers[name].open(self.place(name))
         return self.opened[name]
 
     def write(self, name):
         "All images, into a new folder; CPU seconds also of processes that were begun for it"
-        folder,write = self.place(name),self.readers[name][1]
+        folder,write = self.place(name),self.readers[name].write
         if write is None: return {}
         shutil.rmtree(folder, ignore_errors=True)
         start = sum(os.times()[:4])
         write(self.images, folder)
-        return dict(cpu=sum(os.times()[:4])-start)
+        return dict(write=sum(os.times()[:4])-start)
 
     def check(self, name):
-        "Every image is as it was; by this, its pages are warm"
-        pairs = enumerate(zip(self.all_of(name), self.truth(name), strict=True))
+        "Every image, or the middle of it, is as it was; by this, its pages are warm"
+        truth = map(middle, self.images) if self.readers[name].loads else self.images
+        pairs = enumerate(zip(self.all_of(name), truth, strict=True))
         bad = [i for i,(a,b) in pairs if not np.array_equal(a, b)]
         if bad: raise ValueError(f'{name}: {len(bad)} images differ, the first is {bad[0]}')
-        return dict(MB=megabytes(self.place(name)), version=version(self.readers[name][0]))
+        return dict(MB=megabytes(self.place(name)), version=version(self.readers[name].library))
 
-    def all_of(self, name): return map(self.get(name), range(len(self.images)))
-    def truth(self, name): return self.images
+    def all_of(self, name):
+        get = self.get(name)
+        if not self.readers[name].loads: return map(get, range(len(self.images)))
+        return (x.numpy() for batch in get(0, train=False) for x in crops_of(batch))
 
     def crops(self, name, seed):
-        "A random crop of each image, in random order, put into a batch"
-        get,out = self.get(name),np.empty((BATCH,self.images.shape[1],SIZE,SIZE), np.uint8)
-        plan = list(windows(self.images.shape, int(seed)))
-        def each():
-            for k,(i,y,x) in enumerate(plan): out[k%BATCH] = get(i)[:, y:y+SIZE, x:x+SIZE]
-        return dict(crops=len(plan), **timed(each))
+        "A random crop of each image in random order, as batches"
+        get,seed = self.get(name),int(seed)
+        if self.readers[name].loads: took = timed(lambda: [len(batch) for batch in get(seed)])
+        else: took = timed(partial(crop_all, get, self.images.shape, seed))
+        return dict(crops=len(self.images), **took)
 
     def answer(self, line):
         what,*given = line.split()
         return getattr(self, what)(*given)
 
-def windows(shape, seed):
-    "Number, top and left of a crop of each image"
-    n,_,*sides = shape
-    rng = np.random.default_rng(seed)
+def crops_of(batch): return batch[0] if isinstance(batch, (tuple,list)) else batch
+
+def crop_all(get, shape, seed):
+    "A crop of each image, copied into its place in a batch"
+    n,channels,*sides = shape
+    rng,out = np.random.default_rng(seed),np.empty((BATCH,channels,SIZE,SIZE), np.uint8)
     tops,lefts = (rng.integers(side-SIZE+1, size=n).tolist() for side in sides)
-    return zip(rng.permutation(n).tolist(), tops, lefts)
+    for k,(i,y,x) in enumerate(zip(rng.permutation(n).tolist(), tops, lefts)):
+        out[k%BATCH] = get(i)[:, y:y+SIZE, x:x+SIZE]
 
 def timed(f):
     "CPU seconds of this process and seconds of the clock"
