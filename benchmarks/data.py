@@ -4,15 +4,15 @@
     OMP_NUM_THREADS=1 python benchmarks/data.py FOLDER [--peers ENVIRONMENTS] [--before ANOTHER_CHECKOUT] [--parts crops]
 
 `ENVIRONMENTS` holds an environment for each other library, `litdata/bin/python` and so on (see README.md); those that are
-not there are left out. Each part leaves a JSON file in `--out`, of which `--parts report` makes `results.md` and a picture."""
+not there are left out. Each part leaves a JSON file in `--out`, and `results.md` is made of all that are there."""
 import argparse, json, random, re, subprocess, sys, time
 from pathlib import Path
 from statistics import median
 
-import pandas as pd
+import torch
 
 import data_embed as whole
-from data_readers import READERS
+from data_report import report_all
 from timing import machine
 
 here = Path(__file__).resolve().parent
@@ -20,7 +20,8 @@ OURS = ['screen:store','CropLoader:store','screen:archive','CropLoader:archive',
         'CropLoader:png','CropLoader:ome_zarr','npy','batches:npy','zarr','hdf5']
 BEFORE = ['before:tiff','before:deflate']
 PEERS = ['tensorstore','litdata','mds','datasets','lance','webdataset','batches:litdata','batches:mds','batches:datasets']
-BASE = 'npy'
+BASE = 'CropLoader:store'
+LIBRARIES = 'cellmae torch numpy zarr tifffile imagecodecs h5py'.split()
 
 
 # crops: workers asked in turn
@@ -98,7 +99,10 @@ def part_memory(folder, a):
         return json.loads(res.stdout.splitlines()[-1]) if not res.returncode else dict(what=what, sites=n, error=res.stderr[-300:])
     return [one(n, what) for what in whole.MEMORY for n in a.small]
 
-def part_packing(folder, a): return whole.packing(folder/'sites', ['planes','planes_deflate'], rounds=a.rounds)
+def part_packing(folder, a):
+    "Sites of 16 bits and images of bytes"
+    kinds = dict(sites=['planes','planes_deflate'], crops=['tiff','deflate'])
+    return [r for k,v in kinds.items() for r in whole.packing(folder/k, v, rounds=a.rounds)]
 
 PARTS = {k[5:]: f for k,f in globals().items() if k.startswith('part_')}
 
@@ -116,7 +120,11 @@ def main():
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     for name in a.parts:
+        start = time.time()
         rows = PARTS[name](a.folder, a)
-        print(pd.DataFrame(rows).to_string())
+        print(f'{name}: {time.time()-start:.0f} s')
+        kept = dict(rows=rows, machine=machine(torch.device('cpu'), LIBRARIES), seconds=round(time.time()-start))
+        (a.out/f'{name}.json').write_text(json.dumps(kept, indent=1))
+    report_all(a.out)
 
 if __name__=='__main__': main()

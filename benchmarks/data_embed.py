@@ -22,10 +22,6 @@ TILE = 256
 
 # reading hides behind computing
 
-def spent(f):
-    "CPU seconds and seconds of the clock, lists of one thing each"
-    return timed(f)
-
 def encoder_alone(model, screen, n):
     "CPU seconds that encoding a site takes at least: with one thread or with all"
     encoder = as_encoder(model)
@@ -62,9 +58,8 @@ def in_folder(f):
 def overlap_table(rows, n):
     t = pd.DataFrame(rows)
     need = (t.encode+t.read)*n/os.cpu_count()
-    return dict(sites=n, encode=t.encode.median(), read=t.read.median(), need=need.median(),
-                wall=t.wall.median(), cpu=t.cpu.median(), over=(t.wall/need).median(),
-                busy=(t.cpu/t.wall/os.cpu_count()).median())
+    t = t.assign(need=need, over=t.wall/need, busy=t.cpu/t.wall/os.cpu_count())
+    return dict(sites=n, **t.median())
 
 
 # an encoder that costs nothing
@@ -95,8 +90,9 @@ def readers_alone(folder, kinds, workers=(1,2,4), rounds=3):
             screen = open_screen(folder/kind)
             t = timed(lambda: ways[how](screen, w))
             rows.append(dict(images=kind, workers=w, how=how, rate=len(screen)/t['wall'], cpu=t['cpu']/len(screen)))
-    t = pd.DataFrame(rows).groupby(['images','how','workers'], sort=False).rate.median()
-    return t.unstack(['how','workers']).reindex(kinds)
+    return medians(rows, ['images','how','workers'])
+
+def medians(rows, keys): return pd.DataFrame(rows).groupby(keys).median().reset_index().to_dict('records')
 
 
 # memory
@@ -162,8 +158,10 @@ def packing(folder, kinds, workers=(1,2), rounds=3):
             screen = open_screen(folder/kind)
             with tempfile.TemporaryDirectory(dir=folder) as d:
                 t = timed(lambda: ways[how](screen, Path(d)/'store.zarr', w))
-            rows.append(dict(images=kind, by=how, workers=w, sites=len(screen)/t['wall'], cpu=t['cpu']/len(screen)))
-    return pd.DataFrame(rows).groupby(['images','by','workers'], sort=False).median().reset_index()
+            mb = len(screen)*screen[0].nbytes/1e6
+            rows.append(dict(images=kind, by=how, workers=w, sites=len(screen)/t['wall'], MB=mb/t['wall'],
+                             cpu=t['cpu']/len(screen)))
+    return medians(rows, ['images','by','workers'])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
