@@ -1,10 +1,13 @@
 "The training reader: the same batches whoever reads them, ahead of their use, in bounded memory"
 import os, signal, subprocess, sys, threading, time
 import numpy as np, pandas as pd, pytest, tifffile, torch
-from fastai.torch_core import to_device
+from fastai.callback.core import Callback
 from cellmae.data import CropLoader, Sites, one_ahead, put, reading_threads, screen_dls
 from cellmae.images import ImageError
 from cellmae.screen import Screen
+from cellmae.store import pack
+from cellmae.train import mae_learner
+from cellmae.zoo import create_model
 
 stains = ['DNA', 'ER', 'mito']
 
@@ -168,27 +171,47 @@ def test_a_damaged_file_is_named_with_its_well(screen, tmp_path, workers):
     with pytest.raises(ImageError, match=f'bad.tif: unreadable.*plate P, well {t.well[5]}, site {t.site[5]}'): list(dl)
     assert wait_for_none()
 
+@pytest.mark.skipif(os.name=='nt', reason='signals')
+@pytest.mark.parametrize('workers', [0, 1, 4])
+@pytest.mark.parametrize('after', [.02, .3])
+def test_ctrl_c_stops_at_once(workers, after, monkeypatch):
+    "While batches come, and while one hangs"
+    go_on = threading.Event()
+    hang = lambda i: i==30 and go_on.wait(60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(after, lambda: (begun.append(time.monotonic()), os.kill(os.getpid(), signal.SIGINT))).start()
+    begun = []
+    try:
+        with pytest.raises(KeyboardInterrupt): list(slow_loader(600, workers=workers, seconds=.002, hook=hang))
+        assert time.monotonic()-begun[0]<2
+    finally:
+        signal.signal(signal.SIGINT, before)
+        go_on.set()
+    assert wait_for_none()
+
 stop = '''
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler) # a process in the background may ignore it
-sys.path.insert(0, 'tests')
-import test_reader as o
-hang = lambda i: time.sleep(999) if i==30 else None
+from cellmae.data import CropLoader, screen_dls
+from cellmae.screen import Screen
+dl = screen_dls(Screen.open(sys.argv[1]), 16, bs=2, valid=0, num_workers=4, device='cpu').train
+read = Screen.__getitem__
+Screen.__getitem__ = lambda self, i: time.sleep(999) if i==3 else read(self, i)
 print('ready', flush=True)
-for x,_ in o.slow_loader(90, workers=int(sys.argv[1]), seconds=.01, hook=hang): pass
+for _ in dl: pass
 '''
 
 @pytest.mark.skipif(os.name=='nt', reason='signals')
-@pytest.mark.parametrize('workers', [0, 1, 4])
-@pytest.mark.parametrize('after', [.1, 1])
-def test_ctrl_c_stops_at_once(workers, after):
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', stop, str(workers)], text=True, stdout=subprocess.PIPE,
+def test_a_program_ends_while_a_read_hangs(screen):
+    screen.save(screen.root)
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', stop, screen.root], text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': os.getcwd()})
-    assert p.stdout.readline()=='ready\n'
-    time.sleep(after)
+    while p.stdout.readline()!='ready\n': pass
+    time.sleep(.3)
     p.send_signal(signal.SIGINT); start = time.monotonic()
     _,error = p.communicate(timeout=20)
-    assert error.rstrip().endswith('KeyboardInterrupt') and time.monotonic()-start<8
+    assert error.rstrip().endswith('KeyboardInterrupt') and p.returncode in (1, 130, -signal.SIGINT)
+    assert time.monotonic()-start<8
 
 # --- as fastai asks for it
 
@@ -237,3 +260,42 @@ def test_a_gpu_gets_the_same(screen, workers):
             assert x.is_cuda and ids.is_cuda
             del x
     assert all(torch.equal(x.cpu(), y.float()) and torch.equal(i.cpu(), j) for (x,i),(y,j) in zip(kept, want, strict=True))
+
+# --- a store
+
+@pytest.fixture(scope='module')
+def even(tmp_path_factory):
+    "A screen of one size of images, and its store"
+    root,rng = tmp_path_factory.mktemp('even'),np.random.default_rng(0)
+    for i in range(12): tifffile.imwrite(root/f'{i}.tif', rng.integers(0, 4000, (3,40,56)).astype(np.uint16), photometric='minisblack')
+    t = pd.DataFrame(dict(plate=['P']*7+['Q']*5, well=[f'{"BC"[i%2]}{i+2:02d}' for i in range(12)], file=[f'{i}.tif' for i in range(12)]))
+    s = Screen(t, stains, root)
+    return s,pack(s, root/'store', workers=1)
+
+@pytest.mark.parametrize('workers', [0, 3])
+def test_a_store_gives_the_batches_of_its_files(even, workers):
+    files,store = (batches(s, workers, crops=2) for s in even)
+    assert len(files)>2 and equal(files, store)
+
+def test_a_crop_too_large_for_a_store_is_known_at_once(even, monkeypatch):
+    monkeypatch.setattr(Screen, 'read', lambda *a: pytest.fail('an image was read'))
+    screen_dls(even[1], 40, device='cpu')
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match='well B02.*, which is 40x56 and 11 more of 12 sites'): screen_dls(even[1], 41)
+
+class Busy(Callback):
+    "A model that takes a while"
+    def __init__(self, seconds): self.seconds = seconds
+    def after_pred(self): time.sleep(self.seconds)
+
+@pytest.mark.parametrize('kind,slow,step,said', [('files',.02,0,1), ('files',0,.05,0), ('store',.02,0,0)])
+def test_a_run_that_waits_for_files_says_what_helps(even, tmp_path, monkeypatch, capsys, kind, slow, step, said):
+    screen,read = even[kind=='store'],Screen.__getitem__
+    monkeypatch.setattr(Screen, '__getitem__', lambda self, i: (time.sleep(slow), read(self, i))[1])
+    model = create_model('mae_vitt8', in_chans=3, img_size=16, depth=1, embed_dim=48)
+    dls = screen_dls(screen, 16, bs=2, valid=0, num_workers=0, device='cpu')
+    learn = mae_learner(dls, model, tmp_path, dict(seed=0), n_pictures=0, cbs=Busy(step))
+    learn.waits.seconds = .1
+    learn.fit(4)
+    text = capsys.readouterr().out
+    assert text.count('of the time goes into waiting for images')==text.count('pack(screen, folder)')==said
