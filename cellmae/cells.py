@@ -201,8 +201,9 @@ def _keys(df, names):
     return keys.drop(columns=[k for k in ('row','col') if 'well' in keys and k in keys])
 
 def _images(screen):
-    "Each file of the screen, as the table has it, and its row"
-    for c in (c for c in screen.table if re.match('file(_|$)', str(c))):
+    "Each file of the screen, or of the one that was packed, as the table has it, and its row"
+    files = [c for c in screen.table if re.match('(source_)?file(_|$)', str(c))]
+    for c in [c for c in files if c.startswith('source_')] or files:
         for i,files in enumerate(screen.table[c]):
             for f in files.split('|'): yield re.sub(r'#\w+=.*', '', f),i
 

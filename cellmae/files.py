@@ -137,7 +137,9 @@ def locked(
         f.truncate(0)
         print(f'process {os.getpid()} on {_host}', f'({what})'*bool(what), file=f, flush=True)
         try: yield
-        finally: fcntl.flock(f, fcntl.LOCK_UN) # also where a process that we started has it open
+        finally:
+            f.truncate(0)
+            fcntl.flock(f, fcntl.LOCK_UN) # also where a process that we started has it open
 
 # %% ../nbs/00_files.ipynb #d9da64fd
 _packers = {b'\x1f\x8b': gzip.decompress, b'BZh': bz2.decompress, b'\xfd7zXZ': lzma.decompress}

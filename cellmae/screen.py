@@ -411,6 +411,7 @@ def open(cls:Screen,
 def _listed(df, path, how):
     "A table or a saved screen, in the words of what is found"
     what = 'A saved screen' if how.get('table') else 'A table of sites'
+    if how.get('packed'): what = 'A store'
     call = 'table' if isinstance(path, pd.DataFrame) else repr(str(path))
     return Plates(df, how['root'], (None,None), what, f'Screen.open({call}', '')
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from . import __version__
 from .files import ahead, cores, locked, progress, write_whole
 from .images import ImageError
-from .containers import NOTHING, crc32c, images_at, index_of_shard, unsealed
+from .containers import (NOTHING, crc32c, images_at, index_of_shard, is_remote,
+                                unsealed)
 from .planes import size_of, stamp_of
 from .sites import SITE, WELL, in_turn, in_words, site_key
 from .screen import STORE, Screen, open_screen, way_to, write_sites
@@ -332,7 +333,8 @@ def foresee(self:Packing):
                   'Name a folder on another disk, or `archive=True`', str(self.folder))
 
 def _time(s):
-    return f'{s/3600:.1f} hours' if s>5400 else f'{s/60:.0f} minutes' if s>90 else f'{s:.0f} s'
+    if s>90: return f'{s/3600:.1f} hours' if s>5400 else f'{s/60:.0f} minutes'
+    return f'{max(s, 1):.0f} s'
 
 @contextmanager
 def _disk(folder):
@@ -340,7 +342,6 @@ def _disk(folder):
     try: yield
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        if 'the store takes' in str(e): raise
         raise OSError(e.errno, 'the disk is full. What was packed is kept: make room and call '
                       'again, it goes on from there', str(folder)) from e
 
@@ -360,8 +361,8 @@ def _is_group(images):
 
 def _sweep(folder, made, names):
     "Remove what no row of the table needs: arrays and shards of attempts that ended otherwise"
-    for f in [*folder.glob('images.zarr/*/.*.part*'), *folder.glob('images.zarr/.*.part*')]:
-        f.unlink(missing_ok=True)
+    for like in ('.left_out.*.part*', 'images.zarr/.*.part*', 'images.zarr/*/.*.part*'):
+        for f in folder.glob(like): f.unlink(missing_ok=True)
     for d in [o for o in folder.glob('images.zarr/*') if o.is_dir()]:
         if d.name not in names: shutil.rmtree(d)
     for d,files in made.items():
@@ -380,8 +381,9 @@ def _tell_left(folder, left):
 
 def _left_in_words(left, f):
     kinds = ', '.join(f'{n} {k}' for k,n in left['problem'].value_counts().items())
-    return (f'Left out: {len(left):,} sites ({kinds}), see {f}. First: {in_words(left.iloc[0])}: '
-            f'{left["file"].iat[0]}: {left["problem"].iat[0]}. {left["cure"].iat[0]}')
+    first = ImageError(*left[['problem','file','cure']].iloc[0])
+    return f'Left out: {len(left):,} sites ({kinds}), see {f}. The first: {first}'
+
 
 # %% ../nbs/15_store.ipynb #4b071705
 def _threads(workers): return cores() if workers is None else workers
@@ -395,13 +397,15 @@ def _made_of(screen):
         h.update('\0'.join(map(str, o.ravel())).encode())
     return h.hexdigest()[:12]
 
-def _there(folder, screen):
+def _there(folder, screen, archive):
     "The store of this screen that is there already, None if there is none"
     if not (folder/'screen.json').exists(): return
     store = open_screen(folder)
     if not store.packed: raise FileExistsError(f'{folder} holds a screen that is saved, no store. '
                                                'Name another folder.')
-    if store.packed['made_of']==_made_of(screen): return store
+    if store.packed['made_of']==_made_of(screen):
+        if store.packed['archive']==archive: return store
+        raise FileExistsError(f'{folder} is packed with archive={not archive}. Name another.')
     raise FileExistsError(f'{folder} holds a store of another screen. Name another folder, or add '
                           'plates to this one: `append(store, screen)`.')
 
@@ -416,14 +420,15 @@ def pack(
 )->Screen: # The store, opened
     "Write a screen so that reading it costs nothing"
     if isinstance(data, list): return _pack_panels(data, out, workers, archive, shard_mb, stop)
-    screen,folder = open_screen(data),Path(out)
-    workers = _threads(workers)
+    if is_remote(out): raise ValueError(f'{out}: a store is written to a disk. Pack it there, and '
+                                        'copy the folder.')
+    screen,folder,workers = open_screen(data),Path(out),_threads(workers)
     with locked(folder, 'packing'):
-        if store := _there(folder, screen): return store
+        if store := _there(folder, screen, archive): return store
         screen.fit_ranges()
         p = Packing(screen, folder, archive, shard_mb, workers, stop)
+        p.foresee()
         with _disk(folder):
-            p.foresee()
             _own_group(folder)
             p.write(p.all_shards())
             return _finish(p)
@@ -481,18 +486,19 @@ def append(
 )->Screen: # The store, opened anew
     "Add plates to a store"
     (folder,_),screen = _opened(store),open_screen(data)
-    with locked(folder, 'adding plates'), _disk(folder):
+    with locked(folder, 'adding plates'):
         _,store = _opened(folder)
         _check_alike(store, screen)
         screen,how = screen.ranged(store.packed['source']['ranges']),store.packed
         names,workers = {*_array_names(store.table['file'])[0]},_threads(workers)
         p = Packing(screen, folder, how['archive'], how['shard_mb'], workers, stop, names)
         p.foresee()
-        p.write(p.all_shards())
-        if not len(t := p.table()): raise next(iter(p.left.values()))
-        _tell_left(folder, p.left_out())
-        _sweep(folder, p.made, names|{o.name for o in p.made})
-        write_sites(pd.concat([store.table, t], ignore_index=True), folder)
+        with _disk(folder):
+            p.write(p.all_shards())
+            if not len(t := p.table()): raise next(iter(p.left.values()))
+            _tell_left(folder, p.left_out())
+            _sweep(folder, p.made, names|{o.name for o in p.made})
+            write_sites(pd.concat([store.table, t], ignore_index=True), folder)
     return open_screen(folder)
 
 # %% ../nbs/15_store.ipynb #3301fb56
@@ -612,7 +618,8 @@ def repack(
         t,n = store.table.copy(),0
         for rows,p in _packings(folder, store, _threads(workers), root):
             bad = [*p.bad_shards(sources)]
-            p.write((p.with_stamps(s)._replace(kept=False) for s in bad), sum(len(s.rows) for s in bad))
+            anew = (p.with_stamps(s)._replace(kept=False) for s in bad)
+            p.write(anew, sum(len(s.rows) for s in bad))
             t.loc[rows,['source_bytes','source_mtime']] = p.stamps
             n += len(bad)
         if n: write_sites(t, folder)
