@@ -1,0 +1,193 @@
+"Kill packing and embedding at random moments: a second run must end with the files of an undisturbed one"
+import os
+os.environ.setdefault('OMP_NUM_THREADS', '1') # jobs are forked, so this process starts no threads
+import argparse, json, random, shutil, signal, subprocess, sys, tempfile, time, traceback
+from pathlib import Path
+
+import numpy as np, pandas as pd, tifffile, torch
+import pyarrow.parquet
+from cellmae.embed import embed
+from cellmae.many_gpus import join_processes
+from cellmae.screen import Screen
+from cellmae.store import append, pack
+
+plates,wells,stains = ('P1','P2','P3'),('B03','C02','G11'),('DNA','ER') # of 8 x 12
+SHARD = .04 # MB, some four of these images
+
+def write_screen(root, some=plates):
+    "Sites of 64 x 48, each with its own pixels"
+    rng = np.random.default_rng(len(some))
+    for f in (root/p/f'{w}_s{s}_{c}.tif' for p in some for w in wells for s in '123' for c in stains):
+        f.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(f, rng.integers(0, 4000, (64,48)).astype(np.uint16))
+    s = Screen.from_pattern(root, '{plate}/{well}_s{site}_{channel}.tif')
+    s.fit_ranges()
+    return s.save(root)
+
+def sources(folder):
+    "What is packed and embedded: files, a store, a store to add to, plates to add"
+    write_screen(folder/'files')
+    pack(folder/'files', folder/'store', shard_mb=SHARD, workers=0)
+    some = lambda *names: (s := Screen(folder/'files')).subset(s.table['plate'].isin(names)).save(folder/'-'.join(names))
+    pack(some('P2'), folder/'begun', shard_mb=SHARD, workers=0)
+    some('P1', 'P3')
+
+# --- the jobs
+
+def packing(**how): return lambda of,out: pack(of/'files', out, shard_mb=SHARD, **how)
+
+def adding(of, out):
+    if not (out/'screen.json').exists(): shutil.copytree(of/'begun', out, dirs_exist_ok=True)
+    started(out) # what stands there so far is not of this job
+    append(out, of/'P1-P3', workers=2)
+
+def embedding(source, level, model='mae_vitt8', **how):
+    def job(of, out):
+        torch.set_num_threads(2)
+        embed(model, of/source, level=level, size=24, bs=4, out=out, progress=False, **how)
+    return job
+
+JOBS = {
+    'pack, no threads': packing(workers=0), 'pack, 2 threads': packing(workers=2), 'pack, archive': packing(workers=2, archive=True),
+    'append': adding,
+    'embed, wells, of files': embedding('files', 'well'), 'embed, sites, of a store': embedding('store', 'site'),
+    'embed, tiles, of files': embedding('files', 'tile'), 'embed, wells, by a function': embedding('store', 'well', 'intensity'),
+    'embed, wells, 2 processes': embedding('store', 'well'), 'embed, tiles, 2 processes': embedding('files', 'tile')}
+
+# --- in the process that does a job
+
+def beside(out, what): return out.with_name(f'{out.name}.{what}')
+
+def started(out):
+    "Say that the clock runs from now on"
+    f = beside(out, f'pid{os.environ.get("RANK", 0)}')
+    f.write_text(str(os.getpid())); f.rename(f.with_suffix(f.suffix+'.there'))
+
+CHANGES = 'open','os.rename','os.remove','os.mkdir','os.rmdir','os.truncate','shutil.rmtree'
+
+def count_changes(out, last):
+    "Count the changes of files below `out`; kill this process before number `last`"
+    done = [0]
+    def hook(event, args):
+        if event not in CHANGES or not str(args[0]).startswith(str(out)): return
+        if event=='open' and (not isinstance(args[1], str) or args[1].startswith('r')): return
+        if done[0]==last: os.kill(os.getpid(), signal.SIGKILL)
+        done[0] += 1
+    sys.addaudithook(hook)
+    return done
+
+def do(name, of, out, last=None):
+    "Do a job, and write what it took"
+    done = count_changes(out, last)
+    if name!='append': started(out)
+    start = time.monotonic()
+    JOBS[name](of, out)
+    if not int(os.environ.get('RANK', 0)):
+        beside(out, 'took').write_text(json.dumps([time.monotonic()-start, done[0]]))
+
+# --- in the process that kills
+
+def fork(name, of, out, last):
+    "Do a job in a child, which need not import anything"
+    sys.stdout.flush()
+    if pid := os.fork(): return pid
+    os.setsid()
+    log = os.open(beside(out, 'log'), os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
+    os.dup2(log, 1); os.dup2(log, 2)
+    try: do(name, of, out, last); os._exit(0)
+    except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1)
+
+def launch(name, of, out, last):
+    "Do a job in two processes, the way users start them"
+    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+           __file__, '--job', name, str(of), str(out)]
+    with open(beside(out, 'log'), 'w') as log:
+        return subprocess.Popen(cmd, stdout=log, stderr=log, start_new_session=True).pid
+
+def begin(name, of, out, last=None):
+    "The process of a job, when its clock runs"
+    for f in out.parent.glob(f'{out.name}.pid*'): f.unlink()
+    two = '2 processes' in name
+    pid = (launch if two else fork)(name, of, out, last)
+    while len(there := [*out.parent.glob(f'{out.name}.pid*.there')])<1+two:
+        if (end := os.waitpid(pid, os.WNOHANG))[0]: return pid,end[1],[]
+        time.sleep(.002)
+    return pid,None,[int(f.read_text()) for f in there]
+
+def finish(name, of, out):
+    "Do a job to its end"
+    pid,end,_ = begin(name, of, out)
+    if end is None: _,end = os.waitpid(pid, 0)
+    if end: raise SystemExit(f'{name}: it did not end well\n{beside(out, "log").read_text()[-3000:]}')
+
+def kill(name, of, out, moment, how):
+    "Begin a job and kill it at a moment; False: it was done before"
+    took,changes = json.loads(beside(of/'undisturbed'/name, 'took').read_text())
+    pid,end,ranks = begin(name, of, out, int(moment*changes) if how=='change' else None)
+    if how!='change': time.sleep(moment*took)
+    if end is None and how=='second of all': os.killpg(pid, signal.SIGKILL)
+    if end is None and how=='second of one': os.kill(random.choice(ranks), signal.SIGKILL)
+    if end is None: _,end = os.waitpid(pid, 0)
+    return end!=0
+
+def content(folder):
+    "Bytes by name; of a lock only that it is there"
+    return {str(f.relative_to(folder)): b'' if f.name=='.lock' else f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+
+def half_written(out, want, before):
+    "Files that stand under their names with other bytes than they have in the end, or had at first"
+    found = content(out) if out.exists() else {}
+    return [k for k,v in found.items() if '.part' not in k and v not in (want.get(k), before.get(k))]
+
+def one_kill(name, of, out, rng):
+    "What a kill did, and whether the second run made up for it"
+    two = '2 processes' in name
+    want,before = content(of/'undisturbed'/name),content(of/'begun') if name=='append' else {}
+    how = rng.choice(('second of all','second of one') if two else ('second of all','change'))
+    while not kill(name, of, out, moment := rng.random(), how): shutil.rmtree(out)
+    torn = half_written(out, want, before)
+    at_kill = {f: f.stat().st_ino for f in out.rglob('*') if f.is_file() and '.part' not in f.name and f.name!='.lock'}
+    finish(name, of, out)
+    got = content(out)
+    kept = sum(f.exists() and f.stat().st_ino==i for f,i in at_kill.items())
+    odd = sorted(k for k in {*want,*got} if want.get(k)!=got.get(k))
+    shutil.rmtree(out)
+    return dict(job=name, killed=how, at=round(moment, 2), files=len(want), there=len(at_kill), kept=kept, torn=', '.join(torn), differ=', '.join(odd))
+
+def campaign(n, seed, folder, jobs):
+    "As many kills as asked for, the jobs in turn"
+    rng,of = random.Random(seed),folder/'of'
+    if not (pid := os.fork()): sources(of); os._exit(0)
+    os.waitpid(pid, 0)
+    for o in ('undisturbed','killed'): (of/o).mkdir() # as deep, for paths between folders are written down
+    for name in jobs[:n]: finish(name, of, of/'undisturbed'/name)
+    rows = []
+    for k in range(n):
+        rows.append(one_kill(name := jobs[k%len(jobs)], of, of/'killed'/name, rng))
+        print('{job:28} killed by {killed:13} at {at:4.2f}: {there:2} of {files:2} files there, {kept:2} kept; {torn}{differ}'.format(**rows[-1]), flush=True)
+    return pd.DataFrame(rows)
+
+def markdown(table):
+    "A row per job"
+    lines = ['| job | kills | files | there at the kill | of these kept | half-written | other in the end |', '|---|---|---|---|---|---|---|']
+    for name,t in table.groupby('job', sort=False):
+        there = f'{t.there.min()} to {t.there.max()}'
+        lines.append(f'| {name} | {len(t)} | {t.files.iat[0]} | {there} | {t.kept.sum()} of {t.there.sum()} | {(t.torn!="").sum()} | {(t.differ!="").sum()} |')
+    return '\n'.join(lines)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--n', type=int, default=30, help='kills')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--jobs', default='', help='only those whose names begin like this')
+    p.add_argument('--job', nargs=3, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.job: name,of,out = args.job; join_processes(); return do(name, Path(of), Path(out))
+    jobs = [o for o in JOBS if o.startswith(args.jobs)]
+    with tempfile.TemporaryDirectory() as folder: table = campaign(args.n, args.seed, Path(folder), jobs)
+    print(f'\n{markdown(table)}')
+    bad = table[(table.torn!='')|(table.differ!='')]
+    if len(bad): raise SystemExit(f'{len(bad)} of {len(table)} kills left something else:\n{bad.to_string()}')
+    print(f'\nAfter all of {len(table)} kills the second run ended with the files of an undisturbed one')
+
+if __name__=='__main__': main()
