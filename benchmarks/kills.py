@@ -9,7 +9,7 @@ import pyarrow.parquet
 from cellmae.embed import embed
 from cellmae.many_gpus import join_processes
 from cellmae.screen import Screen
-from cellmae.store import append, pack
+from cellmae.store import append, pack, repack
 
 plates,wells,stains = ('P1','P2','P3'),('B03','C02','G11'),('DNA','ER') # of 8 x 12
 SHARD = .04 # MB, some four of these images
@@ -25,21 +25,21 @@ def write_screen(root, some=plates):
     return s.save(root)
 
 def sources(folder):
-    "What is packed and embedded: files, a store, a store to add to, plates to add"
+    "What is packed and embedded: files, a store, a store to add to, plates to add, a store to mend"
     write_screen(folder/'files')
     pack(folder/'files', folder/'store', shard_mb=SHARD, workers=0)
     some = lambda *names: (s := Screen(folder/'files')).subset(s.table['plate'].isin(names)).save(folder/'-'.join(names))
     pack(some('P2'), folder/'begun', shard_mb=SHARD, workers=0)
     some('P1', 'P3')
+    shutil.copytree(folder/'store', folder/'damaged')
+    for f in sorted((folder/'damaged').glob('images.zarr/*/c.*'))[::2]: f.write_bytes(f.read_bytes()[:-9])
 
 # --- the jobs
 
 def packing(**how): return lambda of,out: pack(of/'files', out, shard_mb=SHARD, **how)
 
-def adding(of, out):
-    if not (out/'screen.json').exists(): shutil.copytree(of/'begun', out, dirs_exist_ok=True)
-    started(out) # what stands there so far is not of this job
-    append(out, of/'P1-P3', workers=2)
+def adding(of, out): append(out, of/'P1-P3', workers=2)
+def mending(of, out): repack(out, root=of/'files', workers=2)
 
 def embedding(source, level, model='mae_vitt8', **how):
     def job(of, out):
@@ -49,10 +49,12 @@ def embedding(source, level, model='mae_vitt8', **how):
 
 JOBS = {
     'pack, no threads': packing(workers=0), 'pack, 2 threads': packing(workers=2), 'pack, archive': packing(workers=2, archive=True),
-    'append': adding,
+    'append': adding, 'repack': mending,
     'embed, wells, of files': embedding('files', 'well'), 'embed, sites, of a store': embedding('store', 'site'),
     'embed, tiles, of files': embedding('files', 'tile'), 'embed, wells, by a function': embedding('store', 'well', 'intensity'),
     'embed, wells, 2 processes': embedding('store', 'well'), 'embed, tiles, 2 processes': embedding('files', 'tile')}
+
+BEFORE = dict(append='begun', repack='damaged') # stores that stand there when the job begins
 
 # --- in the process that does a job
 
@@ -79,7 +81,7 @@ def count_changes(out, last):
 def do(name, of, out, last=None):
     "Do a job, and write what it took"
     done = count_changes(out, last)
-    if name!='append': started(out)
+    started(out)
     start = time.monotonic()
     JOBS[name](of, out)
     if not int(os.environ.get('RANK', 0)):
@@ -108,6 +110,7 @@ def begin(name, of, out, last=None):
     "The process of a job, when its clock runs"
     for f in out.parent.glob(f'{out.name}.pid*'): f.unlink()
     two = '2 processes' in name
+    if name in BEFORE and not out.exists(): shutil.copytree(of/BEFORE[name], out)
     pid = (launch if two else fork)(name, of, out, last)
     while len(there := [*out.parent.glob(f'{out.name}.pid*.there')])<1+two:
         if (end := os.waitpid(pid, os.WNOHANG))[0]: return pid,end[1],[]
@@ -130,6 +133,11 @@ def kill(name, of, out, moment, how):
     if end is None: _,end = os.waitpid(pid, 0)
     return end!=0
 
+def large(folder):
+    "Files that took work, by the number by which the disk knows them: shards and parts"
+    return {f: f.stat().st_ino for f in folder.rglob('*') if f.is_file() and not f.name.startswith('.') and
+            (f.name.startswith('c.') or f.parent.name=='parts')}
+
 def content(folder):
     "Bytes by name; of a lock only that it is there"
     return {str(f.relative_to(folder)): b'' if f.name=='.lock' else f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
@@ -142,17 +150,17 @@ def half_written(out, want, before):
 def one_kill(name, of, out, rng):
     "What a kill did, and whether the second run made up for it"
     two = '2 processes' in name
-    want,before = content(of/'undisturbed'/name),content(of/'begun') if name=='append' else {}
+    want,before = content(of/'undisturbed'/name),content(of/BEFORE[name]) if name in BEFORE else {}
     how = rng.choice(('second of all','second of one') if two else ('second of all','change'))
     while not kill(name, of, out, moment := rng.random(), how): shutil.rmtree(out)
     torn = half_written(out, want, before)
-    at_kill = {f: f.stat().st_ino for f in out.rglob('*') if f.is_file() and '.part' not in f.name and f.name!='.lock'}
+    there = large(out)
     finish(name, of, out)
     got = content(out)
-    kept = sum(f.exists() and f.stat().st_ino==i for f,i in at_kill.items())
+    kept = len(there.items() & large(out).items())
     odd = sorted(k for k in {*want,*got} if want.get(k)!=got.get(k))
     shutil.rmtree(out)
-    return dict(job=name, killed=how, at=round(moment, 2), files=len(want), there=len(at_kill), kept=kept, torn=', '.join(torn), differ=', '.join(odd))
+    return dict(job=name, killed=how, at=round(moment, 2), files=len(large(of/'undisturbed'/name)), there=len(there), kept=kept, torn=', '.join(torn), differ=', '.join(odd))
 
 def campaign(n, seed, folder, jobs):
     "As many kills as asked for, the jobs in turn"
