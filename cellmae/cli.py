@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['simulated', 'baselines', 'summary', 'attempt', 'fit_tvn', 'correct_all', 'compare', 'measure', 'strongest',
-           'draw_map', 'Findings', 'findings', 'rehearse', 'usable', 'describe', 'look_at', 'embed_all',
+           'draw_map', 'Findings', 'findings', 'rehearse', 'usable', 'describe', 'look_at', 'packed', 'embed_all',
            'demo_sections', 'finding_sections', 'demo', 'told', 'own_screen', 'own_cells', 'command', 'cellmae_demo',
-           'cellmae_check', 'cellmae_fit', 'cellmae_embed', 'cellmae_recall']
+           'cellmae_check', 'cellmae_pack', 'cellmae_fit', 'cellmae_embed', 'cellmae_recall']
 
 # %% ../nbs/60_cli.ipynb #2c2a3723
 import warnings
@@ -41,6 +41,7 @@ from .recall import read_relationships, recall
 from .diagnose import plot_correction
 from .report import Aside, write_report
 from .screen import SITE, Screen, open_screen, place_of_site
+from .store import append, pack, repack, verify
 from .stats import intensity_stats, spectrum_stats
 from .synth import synth_screen
 from .train import fit_mae
@@ -250,6 +251,14 @@ def _read_early(path):
     if path.is_file(): read_relationships(path)
     elif not path.exists(): raise FileNotFoundError(f'{path}: missing. Check its path.')
 
+# %% ../nbs/60_cli.ipynb #5e7cb414
+def packed(
+    screen, # Screen
+    folder, # Where its store is to be
+)->Screen:
+    "A screen whose images are decoded once"
+    return screen if screen.packed else pack(screen, folder)
+
 # %% ../nbs/60_cli.ipynb #c3e16a27
 def embed_all(
     encoders:dict, # Name -> encoder
@@ -316,6 +325,7 @@ def demo(
     if screen is None: screen,relationships,extra = simulated(out, seed, **(size or {}))
     screen,problems,said = look_at(screen, kwargs.get('crop') or recipe(model).crop, relationships)
     for s in said: print(f'     {s}')
+    screen = packed(screen, out/'store')
     print('2/5  Train'); learn = fit_mae(screen, model, out/'run', seed=seed, **kwargs)
     print('3/5  Embed'); profiles = embed_all(baselines(learn.model, seed), screen, pool)
     to_parquet(profiles['trained MAE'], out/'profiles.parquet')
@@ -415,10 +425,12 @@ def command(
 
 def _note(message, *args, **kwargs): print(f'note: {_line(message)}', file=sys.stderr)
 def _line(o): return _python.sub(_option, ' '.join(str(o).split()))
-def _option(m): return f"`--{m[1].replace('masks', 'cells')} {m[2]}".rstrip()+'`'
-_python = re.compile( # an argument, which in a command is an option
-    r"`(z|t|layout|well|root|channels|meta|pattern|level|cells|masks|pixel_size)="
-    r"""['"]?([\w./*{}-]*)['"]?`""")
+def _option(m):
+    name,value = m[1] or m[3],m[2] or ''
+    return f"`--{name.replace('masks', 'cells')} {value}".removesuffix(' True').rstrip()+'`'
+_python = re.compile( # an argument, which in a command is an option, or a call that is one
+    r"`(z|t|layout|well|root|channels|meta|pattern|level|cells|masks|pixel_size|archive)="
+    r"""['"]?([\w./*{}-]*)['"]?`|`(append|repack)\([^`]*\)`""")
 
 def _stop(name, e):
     "Leave with one line for an error, and its exit code"
@@ -432,7 +444,7 @@ def _stop(name, e):
 @delegates(own_screen)
 def cellmae_demo(
     out:str='cellmae_demo', # Folder for everything that is written
-    screen:str=None, # Your own plates: a folder of images, a table of sites, or a saved screen
+    screen:str=None, # Your own plates: a folder, an OME-Zarr, a table of sites, or a store
     relationships:str=None, # CSV of known pairs of your perturbations, columns entity1 and entity2
     epochs:int=None, # How long to train: how many times each site is seen
     crop:int=None, # Side of a training crop in pixels
@@ -452,7 +464,7 @@ def _counted(problems):
     first = problems.drop_duplicates('problem').set_index('problem')
     for k,n in problems['problem'].value_counts().items():
         o = first.loc[k]
-        yield f'{n:,} x {k}: {place_of_problem(o)}. {o["cure"]}'.replace(': . ', ': ')
+        yield _line(f'{n:,} x {k}: {place_of_problem(o)}. {o["cure"]}'.replace(': . ', ': '))
 
 @command
 @delegates(own_screen)
@@ -472,11 +484,66 @@ def cellmae_check(
     print(*_counted(problems), sep='\n') if len(problems) else print('No problems found.')
     print(f'Page: {plates.report(Path(out)/"screen.html", n=n or 200)}')
 
+# %% ../nbs/60_cli.ipynb #1e09de00
+def _one_of(**ways):
+    "The way that was asked for, if any was"
+    asked = [k for k,v in ways.items() if v]
+    if len(asked)>1: raise ValueError(f'--{asked[0]} or --{asked[1]}, one after the other.')
+    return asked[0] if asked else ''
+
+def _refuse(way, **options):
+    "Refuse options that mean nothing to a way of using a command"
+    for k,v in options.items():
+        if v: raise ValueError(f'--{k} does not go with --{way}: leave it out.')
+
+def _fill(way, out, screen, archive, **how):
+    "Pack plates, or add them to a store"
+    if way=='append': store = append(out, screen, **how)
+    else: store = pack(screen, out, archive=archive, **how)
+    print(f'{_n(len(store), "site")} in {out}. Next: cellmae_fit {out}')
+
+def _tend(way, store, sources, workers, root):
+    "Look through a store, or mend it"
+    if way=='repack': repack(store, sources, root, workers); return
+    bad = verify(store, sources, workers)
+    if not len(bad): print('No damage found.'); return
+    print(*_counted(bad.assign(channel='')), sep='\n')
+    raise ValueError(f'{store}: {_n(len(bad), "problem")}. Mend them by --repack.')
+
+# %% ../nbs/60_cli.ipynb #f2f700d0
+@command
+@delegates(own_screen)
+def cellmae_pack(
+    screen:str, # Your plates: a folder, an OME-Zarr, a table of sites; or a store that is there
+    out:str=None, # Folder of the store; default: cellmae_store
+    workers:int=None, # Threads; default: one per core
+    archive:store_true=False, # Compress images: half the disk or less, but slower to read
+    stop:store_true=False, # Stop at the first bad image? Otherwise it is left out and listed
+    append:store_true=False, # Add the plates to the store that --out names
+    verify:store_true=False, # Instead, look for damage in a store
+    repack:store_true=False, # Instead, write what is damaged in a store anew from its source
+    sources:store_true=False, # With these two: also look for files that have changed since
+    debug:store_true=False, # Show the whole traceback of an error
+    **kwargs
+):
+    "Plates once into a store, which reads as fast as memory. After a stop, it goes on where it was"
+    way = _one_of(append=append, verify=verify, repack=repack)
+    if way in ('verify','repack'):
+        root = kwargs.pop('root', None)
+        others = dict(kwargs, out=out, archive=archive, stop=stop)
+        _refuse(way, root=root if verify else None, **others)
+        _tend(way, screen, sources, workers, root)
+    else:
+        _refuse(way or 'out', sources=sources, archive=archive and append)
+        plates,out = own_screen(screen, **kwargs),out or 'cellmae_store'
+        _fill(way, out, plates, archive, workers=workers, stop=stop)
+
+
 # %% ../nbs/60_cli.ipynb #5af6a55f
 @command
 @delegates(own_screen)
 def cellmae_fit(
-    screen:str, # Your plates: a folder of images, a table of sites, or a saved screen
+    screen:str, # Your plates: a folder, an OME-Zarr, a table of sites, or a store
     out:str='cellmae_run', # Folder for history, checkpoint, reconstructions and the finished model
     model:str='camae_vits16', # Which model; cellmae.zoo.list_models() names them
     epochs:int=None, # How many times each site is seen; default: the model's recipe
@@ -487,12 +554,14 @@ def cellmae_fit(
     cells:str=None, # Crops at cells: a table of centres, or a folder of masks or of such tables
     pixel_size:float=None, # um, if that table is in um
     seed:int=0, # Fixes weights, masks and data order
+    workers:int=None, # Threads that read ahead; default: as many as the device needs
     restart:store_true=False, # Start over, even if the folder holds an unfinished run
     debug:store_true=False, # Show the whole traceback of an error
     **kwargs
 ):
     "Train a masked autoencoder on a screen. Run the same command again to go on after a stop"
-    run = dict(epochs=epochs, bs=bs, crop=crop, crops=crops, lr=lr, seed=seed, resume=not restart)
+    run = dict(epochs=epochs, bs=bs, crop=crop, crops=crops, lr=lr, seed=seed, resume=not restart,
+               num_workers=workers)
     plates = own_screen(screen, **kwargs)
     fit_mae(plates, model, out, cells=own_cells(plates, cells, pixel_size), **run)
     print(f'Model: {Path(out)/"model"}')
@@ -505,7 +574,7 @@ _endings = ('.parquet', '.csv', '.csv.gz', '.tsv', '.feather', '.h5ad')
 @delegates(own_screen)
 def cellmae_embed(
     model:str, # Folder of a trained model, as written by cellmae_fit
-    screen:str, # Your plates: a folder of images, a table of sites, or a saved screen
+    screen:str, # Your plates: a folder, an OME-Zarr, a table of sites, or a store
     out:str='profiles.parquet', # Where to write: .parquet, .csv or .h5ad
     level:_Level='well', # One row per well, site, tile or cell
     cells:str=None, # Crops at cells: a table of centres, or a folder of masks or of such tables
