@@ -214,6 +214,7 @@ def held(
 @atexit.register
 def close_held():
     "Close the containers that this process holds, as at its end, or before files are removed"
+    for images,_ in _mapped: images.maps.clear()
     _arrays.clear(); _mapped.clear()
     for (pid,_),shelf in _shelves.items():
         if pid==os.getpid():
@@ -572,6 +573,7 @@ class Images:
     def __init__(self, folder, meta, chain):
         self.folder,self.key,self.maps = folder,_keys(meta),{}
         self.shape,self.dtype = tuple(meta['shape']),np.dtype('u1')
+        self.each = prod(self.shape[1:]) # bytes of an image
         self.per = meta['chunk_grid']['configuration']['chunk_shape'][0] # images in a shard
         self.packed,self.sealed = 'zstd' in chain,'crc32c' in chain
         self.dims,self.about = meta.get('dimension_names'),meta.get('attributes', {})
@@ -615,7 +617,7 @@ def image(self:Images,
     if self.sealed: x = unsealed(raw) if checked or self.packed else raw[:-4]
     else: x = raw
     if x is not None and self.packed: x = _unpacked(x)
-    if x is not None and x.size==prod(self.shape[1:]): return x.reshape(self.shape[1:])
+    if x is not None and x.size==self.each: return x.reshape(self.shape[1:])
     raise _torn('damaged', self.file(i//self.per), f'The bytes of image {i} have changed')
 
 def _unpacked(x):

@@ -14,6 +14,10 @@ from cellmae.store import append, pack, repack, verify
 SIZE = 20, 30
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda f: None)
+
+
 def image(seed, size=SIZE, dtype=np.uint16):
     top = 60_000 if dtype == np.uint16 else 256
     return np.random.default_rng(seed).integers(0, top, size).astype(dtype)
@@ -61,7 +65,7 @@ def flip(file, at=700):
     file.write_bytes(raw)
 
 
-def shards(store): return sorted(Path(store.root).glob('images.zarr/*/c.*'))
+def shards(store): return sorted(Path(store if isinstance(store, Path) else store.root).glob('images.zarr/*/c.*'))
 
 
 KINDS = dict(
@@ -159,17 +163,12 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
         seen.append(write(*a))
     monkeypatch.setattr(room, 'write_shard', dies)
     with pytest.raises(KeyboardInterrupt): pack(screen, tmp_path/'out', shard_mb=.003)
-    first = {f: f.stat().st_ino for f in shards(argparse(tmp_path/'out'))}
+    first = {f: f.stat().st_ino for f in shards(tmp_path/'out')}
     assert len(first) == 4
     monkeypatch.setattr(room, 'write_shard', write)
     (tmp_path/'out/images.zarr/p/.c.7.0.0.host-1-abc.part.0').write_bytes(b'left by a kill')
     pack(screen, tmp_path/'out', shard_mb=.003)
     assert content(tmp_path/'out') == whole and all(f.stat().st_ino == n for f, n in first.items())
-
-
-class argparse:
-    "A thing with a root"
-    def __init__(self, root): self.root = root
 
 
 def test_sources_that_changed_between_calls(tmp_path, monkeypatch):
@@ -209,7 +208,7 @@ def test_kills_at_random_moments(tmp_path, monkeypatch):
     screen = screen_in(tmp_path/'raw', plates=('p', 'q'), sites=3)
     Path(screen.address(screen.table['file_ER'][3])).write_bytes(b'II*\0cut')
     whole, work = content(pack(screen, tmp_path/'whole', shard_mb=.003).root), room.Packing.work
-    monkeypatch.setattr(room.Packing, 'work', lambda self, item: (time.sleep(.01), work(self, item))[1])
+    monkeypatch.setattr(room.Packing, 'work', lambda self, item: (time.sleep(.03), work(self, item))[1])
     rng, killed = random.Random(0), 0
     for k in range(6):
         child = multiprocessing.get_context('fork').Process(target=packing, args=(screen, tmp_path/'out'))
