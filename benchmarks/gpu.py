@@ -26,10 +26,10 @@ def write(name, **row):
 def read(name): return [json.loads(l) for l in open(out/f'{name}.jsonl')] if (out/f'{name}.jsonl').exists() else []
 
 @contextmanager
-def alone(seconds=0):
-    "Have the device to oneself; a process that holds it longer than `seconds`, if any, is ended, however stuck"
+def alone(seconds=0, shared=False):
+    "Have the device to oneself, or share it with others that do; a process that holds it longer than `seconds`, if any, is ended, however stuck"
     with open(out/'.device', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        fcntl.flock(f, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         signal.alarm(seconds)
         try: yield
         finally: signal.alarm(0)
@@ -165,29 +165,18 @@ def compiled(name, kind, tiny):
         with alone(30): measured(case, kind, what, made, own)
         del made
 
-def run(args, deadline):
+def run(args, deadline, script=None):
     "A case in a process of its own, until it ends or time is up; what goes wrong is a result too"
     start,left = time.time(),deadline-time.time()
     if left<LEAST: return write('failed', case=args, why='no time was left')
-    p = subprocess.Popen([sys.executable,__file__,*args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([sys.executable,script or __file__,*args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try: why = p.communicate(timeout=left)[1].strip()
     except subprocess.TimeoutExpired:
-        os.killpg(p.pid, signal.SIGKILL) # with those that compile for it
+        os.killpg(p.pid, signal.SIGKILL) # with those that compile or read for it
         why = f'still running after {left:.0f} s'
     last = (why.splitlines() or ['no message'])[-1][:300]
-    if p.wait(): write('failed', case=args, why=f'{p.returncode}: {last}', log=why[-3000:])
+    if p.wait(): write('failed', case=args, why=last if last.startswith('still') else f'{p.returncode}: {last}', log=why[-3000:])
     print(f'{time.time()-start:5.0f} s  {"failed: "+last if p.returncode else "ok"}  {" ".join(args)}')
-
-def run(args, deadline):
-    "A case in a process of its own, until it ends or time is up; what goes wrong is a result too"
-    left = deadline-time.time()
-    if left<LEAST: return write('failed', case=args, why='no time was left')
-    start = time.time()
-    try: r = subprocess.run([sys.executable,__file__,*args], capture_output=True, text=True, timeout=left)
-    except subprocess.TimeoutExpired: return write('failed', case=args, why=f'still running after {left:.0f} s')
-    last = (r.stderr.strip().splitlines() or ['no message'])[-1]
-    if r.returncode: write('failed', case=args, why=f'{r.returncode}: {last[:300]}', log=r.stderr[-3000:])
-    print(f'{time.time()-start:5.0f} s  {"failed: "+last[:200] if r.returncode else "ok"}  {" ".join(args)}')
 
 def tests(deadline, tiny):
     "The tests that know CUDA, with the device to themselves"

@@ -22,6 +22,34 @@ def test_tiny(tmp_path):
     cases = {(r['model'],r['what'],r['case'][:5],r['compiled']) for r in made['speed']}
     assert cases=={('camae_vits16',w,k,False) for w in ('train','embed') for k in ('cellm','plain')} | {('mae_vits16',w,'cellm',True) for w in ('train','embed')}
     assert '| planner, GB |' in res.stdout and 'passed' in (tmp_path/'tests.txt').read_text()
+    check_training(tmp_path)
+
+def check_training(folder):
+    "Every part of the second script left its rows"
+    made = json.loads((folder/'train.json').read_text())
+    assert made['failed']==[]
+    points = [r for r in made['recall'] if 'step' in r]
+    assert points[0]['step']==0 and len(points)>=3 and points[-1]['flops']>0
+    assert {r['encoder'] for r in made['recall'] if 'step' not in r}=={'intensity','spectrum','the truth'}
+    assert all(r['ci_low']<=r['recall']<=r['ci_high'] for r in made['recall'])
+    assert [r['contrast'] for r in made['contrast']]==[f'{k} -> trained' for k in ('untrained','intensity','spectrum')]
+    assert {r['source'] for r in made['fed']}=={'one batch','store','files'} and all(r['images_per_s']>0 for r in made['fed'])
+    assert {(r['source'],r['by']) for r in made['alone']}=={(s,b) for s in ('store','files') for b in ('threads','processes')}
+    assert all(r['operators'] for r in made['profile']) and {r['what'] for r in made['profile']}>={'train','embed, autocast'}
+    assert (folder/'train.png').stat().st_size<1e5 and '## recall' in (folder/'train.md').read_text()
+
+@pytest.fixture
+def training(gpu, monkeypatch, tmp_path):
+    "The second script, with screens made"
+    monkeypatch.setenv('WORK', str(tmp_path/'work'))
+    for name in ('gpu_feed','gpu_train'): sys.modules.pop(name, None)
+    import gpu_train
+    gpu_train.screens(True)
+    return gpu_train
+
+def test_training_that_is_late_stops_and_is_measured(training):
+    training.fit('mae_vitt4', 60, time.time(), True)
+    assert [r['step'] for r in training.read('recall') if 'step' in r]==[0,1]
 
 def test_batch_is_halved_until_it_fits(gpu):
     def fits(bs):

@@ -1,0 +1,96 @@
+"How fast a training loop gets its images: from a store or from files, by threads, beside one batch that is there already; and the loader alone, by threads and by processes"
+import os, time
+from pathlib import Path
+
+import numpy as np, torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.data.core import DataLoaders
+
+import timing
+from gpu import free, write
+from cellmae.data import CropLoader, Sites
+from cellmae.screen import open_screen
+from cellmae.train import mae_learner
+from cellmae.zoo import create_model
+
+work = Path(os.environ['WORK'])
+REPEATS = 40 # of each site in an epoch, so that it does not end while it is timed
+FED = dict(full=[('mae_vits16',256,256,[None,1,4,8],[None]), ('camae_vits16',256,40,[None],[None])], tiny=[('mae_vitt4',32,2,[None],[1])])
+ALONE = dict(full=dict(threads=[1,4,8,16], processes=[4,8,16], seconds=1.5), tiny=dict(threads=[1], processes=[1], seconds=.2))
+SOURCES = dict(store='noise_store', files='noise')
+
+
+class Clock(Callback):
+    "Images a second of a training loop, from when it has warmed up until it is stopped"
+    order = 100
+    def __init__(self, seconds, warm=8): self.seconds,self.warm,self.steps,self.seen = seconds,warm,0,0
+
+    def after_batch(self):
+        if not self.training: return
+        self.steps += 1
+        if self.steps==self.warm: self.start = self.now()
+        if self.steps<=self.warm: return
+        self.seen += len(self.xb[0])
+        if time.perf_counter()-self.start>self.seconds: self.stop()
+
+    def now(self): timing.sync(self.xb[0].device); return time.perf_counter()
+
+    def stop(self): self.took = self.now()-self.start; raise CancelFitException
+
+    @property
+    def rate(self): return self.seen/self.took
+
+class Resident(CropLoader):
+    "The first batch again and again, where it is used"
+    def __iter__(self):
+        batch = next(super().__iter__())
+        yield from (batch for _ in range(len(self)))
+
+def loader(source, size, bs, threads, device, cls=CropLoader, **kw):
+    "Crops of the large images, of each many times in an epoch"
+    sites = Sites(open_screen(work/SOURCES[source]))
+    return cls(sites, np.tile(np.arange(len(sites)), REPEATS), size, bs, num_workers=threads, device=device, **kw)
+
+def looped(model, train, seconds, lr=1e-4):
+    "Images a second of the ordinary learner"
+    dls = DataLoaders(train, train.new(shuffle=False), device=train.device)
+    clock = Clock(seconds)
+    learn = mae_learner(dls, model.to(train.device), work/'speed', {}, lr, n_pictures=0)
+    with learn.no_bar(): learn.fit(100, cbs=[clock])
+    return clock.rate
+
+def fed(device, tiny):
+    "A row per model, source and number of threads"
+    for name,size,bs,store,files in FED['tiny' if tiny else 'full']:
+        model = create_model(name, img_size=size, alpha=0.)
+        ways = [('one batch',0,Resident)]+[('store',n,CropLoader) for n in store]+[('files',n,CropLoader) for n in files]+[('one batch',0,Resident)]
+        for source,threads,cls in ways:
+            dl = loader('files' if source=='files' else 'store', size, bs, threads, device, cls)
+            write('fed', model=name, bs=bs, source=source, threads=dl.workers if threads is None else threads, default=threads is None, images_per_s=round(looped(model, dl, .3 if tiny else 3), 1))
+            free()
+
+class Batches(torch.utils.data.Dataset):
+    "Batches of a loader by number, for processes of torch's own loader"
+    def __init__(self, dl): self.dl,self.items = dl,list(dl.get_idxs())
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.dl.create_item(self.items[i])
+
+def crops_per_s(batches, seconds, warm=3):
+    "Crops a second of an iterator"
+    batches,n,start = iter(batches),0,None
+    for k,(x,_) in enumerate(batches):
+        if k==warm: start = time.perf_counter()
+        if k>warm: n += len(x)
+        if start and time.perf_counter()-start>seconds: return n/(time.perf_counter()-start)
+    return n/(time.perf_counter()-(start or 0))
+
+def alone(tiny):
+    "The loader alone, on the CPU, by threads and by processes"
+    o,cpu = ALONE['tiny' if tiny else 'full'],torch.device('cpu')
+    size,bs = (32,2) if tiny else (256,64)
+    for source in SOURCES:
+        for n in o['threads']: write('alone', source=source, by='threads', n=n, crops_per_s=round(crops_per_s(loader(source, size, bs, n, cpu), o['seconds']), 1))
+        for n in o['processes']:
+            dl = torch.utils.data.DataLoader(Batches(loader(source, size, bs, 0, cpu)), batch_size=None, num_workers=n, prefetch_factor=2)
+            write('alone', source=source, by='processes', n=n, crops_per_s=round(crops_per_s(dl, o['seconds'], n+3), 1))
+
