@@ -1,26 +1,30 @@
-"""From disk to batches and profiles: our store and readers beside those of other libraries, on the same images
+"""From disk to batches and profiles: our store and readers and those of others, on the same images
 
     python benchmarks/data_images.py FOLDER
-    OMP_NUM_THREADS=1 python benchmarks/data.py FOLDER [--peers ENVIRONMENTS] [--before ANOTHER_CHECKOUT] [--parts crops]
+    python benchmarks/data.py FOLDER [--peers ENVIRONMENTS] [--before CHECKOUT] [--parts crops]
 
-`ENVIRONMENTS` holds an environment for each other library, `litdata/bin/python` and so on (see README.md); those that are
-not there are left out. Each part leaves a JSON file in `--out`, and `results.md` is made of all that are there."""
-import argparse, json, random, re, subprocess, sys, time
+`ENVIRONMENTS` holds an environment for each other library, `litdata/bin/python` and so on (see
+README.md); those that are not there are left out. Each part leaves a JSON file in `--out`, and
+`results.md` is made of all that are there."""
+import json, random, subprocess, sys, time
 from pathlib import Path
 from statistics import median
 
 import torch
 
 import data_embed as whole
+from data_readers import parser
 from data_report import report_all
 from timing import machine
 
 here = Path(__file__).resolve().parent
-OURS = ['screen:store','CropLoader:store','screen:archive','CropLoader:archive','CropLoader:tiff','CropLoader:deflate',
-        'CropLoader:png','CropLoader:ome_zarr','npy','batches:npy','zarr','hdf5']
+OURS = ['screen:store','screen:archive',
+        *(f'CropLoader:{k}' for k in ('store','archive','tiff','deflate','png','ome_zarr')),
+        'npy','batches:npy','zarr','hdf5']
 BEFORE = ['before:tiff','before:deflate']
-PEERS = ['tensorstore','litdata','mds','datasets','lance','webdataset','batches:litdata','batches:mds','batches:datasets']
-BASE = 'CropLoader:store'
+PEERS = ['tensorstore','litdata','mds','datasets','lance','webdataset',
+         'batches:litdata','batches:mds','batches:datasets']
+WINDOWS = ['screen:store',*(f'CropLoader:{k}' for k in ('store','planes','planes_deflate'))]
 LIBRARIES = 'cellmae torch numpy zarr tifffile imagecodecs h5py'.split()
 
 
@@ -30,8 +34,9 @@ class Asked:
     "A worker in a process of its own, asked line by line"
     def __init__(self, python, script, folder, *more):
         self.errors = open(Path(folder)/'errors.log', 'a')
-        self.process = subprocess.Popen([python, str(here/script), str(folder), *map(str, more)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        command = [python, here/script, folder, *map(str, more)]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors)
     def ask(self, *words):
         try:
             print(*words, file=self.process.stdin, flush=True)
@@ -41,22 +46,24 @@ class Asked:
 
 def worker_of(library, folder, a):
     "A worker for a library, or for all that is installed here; None where it is not there"
-    more = ['--core', a.core]
-    if library=='here': return Asked(sys.executable, 'data_ours.py', folder, *more, *(['--before', a.before] if a.before else []))
-    python = Path(a.peers or '')/library/'bin/python'
-    return Asked(python, 'data_readers.py', folder, *more) if a.peers and python.exists() else None
+    core,before = ['--core', a.core],['--before', a.before] if a.before else []
+    if library=='here': return Asked(sys.executable, 'data_ours.py', folder, *core, *before)
+    python = Path(a.peers or 'nowhere')/library/'bin/python'
+    return Asked(python, 'data_readers.py', folder, *core) if python.exists() else None
 
 def workers_of(folder, names, a):
     "The worker that has each name"
-    where = {n: n.split(':')[-1] if n.split(':')[-1] in PEERS else 'here' for n in names}
+    library = {n: n.split(':')[-1] for n in names}
+    where = {n: k if k in PEERS else 'here' for n,k in library.items()}
     each = {k: worker_of(k, folder, a) for k in dict.fromkeys(where.values())}
     return {n: each[k] for n,k in where.items() if each[k]}
 
 def prepared(worker, name, folder):
     "What is said of a reader whose images are there and right; or of what went wrong"
-    place = folder/name.split(':')[-1]
-    cost = {} if place.exists() else worker.ask('write', name)
-    return {**cost, **(worker.ask('check', name) if 'error' not in cost else {})}
+    cost = folder/f'{name.split(":")[-1]}.json' # of writing, where that was done
+    if not cost.exists(): cost.write_text(json.dumps(worker.ask('write', name)))
+    cost = json.loads(cost.read_text())
+    return cost if 'error' in cost else {**cost, **worker.ask('check', name)}
 
 def crops(folder, names, a):
     "Rows of readers: crops a second of CPU, all readers in turn, in another order each round"
@@ -70,11 +77,11 @@ def crops(folder, names, a):
             o = workers[n].ask('crops', n, k)
             if k: rates[n].append(o['crops']/o['cpu'])
     for w in {*workers.values()}: w.close()
-    return [crops_row(n, r, rates[BASE], about[n]) for n,r in rates.items()]
+    return [crops_row(n, r, about[n]) for n,r in rates.items()]
 
-def crops_row(name, rates, base, about):
+def crops_row(name, rates, about):
     return dict(reader=name, rate=median(rates), low=min(rates), high=max(rates), rates=rates,
-                store_over=median(b/r for b,r in zip(base, rates)), **about)
+                **about)
 
 
 # parts
@@ -83,39 +90,45 @@ def part_crops(folder, a): return crops(folder/'crops', OURS+BEFORE*bool(a.befor
 
 def part_windows(folder, a):
     "Crops of sites that are larger and have 16 bits, ours alone"
-    return crops(folder/'sites', ['screen:store','CropLoader:store','CropLoader:planes','CropLoader:planes_deflate'], a)
+    return crops(folder/'sites', WINDOWS, a)
 
-def part_overlap(folder, a): return [whole.overlap(folder/'sites/planes_deflate', a.model, a.rounds)]
+def part_overlap(folder, a):
+    return [whole.overlap(folder/'sites/planes_deflate', a.model, a.rounds//2)]
 
-def part_readers(folder, a):
-    return whole.readers_alone(folder/'sites', ['planes','planes_deflate','png','ome_zarr','store'], rounds=a.rounds)
+def part_readers(folder, a): return whole.readers_alone(folder/'sites', a.rounds//2)
 
 def part_memory(folder, a):
     "Peaks of processes of their own, and their curves"
     def one(n, what):
         d = folder/f'small/{n}'
         if not d.exists(): whole.small_screen(d, n)
-        res = subprocess.run([sys.executable, here/'data_embed.py', d, what], capture_output=True, text=True)
-        return json.loads(res.stdout.splitlines()[-1]) if not res.returncode else dict(what=what, sites=n, error=res.stderr[-300:])
+        command = [sys.executable, here/'data_embed.py', d, what]
+        res = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True)
+        return json.loads(res.stdout.splitlines()[-1])
     return [one(n, what) for what in whole.MEMORY for n in a.small]
 
 def part_packing(folder, a):
     "Sites of 16 bits and images of bytes"
     kinds = dict(sites=['planes','planes_deflate'], crops=['tiff','deflate'])
-    return [r for k,v in kinds.items() for r in whole.packing(folder/k, v, rounds=a.rounds)]
+    return [r for k,v in kinds.items() for r in whole.packing(folder/k, v, a.rounds//2)]
 
 PARTS = {k[5:]: f for k,f in globals().items() if k.startswith('part_')}
 
+def keep(file, rows, seconds):
+    where = machine(torch.device('cpu'), LIBRARIES)
+    file.write_text(json.dumps(dict(rows=rows, machine=where, seconds=round(seconds)), indent=1))
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__)
     p.add_argument('folder', type=Path, help='made by `data_images.py`')
     p.add_argument('--peers', help='folder with an environment for each other library')
     p.add_argument('--before', help='checkout of another version')
     p.add_argument('--parts', nargs='+', choices=list(PARTS), default=list(PARTS))
-    p.add_argument('--rounds', type=int, default=4)
+    p.add_argument('--rounds', type=int, default=4, help='of crops; half as many of whole sites')
     p.add_argument('--core', type=int, default=0, help='that crops are read on')
     p.add_argument('--model', default='mae_vits16')
-    p.add_argument('--small', type=int, nargs='+', default=[200,2000,20000], help='sites of the part about memory')
+    p.add_argument('--small', type=int, nargs='+', default=[200,2000,20000],
+                   help='sites of the part about memory')
     p.add_argument('--out', type=Path, default=here/'data')
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -123,8 +136,7 @@ def main():
         start = time.time()
         rows = PARTS[name](a.folder, a)
         print(f'{name}: {time.time()-start:.0f} s')
-        kept = dict(rows=rows, machine=machine(torch.device('cpu'), LIBRARIES), seconds=round(time.time()-start))
-        (a.out/f'{name}.json').write_text(json.dumps(kept, indent=1))
+        keep(a.out/f'{name}.json', rows, time.time()-start)
     report_all(a.out)
 
 if __name__=='__main__': main()

@@ -1,9 +1,11 @@
-"""Parts of `data.py` about whole sites: reading hidden behind computing, readers alone, memory, packing
+"""Parts of `data.py` about whole sites: reading behind computing, readers alone, memory, packing
 
-Each function measures one thing and gives a row of a table, or several. `python benchmarks/data_embed.py FOLDER memory N`
-is one process of the part about memory."""
-import argparse, json, os, re, shutil, sys, tempfile, threading, time
+    python benchmarks/data_embed.py SCREEN well
+
+is one process of the part about memory, which prints its peak and its curve."""
+import json, os, random, re, tempfile, threading, time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -15,9 +17,10 @@ from cellmae.images import tile
 from cellmae.screen import Screen, open_screen
 from cellmae.zoo import create_model
 from data_images import site_table, write_tiff
-from data_readers import timed
+from data_readers import parser, timed
 
 TILE = 256
+SITES = ['planes','planes_deflate','png','ome_zarr','store']
 
 
 # reading hides behind computing
@@ -79,20 +82,21 @@ def by_processes(screen, workers):
     loader = torch.utils.data.DataLoader(AsDataset(screen), batch_size=None, num_workers=workers)
     for x in loader: nothing(x)
 
-def readers_alone(folder, kinds, workers=(1,2,4), rounds=3):
-    "Sites a second that each format reaches, by threads and by processes"
-    ways = dict(threads=by_threads, processes=by_processes)
-    cases = [(k,w,how) for k in kinds for w in workers for how in ways]
-    rng,rows = np.random.default_rng(0),[]
-    for r in range(rounds):
-        for k in rng.permutation(len(cases)):
-            kind,w,how = cases[k]
-            screen = open_screen(folder/kind)
-            t = timed(lambda: ways[how](screen, w))
-            rows.append(dict(images=kind, workers=w, how=how, rate=len(screen)/t['wall'], cpu=t['cpu']/len(screen)))
-    return medians(rows, ['images','how','workers'])
+WAYS = dict(threads=by_threads, processes=by_processes)
 
-def medians(rows, keys): return pd.DataFrame(rows).groupby(keys).median().reset_index().to_dict('records')
+def readers_alone(folder, rounds=3, kinds=SITES, workers=(1,2,4)):
+    "Sites a second that each format reaches, by threads and by processes"
+    def row(images, workers, how):
+        screen = open_screen(folder/images)
+        return dict(rate=len(screen)/timed(lambda: WAYS[how](screen, workers))['wall'])
+    return rounds_of(row, rounds, images=kinds, workers=workers, how=WAYS)
+
+def rounds_of(row, rounds, **cases):
+    "Medians of what `row` gives for every case, in another order each round"
+    all_ = [dict(zip(cases, o)) for o in product(*cases.values())]
+    rng = random.Random(0)
+    rows = [case | row(**case) for _ in range(rounds) for case in rng.sample(all_, len(all_))]
+    return pd.DataFrame(rows).groupby(list(cases)).median().reset_index().to_dict('records')
 
 
 # memory
@@ -101,12 +105,15 @@ def small_screen(folder, n, side=128, links=64):
     "`n` sites, links to a few small images"
     folder.mkdir(parents=True, exist_ok=True)
     rng,names = np.random.default_rng(0),[f'{i:06d}.tif' for i in range(n)]
-    for i in range(links): write_tiff(folder/f'one{i}.tif', rng.gamma(2, 30, (3,side,side)).clip(0, 255).astype(np.uint8))
+    for i in range(links):
+        x = rng.gamma(2, 30, (3,side,side)).clip(0, 255).astype(np.uint8)
+        write_tiff(folder/f'one{i}.tif', x)
     for i,f in enumerate(names): os.link(folder/f'one{i%links}.tif', folder/f)
     t = site_table(n, 384*9, 9).assign(file=names)
     Screen(t, channels=['DNA','ER','RNA'], root=folder, ranges=[[0,255]]*3).save(folder)
 
-def of_status(key): return int(re.search(rf'{key}:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024
+def of_status(key):
+    return int(re.search(rf'{key}:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024
 
 class Watched:
     "Memory of this process that is its own (no pages of files), in MB, every so many seconds"
@@ -129,7 +136,8 @@ def memory(folder, what):
     "Peak in MB of this process, and its memory over time"
     screen = open_screen(folder)
     with tempfile.TemporaryDirectory() as d, Watched() as w: MEMORY[what](screen, Path(d)/'out')
-    return dict(what=what, sites=len(screen), peak=of_status('VmHWM'), curve=w.curve[::max(1, len(w.curve)//200)])
+    curve = w.curve[::max(1, len(w.curve)//200)]
+    return dict(what=what, sites=len(screen), peak=of_status('VmHWM'), curve=curve)
 
 
 # packing
@@ -145,27 +153,25 @@ def packed_by_zarr(screen, out, workers, per_shard=24):
     z = zarr.create_array(str(out), shape=(len(screen),*shape), chunks=(1,*shape), dtype='u1',
                           shards=(per_shard,*shape), compressors=None)
     some = [range(k, min(k+per_shard, len(screen))) for k in range(0, len(screen), per_shard)]
-    for r in some: z[r.start:r.stop] = np.stack([x for _,x in ahead(screen.__getitem__, r, workers)])
+    for r in some:
+        z[r.start:r.stop] = np.stack([x for _,x in ahead(screen.__getitem__, r, workers)])
 
-def packing(folder, kinds, workers=(1,2), rounds=3):
-    "Sites and MB a second of packing each format"
-    ways,rows = dict(pack=packed_by_us, zarr=packed_by_zarr),[]
-    cases = [(k,w,how) for k in kinds for w in workers for how in ways]
-    rng = np.random.default_rng(0)
-    for r in range(rounds):
-        for k in rng.permutation(len(cases)):
-            kind,w,how = cases[k]
-            screen = open_screen(folder/kind)
-            with tempfile.TemporaryDirectory(dir=folder) as d:
-                t = timed(lambda: ways[how](screen, Path(d)/'store.zarr', w))
-            mb = len(screen)*screen[0].nbytes/1e6
-            rows.append(dict(images=kind, by=how, workers=w, sites=len(screen)/t['wall'], MB=mb/t['wall'],
-                             cpu=t['cpu']/len(screen)))
-    return medians(rows, ['images','by','workers'])
+PACKERS = dict(pack=packed_by_us, zarr=packed_by_zarr)
+
+def packing(folder, kinds, rounds=3, workers=(1,2)):
+    "Sites and MB of the store a second; CPU seconds a site"
+    def row(images, workers, by):
+        screen = open_screen(folder/images)
+        with tempfile.TemporaryDirectory(dir=folder) as d:
+            took = timed(lambda: PACKERS[by](screen, Path(d)/'store', workers))
+        rate = len(screen)/took['wall']
+        return dict(sites=rate, MB=rate*screen[0].nbytes/1e6, cpu=took['cpu']/len(screen))
+    return rounds_of(row, rounds, images=kinds, workers=workers, by=PACKERS)
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('folder'); p.add_argument('what', choices=list(MEMORY))
+    p = parser(__doc__)
+    p.add_argument('folder', help='a screen')
+    p.add_argument('what', choices=list(MEMORY))
     a = p.parse_args()
     print(json.dumps(memory(a.folder, a.what)))
 

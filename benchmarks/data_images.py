@@ -2,9 +2,9 @@
 
     python benchmarks/data_images.py FOLDER [--images 256] [--sites 48]
 
-`FOLDER/crops` gets 6 x 512 x 512 bytes, as in RxRx, and `FOLDER/sites` 5 x 1080 x 1080 of 16 bits, as a microscope leaves
-them. `images.npy` is what all others are compared with."""
-import argparse, os
+`FOLDER/crops` gets 6 x 512 x 512 bytes, as in RxRx, and `FOLDER/sites` 5 x 1080 x 1080 of 16 bits,
+as a microscope leaves them. `images.npy` is what all others are compared with."""
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import imagecodecs, numpy as np, pandas as pd, tifffile, zarr
 
 from cellmae.screen import Screen
 from cellmae.synth import draw_cells, expose, make_batch, render_site
+from data_readers import parser
 
 KINDS = dict(crops=(6,512,np.uint8), sites=(5,1080,np.uint16)) # channels, side, type
 CHANNELS = ['DNA','ER','RNA','AGP','mito','BF']
@@ -26,8 +27,8 @@ def fluorescence(n, channels, side, dtype, drawn=3, seed=0):
     sharp = [render_site(draw_cells(cells, rng), rng, side)[:channels] for _ in range(drawn)]
     plates = [make_batch(rng) for _ in range(2)]
     for i in range(n):
-        x = np.roll(np.rot90(sharp[i%drawn], rng.integers(4), (1,2)), rng.integers(side, size=2), (1,2))
-        x = expose(x, plates[2*i//n], rng)
+        x = np.rot90(sharp[i%drawn], rng.integers(4), (1,2))
+        x = expose(np.roll(x, rng.integers(side, size=2), (1,2)), plates[2*i//n], rng)
         yield x if dtype==np.uint16 else bright_to_255(x)
 
 def bright_to_255(x):
@@ -81,12 +82,14 @@ def in_ome_zarr(folder, images, table):
 
 def about_plate(wells):
     rows,cols = sorted({w[0] for w in wells}),sorted({w[1] for w in wells}, key=int)
-    at = [dict(path=f'{r}/{c}', rowIndex=rows.index(r), columnIndex=cols.index(c)) for r,c,_ in wells]
+    at = [dict(path=f'{r}/{c}', rowIndex=rows.index(r), columnIndex=cols.index(c))
+          for r,c,_ in wells]
     return dict(version='0.5', plate=dict(rows=[dict(name=r) for r in rows],
                                           columns=[dict(name=c) for c in cols], wells=at))
 
 def write_well(group, images, ids):
-    group.attrs['ome'] = dict(version='0.5', well=dict(images=[dict(path=str(k+1)) for k in range(len(ids))]))
+    fields = [dict(path=str(k+1)) for k in range(len(ids))]
+    group.attrs['ome'] = dict(version='0.5', well=dict(images=fields))
     axes = [dict(name=a, type='space' if a in 'yx' else 'channel') for a in 'cyx']
     said = dict(multiscales=[dict(axes=axes, datasets=[dict(path='0')])],
                 omero=dict(channels=[dict(label=c) for c in channels_of(images)]))
@@ -128,8 +131,8 @@ def made(folder, kind, n):
     folder.mkdir(parents=True, exist_ok=True)
     images = folder/'images.npy'
     there = images.exists() and len(np.load(images, mmap_mode='r'))==n
-    images,table = np.load(images, mmap_mode='r') if there else write_source(folder, kind, n),site_table(n, n//2)
-    ranges = None
+    images = np.load(images, mmap_mode='r') if there else write_source(folder, kind, n)
+    table,ranges = site_table(n, n//2),None
     for name in USED[kind]:
         d = folder/name
         if not (d/'screen.json').exists() or not there:
@@ -138,7 +141,7 @@ def made(folder, kind, n):
     return folder
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__)
     p.add_argument('folder')
     p.add_argument('--images', type=int, default=256)
     p.add_argument('--sites', type=int, default=48)

@@ -1,10 +1,9 @@
-"""Our readers for the worker of `data_readers.py`, and those of another version beside them in one process
+"""Our readers for the worker of `data_readers.py`, and those of another version in one process
 
-    python benchmarks/data_ours.py FOLDER [--core 0] [--before ANOTHER_CHECKOUT]
+    python benchmarks/data_ours.py FOLDER [--core 0] [--before CHECKOUT]
 
-`screen:FORMAT` crops what `screen[i]` gives, `CropLoader:FORMAT` takes an epoch's batches from the training loader, and
-`before:FORMAT` does so with the other version, its cache in memory off."""
-import argparse
+`screen:FORMAT` crops what `screen[i]` gives, `CropLoader:FORMAT` takes an epoch's batches from the
+training loader, and `before:FORMAT` does so with the other version, its cache in memory off."""
 from importlib import import_module
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from cellmae.data import CropLoader, Sites
 from cellmae.images import to_uint8
 from cellmae.screen import open_screen
-from data_readers import BATCH, READERS, SIZE, Reader, Worker, add_options, serve
+from data_readers import BATCH, READERS, SIZE, Reader, Worker, serve, worker_parser
 from plates import package
 
 FORMATS = 'store archive tiff deflate png ome_zarr planes planes_deflate'.split()
@@ -57,8 +56,7 @@ class Ours(Worker):
         self.images = np.stack([to_uint8(x, ranges) for x in self.images])
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(p)
+    p = worker_parser(__doc__)
     p.add_argument('--before', help='another checkout')
     a = p.parse_args()
     if a.before: package(a.before, 'before')

@@ -1,10 +1,10 @@
-"""Other libraries' stores of images, as their users write and read them, and a worker that reads crops from any of them
+"""Stores of other libraries, as their users write and read them, and a worker that reads crops
 
     PYTHON benchmarks/data_readers.py FOLDER [--core 0]
 
-The worker stays on one core and answers each line that it is given with a line of JSON: `write NAME`, `check NAME`,
-`crops NAME SEED`. PYTHON is one that has the library of that name; nothing of cellmae is needed. `FOLDER` holds
-`images.npy`, bytes `(n,C,H,W)`, with which every image that is read is compared."""
+The worker stays on one core and answers each line with a line of JSON: `write NAME`, `check NAME`,
+`crops NAME SEED`. PYTHON is one that has the library of that name; nothing of cellmae is needed.
+`FOLDER` holds `images.npy`, bytes `(n,C,H,W)`, with which all that is read is compared."""
 import argparse, json, os, shutil, sys, time
 from functools import partial
 from importlib.metadata import version
@@ -93,7 +93,8 @@ def write_datasets(images, folder):
     from datasets import Dataset, Features, Value
     rows = lambda: (dict(image=x.tobytes()) for x in images)
     kind = Features(dict(image=Value('large_binary')))
-    Dataset.from_generator(rows, features=kind, cache_dir=str(folder/'cache')).save_to_disk(folder/'data')
+    data = Dataset.from_generator(rows, features=kind, cache_dir=str(folder/'cache'))
+    data.save_to_disk(folder/'data')
     shutil.rmtree(folder/'cache')
     (folder/'shape.json').write_text(json.dumps(images.shape[1:]))
 def open_datasets(folder):
@@ -105,7 +106,8 @@ def write_lance(images, folder):
     import lance, pyarrow as pa
     about = {b'lance-encoding:blob': b'true', b'shape': json.dumps(images.shape[1:]).encode()}
     kind = pa.schema([pa.field('image', pa.large_binary(), metadata=about)])
-    some = (pa.record_batch([pa.array([x.tobytes()], pa.large_binary())], schema=kind) for x in images)
+    column = lambda x: pa.array([x.tobytes()], pa.large_binary())
+    some = (pa.record_batch([column(x)], schema=kind) for x in images)
     lance.write_dataset(pa.RecordBatchReader.from_batches(kind, some), folder/'images.lance',
                         data_storage_version='2.0')
 def open_lance(folder):
@@ -134,7 +136,9 @@ def loading(open_one):
     def open_all(folder):
         from torch.utils.data import DataLoader
         get,n = open_one(folder),len(np.load(folder.parent/'images.npy', mmap_mode='r'))
-        return lambda seed, train=True: DataLoader(Crops(get, n, train), batch_size=BATCH, shuffle=train)
+        def epoch(seed, train=True):
+            return DataLoader(Crops(get, n, train), batch_size=BATCH, shuffle=train)
+        return epoch
     return open_all
 
 def middle(x):
@@ -158,7 +162,8 @@ READERS = {
     'datasets': Reader('datasets', write_datasets, open_datasets),
     'lance': Reader('pylance', write_lance, open_lance),
     'webdataset': Reader('webdataset', write_webdataset, open_webdataset)}
-READERS |= {f'batches:{k}': Reader(r.library, None, loading(r.open), True) for k,r in READERS.items()}
+READERS |= {f'batches:{k}': Reader(r.library, None, loading(r.open), True)
+            for k,r in READERS.items()}
 
 
 # the worker
@@ -224,7 +229,8 @@ def timed(f):
     f()
     return dict(cpu=time.process_time()-start, wall=time.perf_counter()-wall)
 
-def megabytes(folder): return sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file())/1e6
+def megabytes(folder):
+    return sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file())/1e6
 
 def serve(worker, core):
     "A line of JSON for each line, until there are none; what libraries print goes to stderr"
@@ -236,14 +242,18 @@ def serve(worker, core):
         except Exception as e: said = dict(error=f'{type(e).__name__}: {e}')
         print(json.dumps(said), file=answers, flush=True)
 
-def add_options(p):
+def parser(doc):
+    plain = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=plain)
+
+def worker_parser(doc):
+    p = parser(doc)
     p.add_argument('folder', help='with `images.npy`, see `data_images.py`')
     p.add_argument('--core', type=int, default=0)
+    return p
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(p)
-    a = p.parse_args()
+    a = worker_parser(__doc__).parse_args()
     serve(Worker(a.folder, READERS), a.core)
 
 if __name__=='__main__': main()

@@ -2,178 +2,206 @@
 
     python benchmarks/data_report.py [--results benchmarks/data]
 
-Numbers of the last two tables are multiplied from measured ones, by the formulas of `of_screen` and `of_images`."""
-import argparse, json
+Numbers of the last two tables are multiplied from measured ones, by the formulas of `by_cores` and
+`embedding`."""
+import json
 from pathlib import Path
 
 import pandas as pd
 
+from data_readers import parser
 from timing import markdown
 
 here = Path(__file__).resolve().parent
-NAMES = {'screen':'`screen[i]`', 'CropLoader':'`CropLoader`', 'before':'`CropLoader` before',
-         'batches':'`torch` `DataLoader`'}
-IMAGES = dict(store='store', archive='store, `archive=True`', tiff='raw TIFF', deflate='deflated TIFF', png='PNG',
-              ome_zarr='OME-Zarr, zstd', planes='raw TIFF, a file per channel', npy='numpy, one mapped file', hdf5='HDF5',
-              planes_deflate='deflated TIFF, a file per channel', zarr='sharded Zarr through zarr-python',
-              tensorstore='sharded Zarr through tensorstore', mds='MosaicML MDS', datasets='HF `datasets`', lance='Lance, blobs',
-              litdata='litdata', webdataset='webdataset, in its order')
+NAMES = {'': 'the library', 'screen': '`screen[i]`', 'CropLoader': '`CropLoader`',
+         'before': '`CropLoader` before', 'batches': '`DataLoader` of torch'}
+IMAGES = dict(
+    store='store', archive='store, `archive=True`', tiff='raw TIFF', deflate='deflated TIFF',
+    planes='raw TIFF, a file per channel', planes_deflate='deflated TIFF, a file per channel',
+    png='PNG, a file per channel', ome_zarr='OME-Zarr, zstd', npy='numpy, one mapped file',
+    zarr='sharded Zarr, zarr-python', tensorstore='sharded Zarr, tensorstore', hdf5='HDF5',
+    litdata='litdata', mds='MosaicML MDS', datasets='HF `datasets`', lance='Lance, blobs',
+    webdataset='webdataset, in its order')
+CORES,ENCODERS = (1,8,32),(1000,5300) # for what is multiplied: cores, and tiles a second
 
 def number(x):
     "Three digits that count"
-    if not isinstance(x, float): return '' if x is None else f'{x:,}' if isinstance(x, int) else x
-    return '' if x!=x else f'{x:,.0f}' if abs(x)>=100 else f'{x:.3g}'
+    if x is None or x!=x: return ''
+    if not isinstance(x, float): return f'{x:,}' if isinstance(x, int) else x
+    return f'{x:,.0f}' if abs(x)>=100 else f'{x:.3g}'
 
 def table(rows): return markdown([{k: number(v) for k,v in r.items()} for r in rows])
 
 def picked(rows, key, value, **where):
+    "`{row[key]: row[value]}` of rows that say what is asked for"
     return {r[key]: r[value] for r in rows if all(r[k]==v for k,v in where.items())}
 
 
 # crops
 
-def crops_table(rows, base='CropLoader:store'):
-    at = {r['reader']: r for r in rows}
-    def row(r):
-        how,_,images = r['reader'].rpartition(':')
-        return {'images': IMAGES[images], 'read by': NAMES.get(how, 'the library'), 'crops/s': r['rate'],
-                'least, most': f'{r["low"]:,.0f}, {r["high"]:,.0f}', 'store over it': over(at, 'screen:store' if how in ('', 'screen') else base, r['reader']),
-                'MB': r.get('MB') or None, 'write, CPU s': r.get('write'), 'version': r.get('version')}
-    return table([row(r) for r in sorted(rows, key=lambda r: -r['rate'])])
+LOADER,FROM_MAP = 'CropLoader:store','screen:store'
+
+def halves(name):
+    "Who reads, and what"
+    how,_,images = name.rpartition(':')
+    return NAMES[how],IMAGES[images]
 
 def over(at, a, b):
-    "Median over rounds of how much faster `a` is than `b`"
+    "How much faster `a` is than `b`, the median over rounds; None where one is not there"
     if a not in at or b not in at: return None
     return float((pd.Series(at[a]['rates'])/pd.Series(at[b]['rates'])).median())
 
+def crops_row(r, at):
+    by,images = halves(r['reader'])
+    ours = FROM_MAP if by in (NAMES[''], NAMES['screen']) else LOADER
+    return {'images': images, 'read by': by, 'crops/s': r['rate'],
+            'least, most': f'{r["low"]:,.0f}, {r["high"]:,.0f}',
+            'store over it': over(at, ours, r['reader']), 'MB': r['MB'] or None,
+            'write, CPU s': r.get('write'), 'version': r['version']}
+
+def crops_table(rows):
+    at = {r['reader']: r for r in rows}
+    return table([crops_row(r, at) for r in sorted(rows, key=lambda r: -r['rate'])])
+
 
 # goals
-
-def goals(results):
-    "What was aimed for, and what came out"
-    rows = [(what, f'at least {least:,}', got, got>=least) for what,least,got in at_least(results) if got]
-    rows += [(what, f'at most {most:,}', got, got<=most) for what,most,got in at_most(results)]
-    return [{'goal': what, 'aimed for': aim, 'measured': got, 'met': 'yes' if met else 'missed'} for what,aim,got,met in rows]
 
 def at_least(results):
     "Goals of crops; None where a reader was not there"
     at = {r['reader']: r for r in results.get('crops', [])}
     rate = lambda k: at[k]['rate'] if k in at else None
-    loader,from_map = 'CropLoader:store','screen:store'
-    yield 'crops/s and core from the map', 8000, rate(from_map)
-    yield 'crops/s and core in batches', 5000, rate(loader)
-    yield 'batches, over the loader before on raw TIFF', 4, over(at, loader, 'before:tiff')
-    yield 'batches, over the loader before on deflated TIFF', 20, over(at, loader, 'before:deflate')
+    yield 'crops/s and core from the map', 8000, rate(FROM_MAP)
+    yield 'crops/s and core in batches', 5000, rate(LOADER)
+    yield 'batches, over the loader before on raw TIFF', 4, over(at, LOADER, 'before:tiff')
+    yield 'batches, over the loader before on deflated TIFF', 20, over(at, LOADER, 'before:deflate')
     for k in ('litdata','mds'):
-        yield f'from the map, over {IMAGES[k]}', 2, over(at, from_map, k)
-        yield f'in batches, over {IMAGES[k]} in batches', 2, over(at, loader, f'batches:{k}')
+        yield f'from the map, over {IMAGES[k]}', 2, over(at, FROM_MAP, k)
+        yield f'in batches, over {IMAGES[k]} in batches', 2, over(at, LOADER, f'batches:{k}')
 
 def at_most(results):
     "Goals of sites"
-    for o in results.get('overlap', []): yield '`embed`, seconds over what the cores need', 1.05, o['over']
-    peaks = picked(results.get('memory', []), 'sites', 'peak', what='well').values()
-    if peaks: yield 'peak memory of `embed`, most over least', 1.1, max(peaks)/min(peaks)
+    for o in results.get('overlap', []):
+        yield '`embed`, seconds over what the cores need for its parts', 1.05, o['over']
+    for what in ('well','epoch'):
+        peaks = picked(results.get('memory', []), 'sites', 'peak', what=what).values()
+        if peaks: yield f'peak memory ({what}), most over least', 1.1, max(peaks)/min(peaks)
+
+def goals(results):
+    "What was aimed for, and what came out"
+    rows = [(what, f'at least {x:,}', got, got>=x) for what,x,got in at_least(results) if got]
+    rows += [(what, f'at most {x:,}', got, got<=x) for what,x,got in at_most(results)]
+    heads = 'goal','aimed for','measured'
+    return [dict(zip(heads, r), met='yes' if r[3] else 'missed') for r in rows]
+
 
 # a whole screen, and 93 million images: rates of one core that were measured, multiplied
 
-CORES = (1,8,32)
-
 def hours(n, rate):
-    "In words; `n` things at `rate` a second"
+    "In words: `n` things at `rate` a second"
     h = n/rate/3600
     return f'{h*60:.1f} min' if h<1 else f'{h:.1f} h' if h<48 else f'{h/24:.1f} days'
+
+def each(of): return {f'{c} core{"s"*(c>1)}': of(c) for c in CORES}
 
 def by_cores(step, n, rate, unit):
     "A row: `n / (rate x cores)`"
     return {'step': step, 'measured on one core': f'{number(rate)} {unit}/s',
-            **{f'{c} cores' if c>1 else '1 core': hours(n, rate*c) for c in CORES}}
+            **each(lambda c: hours(n, rate*c))}
 
 def embedding(n, tiles, read, encoder, where):
     "A row: what takes longer, `n / (read x cores)` or `n x tiles / encoder`"
-    return {'step': f'embed from {where}, an encoder of {encoder:,.0f} tiles/s',
+    return {'step': f'embed from {where}, an encoder of {encoder:,} tiles/s',
             'measured on one core': f'{number(read)} sites/s',
-            **{f'{c} cores' if c>1 else '1 core': hours(n, min(read*c, encoder/tiles)) for c in CORES}}
+            **each(lambda c: hours(n, min(read*c, encoder/tiles)))}
 
-def of_screen(results, encoders, n=60*384*9, tiles=16):
-    "60 plates x 384 wells x 9 sites of 5 x 1080 x 1080, a crop of each in an epoch"
+def of_screen(results, n, tiles=16):
+    "Sites of 5 x 1080 x 1080; an epoch takes a crop of each"
     pack = picked(results['packing'], 'images', 'sites', by='pack', workers=1)
     crop = picked(results['windows'], 'reader', 'rate')
     read = picked(results['readers'], 'images', 'rate', how='threads', workers=1)
-    rows = [by_cores(f'pack from {IMAGES[k]}', n, pack[k], 'sites') for k in ('planes','planes_deflate')]
+    for k in ('planes','planes_deflate'):
+        yield by_cores(f'pack from {IMAGES[k]}', n, pack[k], 'sites')
     for k in ('store','planes_deflate'):
-        rows.append(by_cores(f'read an epoch from {IMAGES[k]}', n, crop[f'CropLoader:{k}'], 'crops'))
+        yield by_cores(f'an epoch from {IMAGES[k]}', n, crop[f'CropLoader:{k}'], 'crops')
     for k in ('store','planes_deflate'):
-        rows += [embedding(n, tiles, read[k], e, IMAGES[k]) for e in encoders]
-    return rows
+        yield from (embedding(n, tiles, read[k], e, IMAGES[k]) for e in ENCODERS)
 
-def of_images(results, encoders, n=93_000_000, size=6*256*256/1e6):
-    "93 million images of 6 x 256 x 256; packing by bytes, as measured on 6 x 512 x 512"
+def of_images(results, n, size=6*256*256/1e6):
+    "Images of 6 x 256 x 256; packing by bytes, as measured on 6 x 512 x 512"
     pack = picked(results['packing'], 'images', 'MB', by='pack', workers=1)
-    read = picked(results['crops'], 'reader', 'rate')
-    rows = [by_cores(f'pack from {IMAGES[k]}', n, pack[k]/size, 'images') for k in ('tiff','deflate')]
-    rows.append(by_cores('read an epoch from store', n, read['CropLoader:store'], 'crops'))
-    return rows + [embedding(n, 1, read['CropLoader:store'], e, 'store') for e in encoders]
+    read = picked(results['crops'], 'reader', 'rate')[LOADER]
+    for k in ('tiff','deflate'): yield by_cores(f'pack from {IMAGES[k]}', n, pack[k]/size, 'images')
+    yield by_cores('an epoch from store', n, read, 'crops')
+    yield from (embedding(n, 1, read, e, 'store') for e in ENCODERS)
 
-def in_gb(n, *shape): return f'{n*shape[0]*shape[1]*shape[2]/1e9:,.0f} GB'
+SCREEN,MANY = 60*384*9,93_000_000
+MULTIPLIED = {
+    f'60 plates x 384 wells x 9 sites of 5 x 1080 x 1080, {SCREEN*5*1080**2/1e12:.2f} TB '
+    'as a store: multiplied': (('packing','windows','readers'), lambda r: of_screen(r, SCREEN)),
+    f'93 million images of 6 x 256 x 256, {MANY*6*256**2/1e12:.1f} TB as a store: multiplied':
+    (('packing','crops'), lambda r: of_images(r, MANY))}
 
 
 # all of it
 
-def memory_table(rows):
-    t = pd.DataFrame(rows).pivot(index='what', columns='sites', values='peak')
-    t.columns = [f'{n:,} sites, MB' for n in t]
-    return table(t.round().astype(int).reset_index().to_dict('records'))
-
-def readers_table(rows):
+def wide(rows, index, columns, values):
+    "A table with a column for each value of `columns`"
     t = pd.DataFrame(rows)
-    t['column'] = t.workers.astype(str)+' '+t.how
-    t = t.pivot(index='images', columns='column', values='rate').rename(index=IMAGES)
-    return table(t[sorted(t, key=lambda o: o.split()[::-1], reverse=False)].reset_index().to_dict('records'))
+    t['column'] = t[columns].astype(str).agg(' '.join, axis=1)
+    t = t.pivot(index=index, columns='column', values=values)[list(dict.fromkeys(t['column']))]
+    return table(t.rename(index=IMAGES).reset_index().to_dict('records'))
 
-def sections(results, encoders):
+def by_name(rows): return table([{k: IMAGES.get(v, v) for k,v in r.items()} for r in rows])
+
+TABLES = dict(
+    crops=('A crop of 256 of each 6 x 512 x 512 bytes, one core', crops_table),
+    windows=('A crop of 256 of each 5 x 1080 x 1080, one core', crops_table),
+    overlap=('`embed` and its parts: CPU seconds a site, seconds for all', table),
+    readers=('`embed` with an encoder that costs nothing: sites of 5 x 1080 x 1080 a second',
+             lambda rows: wide(rows, 'images', ['how','workers'], 'rate')),
+    memory=('Peak memory in MB by sites', lambda rows: wide(rows, 'what', ['sites'], 'peak')),
+    packing=('Packing: sites and MB a second, CPU seconds a site', by_name))
+
+def sections(results):
     "Titles and tables of what is there"
-    need = lambda *keys: all(k in results for k in keys)
-    if goals(results): yield 'Goals', table(goals(results))
-    if need('crops'): yield 'Crops of 6 x 512 x 512 bytes, one core', crops_table(results['crops'])
-    if need('windows'): yield 'Crops of 5 x 1080 x 1080, one core', crops_table(results['windows'])
-    if need('overlap'): yield '`embed` and its parts, seconds', table(results['overlap'])
-    if need('readers'): yield '`embed` with an encoder that costs nothing, sites/s of 5 x 1080 x 1080', readers_table(results['readers'])
-    if need('memory'): yield 'Peak memory', memory_table(results['memory'])
-    if need('packing'): yield 'Packing', table(results['packing'])
-    if need('packing','windows','readers'):
-        yield f'A screen of 60 plates, {in_gb(60*384*9, 5, 1080, 1080)} as a store: multiplied', table(of_screen(results, encoders))
-    if need('packing','crops'):
-        yield f'93 million images, {in_gb(93_000_000, 6, 256, 256)} as a store: multiplied', table(of_images(results, encoders))
+    if met := goals(results): yield 'Goals', table(met)
+    for k in (k for k in TABLES if k in results): yield TABLES[k][0], TABLES[k][1](results[k])
+    for title,(parts,rows) in MULTIPLIED.items():
+        if all(k in results for k in parts): yield title, table(rows(results))
 
-def report(folder, encoders=(1000,5300)):
-    "Markdown of all parts in a folder"
-    parts = {f.stem: json.loads(f.read_text()) for f in folder.glob('*.json')}
-    results = {k: v['rows'] for k,v in parts.items()}
-    machines = {json.dumps(v['machine'], sort_keys=True): k for k,v in parts.items()}
-    text = [f'## {title}\n\n{rows}\n' for title,rows in sections(results, encoders)]
-    text += ['## Measured\n', *(f'- {k}: {m}' for m,k in machines.items())]
-    return '\n'.join(text)+'\n'
+def report(parts):
+    "Markdown of all parts, and where they were measured"
+    tables = sections({k: v['rows'] for k,v in parts.items()})
+    text = [f'## {title}\n\n{rows}\n' for title,rows in tables]
+    where = [f'- {k}, {v["seconds"]} s: {json.dumps(v["machine"])}' for k,v in parts.items()]
+    return '\n'.join([*text, '## Measured\n', *where, ''])
 
-def picture(folder):
-    "Crops a second as bars, memory as curves"
+def picture(rows, curves, path):
+    "Crops a second as bars, memory over time as curves"
     import matplotlib; matplotlib.use('agg')
     from matplotlib import pyplot as plt
-    rows = json.loads((folder/'crops.json').read_text())['rows']
-    rows = sorted((r for r in rows if r['rate']>=100), key=lambda r: r['rate'])
-    name = lambda r: ' '.join(reversed([IMAGES[r['reader'].split(':')[-1]], *[NAMES[o]+':' for o in r['reader'].split(':')[:-1]]]))
-    fig,ax = plt.subplots(figsize=(8, .3*len(rows)+1))
-    ax.barh([name(r).replace('`','') for r in rows], [r['rate'] for r in rows], color=['C0' if r['version']=='0.1.0' else 'C7' for r in rows])
-    ax.set_xlabel('crops of 6 x 256 x 256 a second and core'); fig.tight_layout()
-    fig.savefig(folder/'crops.svg'); plt.close(fig)
+    fig,(left,right) = plt.subplots(1, 2, figsize=(12,5), width_ratios=(3,2), layout='constrained')
+    rows = sorted((r for r in rows if r['rate']>100), key=lambda r: r['rate'])
+    names = [', by '.join(halves(r['reader'])[::-1]).replace('`', '') for r in rows]
+    colours = ['C0' if r['reader'].split(':')[0] in ('screen','CropLoader') else 'C7' for r in rows]
+    left.barh(names, [r['rate'] for r in rows], color=colours)
+    left.set(xlabel='crops of 6 x 256 x 256 a second and core')
+    for r in curves: right.plot(*zip(*r['curve']), label=f'{r["what"]}, {r["sites"]:,} sites')
+    right.set(xlabel='seconds', ylabel='memory of the process, MB', ylim=0, xscale='log')
+    if curves: right.legend()
+    fig.savefig(path); plt.close(fig)
 
 def report_all(folder):
-    (folder/'results.md').write_text(report(folder))
-    if (folder/'crops.json').exists(): picture(folder)
+    "`results.md`, and a picture, of the parts that are in a folder"
+    parts = {k: folder/f'{k}.json' for k in TABLES}
+    parts = {k: json.loads(f.read_text()) for k,f in parts.items() if f.exists()}
+    (folder/'results.md').write_text(report(parts))
+    rows = {k: v['rows'] for k,v in parts.items()}
+    if 'crops' in rows: picture(rows['crops'], rows.get('memory', []), folder/'data.svg')
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__)
     p.add_argument('--results', type=Path, default=here/'data')
-    a = p.parse_args()
-    report_all(a.results)
+    report_all(p.parse_args().results)
 
 if __name__=='__main__': main()
