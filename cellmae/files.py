@@ -390,7 +390,7 @@ def _work(f, todo, done):
 
 def _tried(f, o):
     try: return f(o),None
-    except Exception as e: return None,e
+    except BaseException as e: return None,e # else nobody would hear of it
 
 # %% ../nbs/00_files.ipynb #9b816bce
 def moved(

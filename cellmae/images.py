@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAINS', 'PANELS', 'alike', 'canonical_stain', 'suggested', 'ImageError', 'to_uint8', 'check_pixels', 'fit_range',
-           'check_input', 'standardise', 'tile']
+           'check_input', 'standardise', 'tile', 'tile_views']
 
 # %% ../nbs/02_images.ipynb #89ecb524
 import re, warnings
@@ -195,20 +195,31 @@ def standardise(
     return group_norm(planes, 1, eps=1e-5).view(x.shape)
 
 # %% ../nbs/02_images.ipynb #cd314f56
+def _grid(H, W, size):
+    "How many tiles there are down and across, and where the first begins"
+    h,w = H//size,W//size
+    if h*w: return h,w,(H-h*size)//2,(W-w*size)//2
+    raise ValueError(f'No tile of {size} pixels fits into an image of {H}x{W}. Take smaller tiles.')
+
 def tile(
     x, # Image `(C,H,W)` or batch `(B,C,H,W)`; array or tensor
     size:int, # Side of a tile in pixels
 ): # Tiles `(n,C,size,size)`: row by row, image after image
     "Cut the centre into squares that do not overlap"
     c,H,W = x.shape[-3:]
-    h,w = H//size,W//size
-    if not h*w:
-        raise ValueError(f'No tile of {size} pixels fits into an image of {H}x{W}. Take smaller '
-                         'tiles.')
-    top,left = (H-h*size)//2,(W-w*size)//2
+    h,w,top,left = _grid(H, W, size)
     x = x[...,top:top+h*size,left:left+w*size].reshape(-1,c,h,size,w,size)
     x = x.swapaxes(3,4).swapaxes(1,2).swapaxes(2,3) # (B,h,w,C,size,size)
     return x.reshape(-1,c,size,size)
+
+def tile_views(
+    x, # Image `(C,H,W)`
+    size:int, # Side of a tile in pixels
+)->list: # Of `(C,size,size)`, the tiles of `tile`, which are not copied
+    "Views of the squares that an image is cut into"
+    h,w,top,left = _grid(*x.shape[-2:], size)
+    corners = [(top+i*size, left+j*size) for i in range(h) for j in range(w)]
+    return [x[...,y:y+size,x0:x0+size] for y,x0 in corners]
 
 # %% ../nbs/02_images.ipynb #37f797b7
 _gone = ['SUFFIXES','NOT_READ','projected','read_image']

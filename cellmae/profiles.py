@@ -6,11 +6,13 @@
 __all__ = ['to_parquet', 'read_profiles', 'aggregate']
 
 # %% ../nbs/40_profiles.ipynb #6429b35d
-import re, warnings
+import json, re, warnings
 import numpy as np, pandas as pd
 from anndata import AnnData, read_h5ad
 from anndata.utils import make_index_unique
+from collections import deque
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from .files import read_table, write_whole
@@ -386,9 +388,9 @@ def to_sphere(A):
 
 # %% ../nbs/40_profiles.ipynb #d64ed4eb
 _csv = partial(pd.DataFrame.to_csv, index=False)
-_writers = {'.parquet':pd.DataFrame.to_parquet, '.pq':pd.DataFrame.to_parquet,
-            '.feather':pd.DataFrame.to_feather, '.csv':_csv, '.csv.gz':_csv,
+_writers = {'.feather':pd.DataFrame.to_feather, '.csv':_csv, '.csv.gz':_csv,
             '.tsv':partial(_csv, sep='\t')}
+_endings = '.parquet','.pq',*_writers,'.h5ad'
 
 def to_parquet(
     adata, # What `embed` gave: AnnData, or `(X, obs)`
@@ -396,11 +398,13 @@ def to_parquet(
 )->Path: # The file
     "Write profiles as a table with `Metadata_*` and `emb_*` columns"
     path = Path(path)
-    kind = next((k for k in (*_writers,'.h5ad') if path.name.lower().endswith(k)), None)
+    kind = next((k for k in _endings if path.name.lower().endswith(k)), None)
     if kind is None: raise ValueError(f'{path.name}: profiles are written to a file that ends in '
-                                      f'{", ".join(_writers)} or .h5ad')
+                                      f'{", ".join(_endings[:-1])} or .h5ad')
     if kind=='.h5ad': return write_whole(path, _as_anndata(adata).write_h5ad)
-    return write_whole(path, partial(_writers[kind], _as_table(adata)))
+    if kind in _writers: return write_whole(path, partial(_writers[kind], _as_table(adata)))
+    about = {'cellmae': adata.uns['cellmae']} if 'cellmae' in getattr(adata, 'uns', {}) else {}
+    return write_whole(path, partial(write_rows, [as_rows(adata)], about))
 
 def _as_anndata(x):
     w = wells_of(x, single=True, gaps=True)
@@ -415,12 +419,102 @@ def _as_table(x):
     meta = w.obs.reset_index(drop=True).rename(columns=_bare_metadata).add_prefix('Metadata_')
     return pd.concat([meta, feats], axis=1)
 
+# %% ../nbs/40_profiles.ipynb #8a4cf027
+def as_rows(x):
+    "Profiles as rows of an arrow table"
+    from pyarrow import Table
+    return Table.from_pandas(_as_table(x), preserve_index=False, nthreads=1)
+
+def _grouped(tables):
+    "The same rows in tables of about a million numbers"
+    from pyarrow import concat_tables
+    kept,n = [],0
+    for t in tables:
+        size = max(1, 2**20//max(1, t.num_columns))
+        kept,n = [*kept,t],n+len(t)
+        while n>=size:
+            t = concat_tables(kept)
+            yield t[:size]
+            kept,n = [t[size:]],n-size
+    if n: yield concat_tables(kept)
+
+def write_rows(
+    tables, # Of arrow, with the same columns
+    about, # dict of what is said of them all; it may be filled while they come
+    path, # File to make
+):
+    "Write a parquet file of any length, with a row group in memory"
+    from pyarrow import table
+    from pyarrow.parquet import ParquetWriter
+    groups = _grouped(tables)
+    first = next(groups, table({}))
+    names = [c for c in first.column_names if not c.startswith('emb_')] or False
+    with ParquetWriter(path, first.schema, use_dictionary=names, write_statistics=names) as file:
+        for t in chain([first], groups): file.write_table(t, row_group_size=max(1, len(t)))
+        file.add_key_value_metadata({k:json.dumps(v, default=_plain) for k,v in about.items()})
+
+def _plain(o):
+    "Arrays and numbers of numpy as those of Python"
+    return o.tolist() if hasattr(o, 'tolist') else str(o)
+
+def said_of(
+    path, # Of a parquet file
+    what='cellmae', # Part of `about`
+): # None if nothing is said
+    "What `write_rows` wrote about a table"
+    from pyarrow.parquet import read_metadata
+    said = (read_metadata(path).metadata or {}).get(what.encode())
+    return None if said is None else json.loads(said)
+
+# %% ../nbs/40_profiles.ipynb #6192dd25
+def _begins(file, by):
+    "The least number in column `by`, None if there is no row"
+    from pyarrow.parquet import read_metadata
+    m = read_metadata(file)
+    if not m.num_rows: return None
+    return m.row_group(0).column(m.schema.names.index(by)).statistics.min
+
+def _row_groups(file):
+    from pyarrow.parquet import ParquetFile
+    with ParquetFile(file) as f:
+        for k in range(f.num_row_groups): yield f.read_row_group(k, use_threads=False)
+
+def merged_rows(
+    files, # Written by `write_rows`
+    by:str, # Column of whole numbers that each is sorted by; no number is in two files
+): # Yields tables without this column
+    "Rows of several parquet files in one order"
+    firsts = [(first,f) for f in files if (first := _begins(f, by)) is not None]
+    waiting,heads = deque(sorted(firsts)),[]
+    keys = lambda head: head[0][by].to_numpy()
+    while heads or waiting:
+        upto = min((keys(o)[-1] for o in heads), default=-1)
+        while waiting and (not heads or waiting[0][0]<=upto):
+            groups = _row_groups(waiting.popleft()[1])
+            heads.append([next(groups),groups])
+            upto = min(keys(o)[-1] for o in heads)
+        ends = [np.searchsorted(keys(o), upto, 'right') for o in heads]
+        yield _in_order([o[0][:n] for o,n in zip(heads, ends)], by).drop_columns(by)
+        heads = [o for o,n in zip(heads, ends) if _cut(o, n)]
+
+def _in_order(tables, by):
+    "Rows of sorted tables in one order"
+    from pyarrow import concat_tables
+    if len(tables)==1: return tables[0]
+    t = concat_tables(tables)
+    return t.take(np.argsort(t[by].to_numpy(), kind='stable'))
+
+def _cut(head, n):
+    "Take `n` rows away from a table, or go on to the next one; is there any?"
+    head[0] = head[0][n:] if n<len(head[0]) else next(head[1], None)
+    return head[0] is not None
+
 # %% ../nbs/40_profiles.ipynb #ae1b1e56
 def read_profiles(
     path, # File with one row per well: `.parquet`, `.csv`, `.tsv`, `.xlsx`, `.feather`, `.h5ad`
     prefix=None, # How the names of features begin, or several such; None: where that is obvious
 )->AnnData: # Features in `X`, all other columns in `obs`, without `Metadata_`
-    "Read profiles from any source"
+    "Read profiles from any source, with what `embed` said of them in `uns['cellmae']`"
     path = Path(path)
     kind = _kind(path)
     if kind=='h5ad': return read_h5ad(path)
@@ -428,7 +522,12 @@ def read_profiles(
     obs = tidy(obs)
     if kind=='text': obs = pd.DataFrame({k:_typed(v) for k,v in obs.items()}, obs.index)
     X,var = X.to_numpy(np.float32, na_value=np.nan),pd.DataFrame(index=X.columns.astype(str))
-    return AnnData(X, obs=obs.set_axis(obs.index.astype(str)), var=var)
+    return AnnData(X, obs=obs.set_axis(obs.index.astype(str)), var=var, uns=_known_of(path))
+
+def _known_of(path):
+    "What is said in the footer of a parquet file"
+    with open(path, 'rb') as f: known = said_of(path) if f.read(4)==b'PAR1' else None
+    return {'cellmae':known} if known else {}
 
 # %% ../nbs/40_profiles.ipynb #f87c25cc
 _magic = {b'PAR1':'typed', b'ARRO':'typed', b'\x89HDF':'h5ad'}

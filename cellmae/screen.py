@@ -535,6 +535,10 @@ def ranges(self:Screen):
     "`(C,2)` intensities that become 0 and 255; None before `fit_ranges`"
     return self._whole._ranges
 
+@patch(set_prop=True)
+def ranges(self:Screen, values):
+    self._whole._ranges = np.float32(values)
+
 # %% ../nbs/14_screen.ipynb #0a93b5ef
 @patch
 def __getitem__(self:Screen, i:int):
