@@ -10,7 +10,7 @@ import bz2, csv, gzip, hashlib, lzma, os, platform, re, shutil, sys, time
 import pandas as pd
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fastprogress import progress_bar
 from fastprogress.core import IN_NOTEBOOK, format_time
 from functools import partial
@@ -19,7 +19,7 @@ from io import StringIO
 from itertools import islice
 from pandas.api.types import is_numeric_dtype
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from secrets import token_hex
 from threading import Thread
 from urllib.request import urlopen
@@ -112,16 +112,27 @@ def write_whole(
 def _lock(folder):
     "The lock file of a folder, or None where there are no locks"
     if fcntl is None: return
-    try: f = open(folder/'.lock', 'a+')
+    try: f = open(folder/'.lock', 'a+b', buffering=0)
     except OSError: return # we may not write there
     try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except BlockingIOError:
         f.seek(0)
-        with f: who = f.read().strip() or 'another process'
+        with f: who = f.read().decode().strip() or 'another process'
         raise BlockingIOError(f'{folder} is in use by {who}: wait for it, stop it, '
                               'or name another folder.') from None
     except OSError: return f.close() # an odd file system
     return f
+
+def _sign(f, what):
+    "Say who has it; a disk may be too full for that"
+    who = f'process {os.getpid()} on {_host}'+f' ({what})'*bool(what)
+    with suppress(OSError): f.truncate(0); f.write(who.encode())
+
+def _clear(folder):
+    "Remove what killed writers left in a folder that is ours"
+    parts = re.compile(r'\..+\.\w+-\d+-\w+\.part(\.\w+)?')
+    for f in folder.glob('.*.part*'):
+        if parts.fullmatch(f.name) and f.suffix!='.old': _remove(f)
 
 @contextmanager
 def locked(
@@ -134,8 +145,8 @@ def locked(
     f = _lock(folder)
     if f is None: yield; return
     with f:
-        f.truncate(0)
-        print(f'process {os.getpid()} on {_host}', f'({what})'*bool(what), file=f, flush=True)
+        _sign(f, what)
+        _clear(folder)
         try: yield
         finally:
             f.truncate(0)
@@ -367,6 +378,7 @@ def ahead(
     ordered:bool=True, # In the order of `items`? Otherwise as they get done
 ): # Yields `(item,f(item))`; an error is raised when its turn comes
     "Work done by threads before it is asked for; nothing waits for one that hangs"
+    if workers<0: raise ValueError(f'workers={workers}: it must be a whole number from 0 on.')
     if not workers: yield from ((o, f(o)) for o in items); return
     todo,done,items,kept,turn = SimpleQueue(),SimpleQueue(),enumerate(items),{},0
     more = lambda n: sum(todo.put(o) is None for o in islice(items, n))
@@ -381,7 +393,8 @@ def ahead(
             del item,result
             turn,left = turn+1,left+more(1)-1
     finally:
-        while not todo.empty(): todo.get_nowait()
+        with suppress(Empty):
+            while True: todo.get_nowait()
         for _ in range(workers): todo.put(None)
 
 def _work(f, todo, done):
