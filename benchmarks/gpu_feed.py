@@ -84,13 +84,15 @@ def crops_per_s(batches, seconds, warm=3):
         if start and time.perf_counter()-start>seconds: return n/(time.perf_counter()-start)
     return n/(time.perf_counter()-(start or 0))
 
+def by_processes(dl, n): return torch.utils.data.DataLoader(Batches(dl), batch_size=None, num_workers=n)
+
 def alone(tiny):
-    "The loader alone, on the CPU, by threads and by processes"
+    "The loader alone, on the CPU, by threads and then by processes, which may find too little shared memory"
     o,cpu = ALONE['tiny' if tiny else 'full'],torch.device('cpu')
     size,bs = (32,2) if tiny else (256,64)
-    for source in SOURCES:
-        for n in o['threads']: write('alone', source=source, by='threads', n=n, crops_per_s=round(crops_per_s(loader(source, size, bs, n, cpu), o['seconds']), 1))
-        for n in o['processes']:
-            dl = torch.utils.data.DataLoader(Batches(loader(source, size, bs, 0, cpu)), batch_size=None, num_workers=n, prefetch_factor=2)
-            write('alone', source=source, by='processes', n=n, crops_per_s=round(crops_per_s(dl, o['seconds'], n+3), 1))
-
+    for by,source in ((b,s) for b in ('threads','processes') for s in SOURCES):
+        for n in o[by]:
+            dl = loader(source, size, bs, n if by=='threads' else 0, cpu)
+            try: rate = crops_per_s(dl if by=='threads' else by_processes(dl, n), o['seconds'], n+3)
+            except RuntimeError as e: write('failed', case=['alone',source,by,str(n)], why=str(e)[:300])
+            else: write('alone', source=source, by=by, n=n, crops_per_s=round(rate, 1))

@@ -225,7 +225,7 @@ def main(args=None):
     p.add_argument('--tiny', action='store_true', help='small, for a CPU')
     a = p.parse_args(args)
     out.mkdir(parents=True, exist_ok=True)
-    device = torch.device('cuda' if torch.cuda.is_available() and a.task!='alone' else 'cpu')
+    device = torch.device('cuda' if a.task not in ('screens','alone') and torch.cuda.is_available() else 'cpu') # no processes are forked where CUDA was begun
     def owned(f, *args, shared=False):
         with gpu.alone(shared=shared): f(*args)
     dict(all=lambda: everything(a.limit, a.tiny), screens=lambda: screens(a.tiny), profile=lambda: owned(where_time_goes, a.tiny), fit=lambda: owned(fit, a.label, a.seconds, a.stop, a.tiny, shared=True),
