@@ -9,7 +9,7 @@ __all__ = ['one_cycle', 'FixedMasks', 'LossGuard', 'History', 'Reconstructions',
 
 # %% ../nbs/35_train.ipynb #653c940d
 import shutil, time
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -149,7 +149,8 @@ class Waits(Callback):
     def before_batch(self): self.waited += self.lap()
     def after_batch(self):
         self.lap()
-        if self.watching and self.spent>self.seconds and self.waited>self.part*self.spent: self.say()
+        late = self.waited>self.part*self.spent and self.spent>self.seconds
+        if late and self.watching: self.say()
 
     def lap(self):
         "Seconds since it was last called"
@@ -159,8 +160,8 @@ class Waits(Callback):
 
     def say(self):
         self.watching = False
-        print(f'{self.waited/self.spent:.0%} of the time goes into waiting for images. From a '
-              'store they come faster: `store = pack(screen, folder)`, and train on it.', flush=True)
+        print(f'{self.waited/self.spent:.0%} of the time goes into waiting for images. They '
+              'come faster from a store: train on `pack(screen, folder)`.', flush=True)
 
 # %% ../nbs/35_train.ipynb #a7785698
 class SafeLearner(Learner):
@@ -209,8 +210,10 @@ def all_batches(self:SafeLearner):
     "Every batch from where the loader starts"
     self.n_iter = len(self.dl)
     start = getattr(self.dl, 'start', 0) if self.training else 0
-    with closing(iter(self.dl)) as batches: # a traceback would keep them, and what they read ahead
+    batches = iter(self.dl)
+    try:
         for i,b in enumerate(batches, start): self.one_batch(i, b)
+    finally: getattr(batches, 'close', noop)() # a traceback would keep them, and their threads
 
 @patch
 def _do_fit(self:SafeLearner):

@@ -261,6 +261,19 @@ def test_a_gpu_gets_the_same(screen, workers):
             del x
     assert all(torch.equal(x.cpu(), y.float()) and torch.equal(i.cpu(), j) for (x,i),(y,j) in zip(kept, want, strict=True))
 
+class Stop(Callback):
+    "Someone presses the button"
+    def after_pred(self):
+        if self.iter==2: raise KeyboardInterrupt
+
+def test_a_run_that_stops_leaves_no_threads(screen, tmp_path):
+    "Though a notebook keeps the traceback"
+    model = create_model('mae_vitt8', in_chans=3, img_size=16, depth=1, embed_dim=48)
+    dls = screen_dls(screen, 16, bs=2, valid=0, num_workers=2, device='cpu')
+    with pytest.raises(KeyboardInterrupt) as kept:
+        mae_learner(dls, model, tmp_path, dict(seed=0), n_pictures=0, cbs=Stop()).fit(1)
+    assert wait_for_none() and kept.value.__traceback__
+
 # --- a store
 
 @pytest.fixture(scope='module')
