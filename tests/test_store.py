@@ -137,6 +137,21 @@ def test_nothing_that_can_be_read(tmp_path):
     assert not (tmp_path/'out/screen.json').exists()
 
 
+def test_a_disk_that_goes_away_stops_the_call(tmp_path, monkeypatch):
+    "Many sites in a row that cannot be read are no accident; some, with a good one between, are"
+    screen = screen_in(tmp_path/'raw', plates=('p', 'q', 'r'))
+    whole = content(pack(screen, tmp_path/'whole', shard_mb=.003).root)
+    monkeypatch.setattr(room, 'MANY', 4)
+    path = lambda i: Path(screen.address(screen.table['file_ER'][i]))
+    kept = {path(i): path(i).read_bytes() for i in (1, 2, 3, 5, *range(8, 18))}
+    times = {f: f.stat().st_mtime_ns for f in kept}
+    for f in kept: f.unlink()
+    with pytest.raises(ImageError, match='missing. 4 sites in a row cannot be read.*call again'): pack(screen, tmp_path/'out', shard_mb=.003)
+    assert not (tmp_path/'out/screen.json').exists() and len(shards(tmp_path/'out')) == 5
+    for f, x in kept.items(): f.write_bytes(x), os.utime(f, ns=(times[f], times[f]))
+    assert content(pack(screen, tmp_path/'out', shard_mb=.003).root) == whole
+
+
 def test_a_second_call_returns_the_store_and_another_screen_is_refused(tmp_path):
     screen = screen_in(tmp_path/'raw')
     before = content(pack(screen, tmp_path/'out').root)
@@ -442,6 +457,8 @@ def test_a_store_goes_where_a_screen_goes(tmp_path):
     assert [a.tolist() for a in split(store, by='plate')] == [a.tolist() for a in split(screen, by='plate')]
     assert store.wells.equals(screen.wells) and store.report(tmp_path/'x.html').exists()
     assert set(store.check()['problem']) == set(screen.check()['problem'])
+    named = Screen(store.root, controls=['geneB03'])
+    assert named.table['control'].sum() == 6 and (named[4] == screen[4]).all()
     table = pd.DataFrame(dict(FileName_DNA=screen.table['file_DNA'], y=5., x=6.))
     assert find_cells(store, table=table).counts.tolist() == [1]*18
 
