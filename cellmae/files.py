@@ -148,9 +148,7 @@ def locked(
         _sign(f, what)
         _clear(folder)
         try: yield
-        finally:
-            f.truncate(0)
-            fcntl.flock(f, fcntl.LOCK_UN) # also where a process that we started has it open
+        finally: f.truncate(0); fcntl.flock(f, fcntl.LOCK_UN) # a child may have it open
 
 # %% ../nbs/00_files.ipynb #d9da64fd
 _packers = {b'\x1f\x8b': gzip.decompress, b'BZh': bz2.decompress, b'\xfd7zXZ': lzma.decompress}

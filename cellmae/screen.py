@@ -537,6 +537,7 @@ def ranges(self:Screen):
 
 @patch(set_prop=True)
 def ranges(self:Screen, values):
+    "Take them from another screen"
     self._whole._ranges = np.float32(values)
 
 # %% ../nbs/14_screen.ipynb #0a93b5ef

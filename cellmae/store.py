@@ -169,6 +169,7 @@ def size(self:Packing, i):
 
 @patch
 def sizes(self:Packing, rows):
+    "Height and width of some sites, in order"
     with closing(ahead(self.size, rows, self.workers)) as found: return [o for _,o in found]
 
 # %% ../nbs/15_store.ipynb #f587ee79
@@ -297,7 +298,9 @@ def write_one(self:Packing, shard, done):
     write_whole(shard.path, lambda f: write_shard(f, images(), shard.per, seal))
 
 @patch
-def all_shards(self:Packing): return (s for o in self.arrays() for s in self.shards(*o))
+def all_shards(self:Packing):
+    "The shards of all plates, planned as they are asked for"
+    return (s for o in self.arrays() for s in self.shards(*o))
 
 # %% ../nbs/15_store.ipynb #2b10582f
 @patch
