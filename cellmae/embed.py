@@ -52,7 +52,7 @@ class Cut:
 
     def windows(self, i):
         "Views of the image of site `i`"
-        x = self.screen[i][self.order]
+        x = self.screen.whole(i)[self.order]
         try:
             if self.cells: return [cell_crop(x, c, self.size) for c in self.cells.of(i)]
             return tile_views(x, self.size) if self.size else [x]

@@ -7,6 +7,7 @@ import numpy as np, pandas as pd, pytest, tifffile, zarr
 from cellmae import containers, store as room
 from cellmae.cells import find_cells, site_sizes
 from cellmae.data import how_read
+from cellmae.embed import embed
 from cellmae.images import ImageError
 from cellmae.screen import Screen, open_screen, split
 from cellmae.store import append, pack, repack, verify
@@ -361,6 +362,14 @@ def test_damage_is_seen_and_mended(tmp_path, kind, archive):
     repack(store)
     assert content(store.root) == whole and verify(store, sources=True).empty
     same_pixels(store, screen)
+
+
+def test_a_flipped_bit_is_not_embedded(tmp_path):
+    mean = lambda x: x.float().mean((2, 3))
+    store = pack(screen_in(tmp_path/'raw'), tmp_path/'out')
+    assert len(embed(mean, store, level='site', progress=False)) == 6
+    flip(shards(store)[0])
+    with pytest.raises(ImageError, match='damaged.*plate p, well B03, site 1'): embed(mean, store, level='site', progress=False)
 
 
 def test_left_out_places_stay_empty_when_a_shard_is_mended(tmp_path):
