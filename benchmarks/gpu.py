@@ -18,12 +18,14 @@ TINY = ['camae_vits16']
 out = Path(os.environ.get('OUT') or Path(__file__).parent/'gpu')
 
 def write(name, **row):
-    "Add a line to a file of results, whole or not at all"
-    with open(out/f'{name}.jsonl', 'a') as f:
+    "Add a line to the file of all results, whole or not at all"
+    with open(out/'rows.jsonl', 'a') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        f.write(json.dumps(row)+'\n'); f.flush()
+        f.write(json.dumps([name,row])+'\n'); f.flush()
 
-def read(name): return [json.loads(l) for l in open(out/f'{name}.jsonl')] if (out/f'{name}.jsonl').exists() else []
+def read(name):
+    "Rows of one kind"
+    return [row for kind,row in map(json.loads, open(out/'rows.jsonl')) if kind==name] if (out/'rows.jsonl').exists() else []
 
 @contextmanager
 def alone(seconds=0, shared=False):
@@ -147,7 +149,7 @@ def ceiling(case):
 def eager(name, tiny):
     "All of a model that needs no compiler"
     case = Case(name, ('cellmae',PLAIN), False, tiny)
-    with alone(60):
+    with alone(0 if tiny else 60):
         for f in (ceiling, check, planned): f(case); free()
         for what,make,bs in parts(case):
             for kind in case.models:
@@ -162,7 +164,7 @@ def compiled(name, kind, tiny):
         free()
         own,made = halving(partial(make, case, kind), bs)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        with alone(30): measured(case, kind, what, made, own)
+        with alone(0 if tiny else 30): measured(case, kind, what, made, own)
         del made
 
 def run(args, deadline, script=None):
@@ -190,7 +192,7 @@ def tests(deadline, tiny):
 
 def speed(limit, tiny):
     "Tests, then all cases: two queues, one of which compiles beside the other; then the table"
-    for f in out.glob('*.jsonl'): f.unlink()
+    (out/'rows.jsonl').unlink(missing_ok=True)
     deadline,small = time.time()+limit,['--tiny']*tiny
     models = TINY if tiny else MODELS
     todo = [(m,k) for m,k in COMPILED if not tiny or (m,k)==('mae_vits16','cellmae')]

@@ -10,7 +10,7 @@ mkdir -p "$OUT"
 own=$(mktemp -d); trap 'rm -rf "$own"' EXIT
 export WORK=${WORK:-$own/work}
 what=${1:-all} tiny=
-if [ "$what" = --tiny ]; then what=all tiny=--tiny; fi
+if [ "$what" = --tiny ]; then what=all tiny=--tiny LIMIT=900; fi
 
 named() { # a checkout that is used from PYTHONPATH alone has no version to be asked for
     $python -c 'from importlib.metadata import version as v; v("cellmae")' 2> "$own/why" && return
@@ -19,7 +19,7 @@ named() { # a checkout that is used from PYTHONPATH alone has no version to be a
     export PYTHONPATH=$own:$PYTHONPATH
 }
 speed() { TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-3} $python benchmarks/gpu.py speed --limit "${LIMIT:-185}" $tiny; }
-train() { TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-8} $python benchmarks/gpu_train.py all --limit "${LIMIT:-520}" $tiny; }
+train() { TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-1} $python benchmarks/gpu_train.py all --limit "${LIMIT:-380}" $tiny; }
 
 named
 case $what in

@@ -15,8 +15,8 @@ from cellmae.zoo import create_model
 
 work = Path(os.environ['WORK'])
 REPEATS = 40 # of each site in an epoch, so that it does not end while it is timed
-FED = dict(full=[('mae_vits16',256,256,[None,1,4,8],[None]), ('camae_vits16',256,40,[None],[None])], tiny=[('mae_vitt4',32,2,[None],[1])])
-ALONE = dict(full=dict(threads=[1,4,8,16], processes=[4,8,16], seconds=1.5), tiny=dict(threads=[1], processes=[1], seconds=.2))
+FED = dict(full={'mae_vits16': (256,256,2.5), 'camae_vits16': (256,40,2.)}, tiny={'mae_vitt4': (32,2,.3)}) # side, batch, seconds
+ALONE = dict(full=dict(threads=[1,4,16], processes=[16], seconds=1.2), tiny=dict(threads=[1], processes=[1], seconds=.2))
 SOURCES = dict(store='noise_store', files='noise')
 
 
@@ -59,15 +59,14 @@ def looped(model, train, seconds, lr=1e-4):
     with learn.no_bar(): learn.fit(100, cbs=[clock])
     return clock.rate
 
-def fed(device, tiny):
-    "A row per model, source and number of threads"
-    for name,size,bs,store,files in FED['tiny' if tiny else 'full']:
-        model = create_model(name, img_size=size, alpha=0.)
-        ways = [('one batch',0,Resident)]+[('store',n,CropLoader) for n in store]+[('files',n,CropLoader) for n in files]+[('one batch',0,Resident)]
-        for source,threads,cls in ways:
-            dl = loader('files' if source=='files' else 'store', size, bs, threads, device, cls)
-            write('fed', model=name, bs=bs, source=source, threads=dl.workers if threads is None else threads, default=threads is None, images_per_s=round(looped(model, dl, .3 if tiny else 3), 1))
-            free()
+def fed(name, device, tiny):
+    "A row per source, with the number of threads that is taken by itself; one batch first and last"
+    size,bs,secs = FED['tiny' if tiny else 'full'][name]
+    model = create_model(name, img_size=size, alpha=0.)
+    for source,threads,cls in (('one batch',0,Resident),('store',None,CropLoader),('files',None,CropLoader),('one batch',0,Resident)):
+        dl = loader('files' if source=='files' else 'store', size, bs, threads, device, cls)
+        write('fed', model=name, bs=bs, source=source, threads=dl.workers, images_per_s=round(looped(model, dl, secs), 1))
+        free()
 
 class Batches(torch.utils.data.Dataset):
     "Batches of a loader by number, for processes of torch's own loader"
@@ -89,7 +88,7 @@ def by_processes(dl, n): return torch.utils.data.DataLoader(Batches(dl), batch_s
 def alone(tiny):
     "The loader alone, on the CPU, by threads and then by processes, which may find too little shared memory"
     o,cpu = ALONE['tiny' if tiny else 'full'],torch.device('cpu')
-    size,bs = (32,2) if tiny else (256,64)
+    size,bs = (32,2) if tiny else (256,32)
     for by,source in ((b,s) for b in ('threads','processes') for s in SOURCES):
         for n in o[by]:
             dl = loader(source, size, bs, n if by=='threads' else 0, cpu)

@@ -10,7 +10,7 @@ import embed as embedding, timing, train_step
 from gpu import free, write
 from cellmae.zoo import create_model
 
-CASES = dict(full=[('mae_vits16',256,[256,1024],[256,1024]), ('mae_vitl8',256,[24,96],[64]), ('mae_vitt4',64,[256,1024],[]), ('camae_vits16',256,[40,120],[])],
+CASES = dict(full=[('mae_vitt4',64,[256,1024],[]), ('camae_vits16',256,[40,120],[])],
              tiny=[('mae_vitt4',32,[2],[2])]) # name, side, batches of training, batches of embedding
 
 

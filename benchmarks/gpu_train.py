@@ -11,11 +11,12 @@ import anndata as ad, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback, CancelFitException
 from tifffile import imwrite
 
-import gpu, gpu_feed, timing
+import gpu, gpu_blocks, gpu_feed, timing
 from gpu import out, read, write
 from gpu_profile import where_time_goes
 from cellmae.data import screen_dls
-from cellmae.embed import STATS, as_encoder, embed
+from cellmae.embed import embed
+from cellmae.encoders import STATS, as_encoder
 from cellmae.files import cores
 from cellmae.profiles import aggregate, read_profiles
 from cellmae.recall import compare_recall, recall
@@ -28,11 +29,11 @@ from cellmae.zoo import cost, create_model
 
 work = Path(os.environ.get('WORK') or '/tmp/cellmae_gpu')
 SIZES = dict(
-    full=dict(screen=dict(n_pathways=64, genes_per_pathway=10, n_inactive=64, n_batches=6, controls_per_batch=64, sites_per_well=3), noise=dict(n=384, side=1080), crop=64, bs=256, kw={}, trial=6),
+    full=dict(screen=dict(n_pathways=44, genes_per_pathway=10, n_inactive=44, n_batches=6, controls_per_batch=48, sites_per_well=3), noise=dict(n=192, side=1080), crop=64, bs=256, kw={}, trial=5),
     tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64), noise=dict(n=4, side=64), crop=32, bs=16, kw=dict(depth=1, img_size=32), trial=.3))
 MODELS = {'mae_vitt4': {}, 'mae_vitt4, 8 blocks of 256': dict(embed_dim=256, depth=8, num_heads=8)}
 STEEP = dict(lr=1e-3, alpha=.1) # as in the tutorial of a longer run
-RESULTS = 'times','recall','contrast','fed','alone','rates','speed','parts','profile','failed'
+RESULTS = 'times','recall','contrast','blocks','fed','alone','rates','parts','profile','failed'
 POINTS = 10**np.linspace(-2, 0, 5) # of the way, evenly spaced in log FLOPs
 
 
@@ -57,7 +58,7 @@ def noise_screen(n, side, root, processes):
 
 def screens(tiny):
     "The simulated screen and its store, and large images and theirs"
-    o,n = SIZES['tiny' if tiny else 'full'],max(1, cores()-3)
+    o,n = SIZES['tiny' if tiny else 'full'],max(1, cores()-4) # the others compile
     with timed('simulate', processes=n): sites = len(synth_screen(work/'screen', **o['screen'], n_workers=0 if tiny else n))
     with timed('pack', sites=sites): pack(work/'screen', work/'store')
     with timed('large images', **o['noise']): noise_screen(**o['noise'], root=work/'noise', processes=n)
@@ -161,24 +162,24 @@ def here(args, deadline, script=None):
     except Exception as e: write('failed', case=args, why=f'{type(e).__name__}: {e}')
 
 def everything(limit, tiny):
-    "Profile while screens are made; train while a model is compiled; then feed"
-    for f in (n for k in RESULTS for n in out.glob(f'{k}.jsonl')): f.unlink()
-    start,small = time.time(),['--tiny']*tiny
+    "Compile while screens are made; train and measure recall; then feed; what is left of the time goes to a profile"
+    (out/'rows.jsonl').unlink(missing_ok=True)
+    start,small,size = time.time(),['--tiny']*tiny,'tiny' if tiny else 'full'
     def end(part): return start+limit*part # of all the time
     work.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(1 if tiny else 6) as pool:
-        def go(*args, until, script=__file__): return pool.submit(here if tiny else gpu.run, [*args,*small], end(until), script)
-        made,profiled = go('screens', until=.27),go('profile', until=.17)
-        wait([profiled])
-        tested = [] if tiny else [pool.submit(tests, end(.25))] # while images are written
-        wait([made,*tested])
-        late = end(.67) # when training must end, for there to be time for the rest
-        compiled = [] if tiny else [go('compiled', '--model', 'mae_vits16', until=.82, script=gpu.__file__)]
-        seconds = 1 if tiny else max(2, late-time.time()-30) # less what starting takes
-        wait([go('fit', '--label', m, '--seconds', str(seconds), '--stop', str(late), until=.8) for m in [*MODELS][:1 if tiny else None]])
-        wait(compiled)
-        wait([go('fed', until=.93)])
-        wait([go('alone', until=1)])
+    with ThreadPoolExecutor(1 if tiny else 4) as pool, ThreadPoolExecutor(1 if tiny else 4) as compilers:
+        def go(*args, until, pool=pool): return pool.submit(here if tiny else gpu.run, [*args,*small], end(until), __file__)
+        made = go('screens', until=.3)
+        compiled = [go('blocks', '--model', m, '--what', w, until=.21, pool=compilers) for m in gpu_blocks.CASES[size] for w in ('embed','train')]
+        wait([made,*compiled])
+        late = end(.765) # when training must end, for there to be time for the rest
+        seconds = 1 if tiny else max(2, late-time.time()-25) # less what starting takes
+        fits = [go('fit', '--model', m, '--seconds', str(seconds), '--stop', str(late), until=.87) for m in [*MODELS][:1 if tiny else None]]
+        wait(fits+([] if tiny else [pool.submit(tests, end(.45))]))
+        for m,until in zip(gpu_feed.FED[size], (.94,1)):
+            wait([go('fed', '--model', m, until=until)])
+            if until<1: wait([go('alone', until=.995)])
+        wait([go('profile', until=1)])
     report()
 
 def table(title, rows):
@@ -207,7 +208,7 @@ def report():
     (out/'train.md').write_text(json.dumps(where)+'\n')
     t = pd.DataFrame(found['recall'])
     if len(t) and 'images' in t: picture(t[t.images>0], t[~(t.images>0)].drop_duplicates('encoder'), out/'train.png')
-    for k in ('times','recall','contrast','fed','alone','rates','speed'): table(k, [{c: v for c,v in r.items() if k=='times' or c!='seconds'} for r in found[k]])
+    for k in ('times','recall','contrast','blocks','fed','alone','rates'): table(k, [{c: v for c,v in r.items() if k=='times' or c!='seconds'} for r in found[k]])
     table('parts', [dict(model=r['model'], batch=r['bs'], **r['ms']) for r in found['parts']])
     table('profile', [{k: r[k] for k in ('model','what','bs','step_ms','kernel_ms','idle','launches')} for r in found['profile']])
     for r in found['profile']:
@@ -217,18 +218,20 @@ def report():
 
 def main(args=None):
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('task', choices=['all','screens','profile','fit','fed','alone','report'])
-    p.add_argument('--label', choices=MODELS)
+    p.add_argument('task', choices=['all','screens','blocks','profile','fit','fed','alone','report'])
+    p.add_argument('--model')
+    p.add_argument('--what', choices=['train','embed'])
     p.add_argument('--seconds', type=float)
     p.add_argument('--stop', type=float, help='when training ends at the latest, in seconds of the epoch')
-    p.add_argument('--limit', type=float, default=520, help='seconds for all')
+    p.add_argument('--limit', type=float, default=380, help='seconds for all')
     p.add_argument('--tiny', action='store_true', help='small, for a CPU')
     a = p.parse_args(args)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device('cuda' if a.task not in ('screens','alone') and torch.cuda.is_available() else 'cpu') # no processes are forked where CUDA was begun
     def owned(f, *args, shared=False):
         with gpu.alone(shared=shared): f(*args)
-    dict(all=lambda: everything(a.limit, a.tiny), screens=lambda: screens(a.tiny), profile=lambda: owned(where_time_goes, a.tiny), fit=lambda: owned(fit, a.label, a.seconds, a.stop, a.tiny, shared=True),
-         fed=lambda: owned(gpu_feed.fed, device, a.tiny), alone=lambda: gpu_feed.alone(a.tiny), report=report)[a.task]()
+    dict(all=lambda: everything(a.limit, a.tiny), screens=lambda: screens(a.tiny), blocks=lambda: gpu_blocks.blocks(a.model, a.what, device, a.tiny),
+         profile=lambda: owned(where_time_goes, a.tiny), fit=lambda: owned(fit, a.model, a.seconds, a.stop, a.tiny, shared=True),
+         fed=lambda: owned(gpu_feed.fed, a.model, device, a.tiny), alone=lambda: gpu_feed.alone(a.tiny), report=report)[a.task]()
 
 if __name__ == '__main__': main()
