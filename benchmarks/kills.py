@@ -1,13 +1,12 @@
 "Kill packing and embedding at random moments: a second run must end with the files of an undisturbed one"
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1') # jobs are forked, so this process starts no threads
-import argparse, json, random, shutil, signal, subprocess, sys, tempfile, time, traceback
+import argparse, json, random, shutil, signal, socket, sys, tempfile, time, traceback
 from pathlib import Path
 
 import numpy as np, pandas as pd, tifffile, torch
 import pyarrow.parquet
 from cellmae.embed import embed
-from cellmae.many_gpus import join_processes
 from cellmae.screen import Screen
 from cellmae.store import append, pack, repack
 
@@ -67,20 +66,22 @@ def started(out):
 
 CHANGES = 'open','os.rename','os.remove','os.mkdir','os.rmdir','os.truncate','shutil.rmtree'
 
-def count_changes(out, last):
-    "Count the changes of files below `out`; kill this process before number `last`"
+def watch(out, last):
+    "Count the changes of files below `out`, kill this process before number `last`, and keep parts that are done with"
     done = [0]
     def hook(event, args):
-        if event not in CHANGES or not str(args[0]).startswith(str(out)): return
+        if event not in CHANGES or not str(args[0]).startswith(f'{out}/'): return
         if event=='open' and (not isinstance(args[1], str) or args[1].startswith('r')): return
         if done[0]==last: os.kill(os.getpid(), signal.SIGKILL)
         done[0] += 1
+        if event=='shutil.rmtree' and str(args[0])==f'{out}/parts' and os.path.exists(args[0]):
+            shutil.copytree(args[0], beside(out, 'parts'), copy_function=os.link, dirs_exist_ok=True)
     sys.addaudithook(hook)
     return done
 
 def do(name, of, out, last=None):
     "Do a job, and write what it took"
-    done = count_changes(out, last)
+    done = watch(out, last)
     started(out)
     start = time.monotonic()
     JOBS[name](of, out)
@@ -89,30 +90,36 @@ def do(name, of, out, last=None):
 
 # --- in the process that kills
 
-def fork(name, of, out, last):
-    "Do a job in a child, which need not import anything"
+def fork(f, *args):
+    "Call a function in a child, which need not import anything"
     sys.stdout.flush()
     if pid := os.fork(): return pid
-    os.setsid()
-    log = os.open(beside(out, 'log'), os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
-    os.dup2(log, 1); os.dup2(log, 2)
-    try: do(name, of, out, last); os._exit(0)
+    try: f(*args); os._exit(0)
     except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1)
 
 def launch(name, of, out, last):
-    "Do a job in two processes, the way users start them"
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-           __file__, '--job', name, str(of), str(out)]
-    with open(beside(out, 'log'), 'w') as log:
-        return subprocess.Popen(cmd, stdout=log, stderr=log, start_new_session=True).pid
+    "Do a job in a process, or in two, of which torchrun would end the other when one ends badly"
+    os.setsid()
+    log = os.open(beside(out, 'log'), os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
+    os.dup2(log, 1); os.dup2(log, 2)
+    if '2 processes' not in name: return do(name, of, out, last)
+    with socket.socket() as o: o.bind(('', 0)); port = o.getsockname()[1]
+    os.environ.update(MASTER_ADDR='localhost', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
+    ranks = [fork(rank, r, name, of, out) for r in '01']
+    for _ in ranks:
+        pid,end = os.wait()
+        if end: time.sleep(.5); [os.kill(o, signal.SIGKILL) for o in ranks if o!=pid]; os._exit(1)
+
+def rank(r, name, of, out):
+    os.environ.update(RANK=r, LOCAL_RANK=r)
+    do(name, of, out)
 
 def begin(name, of, out, last=None):
     "The process of a job, when its clock runs"
     for f in out.parent.glob(f'{out.name}.pid*'): f.unlink()
-    two = '2 processes' in name
     if name in BEFORE and not out.exists(): shutil.copytree(of/BEFORE[name], out)
-    pid = (launch if two else fork)(name, of, out, last)
-    while len(there := [*out.parent.glob(f'{out.name}.pid*.there')])<1+two:
+    pid,n = fork(launch, name, of, out, last),1+('2 processes' in name)
+    while len(there := [*out.parent.glob(f'{out.name}.pid*.there')])<n:
         if (end := os.waitpid(pid, os.WNOHANG))[0]: return pid,end[1],[]
         time.sleep(.002)
     return pid,None,[int(f.read_text()) for f in there]
@@ -133,40 +140,43 @@ def kill(name, of, out, moment, how):
     if end is None: _,end = os.waitpid(pid, 0)
     return end!=0
 
-def large(folder):
-    "Files that took work, by the number by which the disk knows them: shards and parts"
-    return {f: f.stat().st_ino for f in folder.rglob('*') if f.is_file() and not f.name.startswith('.') and
-            (f.name.startswith('c.') or f.parent.name=='parts')}
+def large(out):
+    "Files that took work, and the number by which the disk knows each: shards and parts, also parts that were removed"
+    found = {f.relative_to(out): f for f in out.rglob('*') if f.name.startswith('c.') or f.parent.name=='parts' and f.name[0]!='.'}
+    found |= {Path('parts')/f.name: f for f in beside(out, 'parts').glob('[!.]*')}
+    return {k: f.stat().st_ino for k,f in found.items()}
 
 def content(folder):
     "Bytes by name; of a lock only that it is there"
     return {str(f.relative_to(folder)): b'' if f.name=='.lock' else f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
 
-def half_written(out, want, before):
-    "Files that stand under their names with other bytes than they have in the end, or had at first"
+def half_written(out, *whole):
+    "Files that stand under their names with other bytes than they have when they are whole"
     found = content(out) if out.exists() else {}
-    return [k for k,v in found.items() if '.part' not in k and v not in (want.get(k), before.get(k))]
+    return [k for k,v in found.items() if '.part' not in k and v not in [o.get(k) for o in whole]]
 
 def one_kill(name, of, out, rng):
     "What a kill did, and whether the second run made up for it"
-    two = '2 processes' in name
-    want,before = content(of/'undisturbed'/name),content(of/BEFORE[name]) if name in BEFORE else {}
+    model,two = of/'undisturbed'/name,'2 processes' in name
+    want,parts = content(model),{f'parts/{k}': v for k,v in content(beside(model, 'parts')).items()}
+    before = content(of/BEFORE[name]) if name in BEFORE else {}
     how = rng.choice(('second of all','second of one') if two else ('second of all','change'))
-    while not kill(name, of, out, moment := rng.random(), how): shutil.rmtree(out)
-    torn = half_written(out, want, before)
-    there = large(out)
+    while not kill(name, of, out, moment := rng.random(), how): clear(out)
+    torn,there = half_written(out, want, parts, before),large(out)
     finish(name, of, out)
-    got = content(out)
-    kept = len(there.items() & large(out).items())
+    got,kept = content(out),len(there.items() & large(out).items())
     odd = sorted(k for k in {*want,*got} if want.get(k)!=got.get(k))
-    shutil.rmtree(out)
-    return dict(job=name, killed=how, at=round(moment, 2), files=len(large(of/'undisturbed'/name)), there=len(there), kept=kept, torn=', '.join(torn), differ=', '.join(odd))
+    clear(out)
+    return dict(job=name, killed=how, at=round(moment, 2), files=len(large(model)), there=len(there), kept=kept,
+                torn=', '.join(torn), differ=', '.join(odd))
+
+def clear(out):
+    for f in (out, beside(out, 'parts')): shutil.rmtree(f, ignore_errors=True)
 
 def campaign(n, seed, folder, jobs):
     "As many kills as asked for, the jobs in turn"
     rng,of = random.Random(seed),folder/'of'
-    if not (pid := os.fork()): sources(of); os._exit(0)
-    os.waitpid(pid, 0)
+    os.waitpid(fork(sources, of), 0)
     for o in ('undisturbed','killed'): (of/o).mkdir() # as deep, for paths between folders are written down
     for name in jobs[:n]: finish(name, of, of/'undisturbed'/name)
     rows = []
@@ -188,9 +198,7 @@ def main():
     p.add_argument('--n', type=int, default=30, help='kills')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--jobs', default='', help='only those whose names begin like this')
-    p.add_argument('--job', nargs=3, help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.job: name,of,out = args.job; join_processes(); return do(name, Path(of), Path(out))
     jobs = [o for o in JOBS if o.startswith(args.jobs)]
     with tempfile.TemporaryDirectory() as folder: table = campaign(args.n, args.seed, Path(folder), jobs)
     print(f'\n{markdown(table)}')
