@@ -296,6 +296,22 @@ def _check_version(folder, saved):
     raise ValueError(f'{folder}: a store of version {v}, and this cellmae reads version {STORE}. '
                      f'{"Update cellmae" if v>STORE else "Pack the screen again"}.')
 
+_anew = 'Copy it again, or save or pack the screen again'
+
+def _is_of_store(images):
+    "Is this the folder of a store's arrays?"
+    try: return 'cellmae' in json.loads((images/'zarr.json').read_bytes())['attributes']
+    except (OSError,ValueError,LookupError,TypeError): return False
+
+def _refuse_part(folder):
+    "Refuse a store that is not whole, and what lies inside one"
+    if _is_of_store(folder/'images.zarr'): raise FileNotFoundError(
+        f'{folder/"screen.json"}: missing, which is the last that `pack` writes: it has not '
+        'finished, or not all was copied. Pack the screen again, which goes on where it was.')
+    for images in (folder, folder.parent):
+        if _is_of_store(images): raise ValueError(
+            f'{folder} lies inside a store. Open the store, {images.parent}.')
+
 def _kept(folder):
     "The table that was saved in a folder, and what was saved with it; `(None,{})` if none was"
     there,saved = [f for o in ('screen.parquet','screen.csv') if (f := folder/o).exists()],{}
@@ -306,6 +322,8 @@ def _kept(folder):
     _check_version(folder, saved)
     own = folder/saved.get('table', 'screen.csv')
     if saved and own in there: return own,saved
+    if saved and not there: raise FileNotFoundError(f'{own}: missing. {_anew}.')
+    if not saved: _refuse_part(folder)
     if len(there)>1:
         raise ValueError(f'{folder}: screen.parquet and screen.csv, and no screen.json that says '
                          'which it belongs to. Delete one of them.')
@@ -320,9 +338,14 @@ def _from_table(f, saved, given):
     root,still = f.parent/saved.pop('root', ''),saved.get('still', (None,None))
     still = [given[k] if given[k] is not None else how for k,how in zip('zt', still)]
     how = {**given, 'root':root, **saved, **{k:v for k,v in given.items() if v is not None}}
-    df = (pd.read_parquet if own else read_table)(f)
+    df = (_own_table if own else read_table)(f)
     if url := saved.get('url'): df['file'],how['root'] = f'{url}/'+df['file'],'.'
     return df,{**how, 'still':still, 'own': own and 'all' not in still}
+
+def _own_table(f):
+    "A table as it was saved"
+    try: return pd.read_parquet(f)
+    except (OSError,ValueError) as e: raise ValueError(f'{f}: damaged ({e}). {_anew}.') from e
 
 def _is_table(f):
     "A file that lists sites, rather than holding them or being a mark of what does"
