@@ -25,6 +25,7 @@ from .containers import (NOTHING, crc32c, images_at, index_of_shard, is_remote,
                                 unsealed)
 from .planes import size_of, stamp_of
 from .sites import SITE, WELL, in_turn, in_words, site_key
+from .checks import NO_SITES
 from .screen import STORE, Screen, open_screen, way_to, write_sites
 
 # %% ../nbs/15_store.ipynb #2d29f4ab
@@ -130,6 +131,7 @@ class Packing:
         stop:bool, # At the first image that cannot be read?
         taken=(), # Names of arrays that are not ours
     ):
+        if not len(screen): raise ValueError(NO_SITES)
         self.screen,self.folder,self.archive,self.shard_mb = screen,Path(folder),archive,shard_mb
         self.workers,self.stop,self.taken = workers,stop,{o.lower() for o in taken}
         self.made,self.left = {},{} # Files by folder; row -> what is wrong with it
