@@ -251,6 +251,7 @@ class Job:
     def __init__(self, encoder, rows, cut, bs, leave_out=False, workers=None, n_adapt=64):
         self.encoder,self.rows,self.cut,self.screen = encoder,rows,cut,cut.screen
         self.bs,self.leave_out,self.n_adapt = bs or encoder.bs,leave_out,n_adapt
+        self.bs_adapt = bs or 256
         self.workers,self.D = cores() if workers is None else workers,None
 
     def read(self, ids):
@@ -263,12 +264,24 @@ class Job:
         ids = self.rows.there[batch[self.rows.there]==batch[self.rows.parts[part][0]]]
         some = np.random.default_rng(0).permutation(ids)[:self.n_adapt]
         sites = (o for o in self.read(some) if not self.left_out(o))
-        self.encoder.adapt(b.pixels() for b in batches(sites, max(self.bs, 256), self.rows.part))
+        one = np.zeros(len(self.rows.sites), int) # plates of an experiment share batches here
+        self.encoder.adapt(b.pixels() for b in _of_two(batches(sites, self.bs_adapt, one)))
 
     def left_out(self, site):
         "Is there nothing to be had of a site? An error unless it may be left out"
         if site.problem and not self.leave_out: raise site.problem
         return bool(site.problem)
+
+def _of_two(batches):
+    "A window that is alone in its batch joins the batch before: batch norm needs two"
+    last = None
+    for b in batches:
+        if last and len(b.windows)==1 and b.windows[0].shape==last.windows[0].shape:
+            last = last._replace(windows=last.windows+b.windows)
+            continue
+        if last: yield last
+        last = b
+    if last: yield last
 
 # %% ../nbs/41_embed.ipynb #ed95d7d3
 @patch
@@ -292,16 +305,18 @@ def pieces(self:Job,
     model = self.encoder.model
     with memory_kept(), _alone_in_threads(self.encoder) as threads, (
             evaluating(model) if model else nullcontext()):
-        for part,done in groupby(self.encoded(parts, threads), lambda o: o[0].part):
-            yield from self._pieces(part, done, tick)
+        done = self.encoded(parts, threads)
+        for part in parts: yield from self._pieces(part, done, tick)
 
 # %% ../nbs/41_embed.ipynb #f889d37e
 @patch
 def _pieces(self:Job, part, done, tick):
     "Rows of a part, about a million numbers at a time"
     level = (Each if self.rows.level in ('tile','cell') else Averages)(self.rows, part)
-    kept,n,left = [],0,[]
-    for b,v in done:
+    kept,n,left,todo = [],0,[],len(self.rows.parts[part])
+    while todo:
+        b,v = next(done)
+        todo -= sum(o.last for o in b.shares)
         for o in self._shared(level, b, v, left, tick): kept.append(o); n += len(o[0])
         if n and n*self.D>2**20: yield _piece(part, kept); kept,n = [],0
     yield _piece(part, kept, left)
@@ -473,7 +488,8 @@ def _prepared(model, data, pool, channelwise, level, size, bs, device, cells, le
     rows = Rows(sites, level, cells)
     job = Job(encoder, rows, Cut(screen, order, size, cells), bs, leave_out, workers)
     made = dict(encoder=encoder.name, weights=encoder.weights, channelwise=encoder.channelwise,
-                pool=pool or 'default', tile=size or 0, channels=[screen.channels[i] for i in order],
+                pool=pool or 'default', tile=size or 0,
+                channels=[screen.channels[i] for i in order],
                 versions={p:version(p) for p in ('cellmae','torch','timm')},
                 cut_at='tiles' if cells is None else 'cells', **how_read([screen]),
                 left_out=[c for c in sites if c not in rows.obs and c!='site'])
@@ -523,7 +539,7 @@ def features(self:Job, made):
 @patch
 def problems(self:Job,
     left, # `(row, file, problem)` of each site left out
-)->pd.DataFrame: # `batch,plate,well,site,file,problem`; after the sites, wells of which none is left
+)->pd.DataFrame: # `batch,plate,well,site,file,problem`: sites, then wells that have none left
     "What was left out"
     at = pd.DataFrame(sorted(map(tuple, left)), columns=['row','file','problem'])
     sites = self.rows.sites[SITE].iloc[at['row'].astype(int)].reset_index(drop=True)
@@ -626,7 +642,8 @@ def shares(self:Job, parts, n):
     "Parts for each of `n` processes, about equally many sites"
     out = [[] for _ in range(n)]
     size = lambda k: len(self.rows.parts[k])
-    for k in sorted(parts, key=size, reverse=True): min(out, key=lambda o: sum(map(size, o))).append(k)
+    for k in sorted(parts, key=size, reverse=True):
+        min(out, key=lambda o: sum(map(size, o))).append(k)
     return [sorted(o) for o in out]
 
 # %% ../nbs/41_embed.ipynb #2be82811
@@ -643,21 +660,28 @@ def _telling(path):
 
 @patch
 def tables(self:Job, pieces, made, about):
-    "Rows of a part with their numbers, and at the end what was left out"
+    "Rows of a part with their numbers, up to the piece that says what was left out"
     for p in pieces:
+        if len(p.ids): yield self.table(p, made)
         if p.left: about['left_out'] = p.left
-        if not len(p.ids): continue
-        obs = self.rows.obs.iloc[p.ids].reset_index(drop=True).assign(**p.counts)
-        var = self.features(made)
-        t = as_rows(Wells(p.X, obs, obs.index, None if var is None else var.index))
-        yield t.append_column('row', [p.ids])
+        if p.left is not None: return
+
+@patch
+def table(self:Job, p, made):
+    "A piece as a table, with the numbers of its rows"
+    obs = self.rows.obs.iloc[p.ids].reset_index(drop=True).assign(**p.counts)
+    var = self.features(made)
+    t = as_rows(Wells(p.X, obs, obs.index, None if var is None else var.index))
+    return t.append_column('row', [p.ids])
 
 @patch
 def write(self:Job, parts, made, out, tick):
     "Write some parts, each of them whole"
-    for part,pieces in groupby(self.pieces(parts, tick), lambda p: p.part):
+    pieces = self.pieces(parts, tick)
+    for part in parts:
         f,about = self.file(out, part),{}
-        with _telling(f): write_whole(f, partial(write_rows, self.tables(pieces, made, about), about))
+        rows = self.tables(pieces, made, about)
+        with _telling(f): write_whole(f, partial(write_rows, rows, about))
 
 # %% ../nbs/41_embed.ipynb #3f6271ec
 @patch
@@ -708,7 +732,7 @@ def _planned(job, made, out):
         shutil.rmtree(out/'parts', ignore_errors=True)
         return kept,[]
     todo,n = job.missing(out),len(job.rows.parts)
-    if len(todo)<n: print(f'{n-len(todo):,} of {n:,} plates are there, and it goes on with the rest')
+    if len(todo)<n: print(f'{n-len(todo):,} of {n:,} plates are there: it goes on with the rest')
     return kept,todo
 
 # %% ../nbs/41_embed.ipynb #b79be2a1

@@ -149,12 +149,15 @@ def _adapting(model):
     return lambda batches: model.adapt(x.to(device) for x in batches)
 
 # %% ../nbs/39_encoders.ipynb #99ae1050
+_measured = 'running_mean','running_var','num_batches_tracked'
+
 def weights_hash(
     model:nn.Module, # Any
 )->str: # 12 hex digits
-    "Short fingerprint of a model's weights"
+    "Short fingerprint of a model's weights, but not of what it measures when it adapts"
     h = hashlib.sha256()
     for k,v in sorted(model.state_dict().items()):
+        if hasattr(model, 'adapt') and k.endswith(_measured): continue
         h.update(k.encode())
         h.update(v.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()[:12]

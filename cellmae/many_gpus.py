@@ -113,7 +113,8 @@ class Team:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is not None and not self.lost:
+        if error is None: self._tell('ended')
+        elif not self.lost:
             self._tell('lost', f'Process {self.rank} of {self.n} ended: {kind.__name__}: {error}')
         self.ended.update(self.links)
         for link in self.links.values(): link.close()
@@ -156,7 +157,8 @@ def _lose(self:Team, why):
 @patch
 def check(self:Team):
     "End with the others"
-    if self.lost: raise RuntimeError(f'{self.lost} What is done stays: start again to go on.')
+    if not self.lost: return
+    raise RuntimeError(f'{self.lost.rstrip(".")}. What is done stays: start again to go on.')
 
 # %% ../nbs/37_many_gpus.ipynb #34541a5f
 @patch
