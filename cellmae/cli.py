@@ -517,7 +517,7 @@ def cellmae_pack(
     screen:str, # Your plates: a folder, an OME-Zarr, a table of sites; or a store that is there
     out:str=None, # Folder of the store; default: cellmae_store
     workers:int=None, # Threads; default: one per core
-    archive:store_true=False, # Compress images: half the disk or less, but slower to read
+    archive:store_true=False, # Compress images: less disk, but slower to read
     stop:store_true=False, # Stop at the first bad image? Otherwise it is left out and listed
     append:store_true=False, # Add the plates to the store that --out names
     verify:store_true=False, # Instead, look for damage in a store
