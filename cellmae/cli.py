@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.torch_core import default_device
+from fastai.torch_core import default_device, num_distrib
 from fastcore.basics import str_enum
 from fastcore.meta import delegates
 from fastcore.script import call_parse, store_true
@@ -36,6 +36,7 @@ from .checks import place_of_problem
 from .data import given
 from .embed import LEVELS, embed
 from .profiles import aggregate, read_profiles, to_parquet
+from .many_gpus import Team, local_device
 from .plots import plot_history, plot_map, plot_recall, show_channels
 from .recall import read_relationships, recall
 from .diagnose import plot_correction
@@ -566,32 +567,64 @@ def cellmae_fit(
     fit_mae(plates, model, out, cells=own_cells(plates, cells, pixel_size), **run)
     print(f'Model: {Path(out)/"model"}')
 
-# %% ../nbs/60_cli.ipynb #55289777
-_Level = str_enum('Level', *reversed(LEVELS))
+# %% ../nbs/60_cli.ipynb #6dac8a0d
 _endings = ('.parquet', '.csv', '.csv.gz', '.tsv', '.feather', '.h5ad')
 
+def _folder_of(out):
+    "The folder in which profiles are made: `out`, or one beside the file that it names"
+    p = Path(out)
+    if end := next((o for o in _endings if out.lower().endswith(o)), ''):
+        return p.with_name(p.name[:-len(end)]+'.parts')
+    if not p.suffix or p.is_dir(): return p
+    raise ValueError(f'{out} must end in {", ".join(_endings)}, or be a folder')
+
+def _as_file(path, out):
+    "Profiles of a folder as the file `out`; what was left out stays in the folder"
+    folder = path.parent
+    if out.lower().endswith('.parquet'): path.replace(out)
+    else: to_parquet(read_profiles(path), out)
+    for o in ('profiles.parquet','embed.json','.lock'): (folder/o).unlink(missing_ok=True)
+    if not any(folder.iterdir()): folder.rmdir()
+
+def _size(path):
+    "Rows and features of profiles in parquet"
+    from pyarrow.parquet import ParquetFile
+    with ParquetFile(path) as f:
+        features = [c for c in f.schema_arrow.names if c.startswith('emb_')]
+        return f'{_n(f.metadata.num_rows, "row")} of {_n(len(features), "number")}'
+
+def _own_device(): return local_device() if num_distrib()>1 else default_device()
+
+# %% ../nbs/60_cli.ipynb #55289777
+_Level = str_enum('Level', *reversed(LEVELS))
 @command
 @delegates(own_screen)
 def cellmae_embed(
     model:str, # Folder of a trained model, as written by cellmae_fit
     screen:str, # Your plates: a folder, an OME-Zarr, a table of sites, or a store
-    out:str='profiles.parquet', # Where to write: .parquet, .csv or .h5ad
+    out:str='profiles.parquet', # Where to write: .parquet, .csv or .h5ad, or a folder
     level:_Level='well', # One row per well, site, tile or cell
     cells:str=None, # Crops at cells: a table of centres, or a folder of masks or of such tables
     pixel_size:float=None, # um, if that table is in um
     pool:str=None, # How tokens become a vector: mean, meanstd or cls; default: the model's choice
     channelwise:bool=False, # One vector per stain, side by side (channel-agnostic models)
+    leave_out:store_true=False, # Leave out sites that cannot be read? Otherwise the first stops it
+    workers:int=None, # Threads that read ahead; default: one per core
     device:str=None, # cpu, cuda or cuda:1; default: the GPU if there is one
     debug:store_true=False, # Show the whole traceback of an error
     **kwargs
 ):
-    "Turn every well of a screen into a vector"
-    if not out.endswith(_endings): raise ValueError(f'{out} must end in {", ".join(_endings)}')
-    how = dict(pool=pool, channelwise=channelwise, level=level, device=device or default_device())
-    plates = own_screen(screen, **kwargs)
-    profiles = embed(model, plates, cells=own_cells(plates, cells, pixel_size), **how)
-    to_parquet(profiles, out)
-    print(f'{profiles.n_obs} rows of {profiles.n_vars} numbers: {out}')
+    "Turn every well of a screen into a vector. Run the same command again to go on after a stop"
+    folder,team = _folder_of(out),Team()
+    how = dict(pool=pool, channelwise=channelwise, level=level, device=device or _own_device())
+    with team.quiet(): plates = own_screen(screen, **kwargs)
+    path = embed(model, plates, cells=own_cells(plates, cells, pixel_size), out=folder,
+                 leave_out=leave_out, workers=workers, **how)
+    if not team.first: return
+    size = _size(path)
+    if folder!=Path(out): _as_file(path, out)
+    print(f'{size}: {path if path.exists() else out}')
+
 
 # %% ../nbs/60_cli.ipynb #5eff5583
 _Correction = str_enum('Correction', 'tvn', 'none')

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import listify, noop, patch
+from . import __version__
 from .files import ahead, cores, locked, moved, write_whole
 from .files import progress as show_progress
 from .images import tile_views
@@ -490,7 +491,7 @@ def _prepared(model, data, pool, channelwise, level, size, bs, device, cells, le
     made = dict(encoder=encoder.name, weights=encoder.weights, channelwise=encoder.channelwise,
                 pool=pool or 'default', tile=size or 0,
                 channels=[screen.channels[i] for i in order],
-                versions={p:version(p) for p in ('cellmae','torch','timm')},
+                versions=dict(cellmae=__version__, **{p:version(p) for p in ('torch','timm')}),
                 cut_at='tiles' if cells is None else 'cells', **how_read([screen]),
                 left_out=[c for c in sites if c not in rows.obs and c!='site'])
     return job,made
