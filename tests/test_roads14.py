@@ -1,4 +1,8 @@
 "From plates to a store to profiles by commands: what they write, say and refuse"
+import importlib.metadata
+import os
+import socket
+import subprocess
 import sys
 
 import numpy as np
@@ -7,8 +11,12 @@ import pytest
 import tifffile
 import zarr
 
-from cellmae.cli import cellmae_check, cellmae_fit, cellmae_pack, demo
+import cellmae
+from cellmae.cli import cellmae_check, cellmae_embed, cellmae_fit, cellmae_pack, demo
+from cellmae.embed import embed
+from cellmae.profiles import read_profiles
 from cellmae.screen import Screen, open_screen
+from cellmae.zoo import create_model, save_model
 
 WELLS = [('P1','B03'), ('P1','C02'), ('P2','B03'), ('P2','H12')]
 
@@ -153,3 +161,102 @@ def test_demo_decodes_images_once(plates, tmp_path, monkeypatch):
     monkeypatch.setattr('cellmae.cli.pack', None)
     demo(tmp_path/'again', store, epochs=1, crop=32, bs=4)
     assert not (tmp_path/'again/store').exists()
+
+
+LEAVING = """
+import sys, time
+from pathlib import Path
+from cellmae.files import ahead
+def work(i): time.sleep(.3*i); Path(sys.argv[1], str(i)).touch()
+for i,_ in ahead(work, range(1, 9), 2): raise SystemExit(1)
+"""
+
+def test_work_that_was_begun_ends_before_the_process_does(tmp_path):
+    "Python aborts where a thread is torn from compiled code, and the exit code is another"
+    done = subprocess.run([sys.executable, '-c', LEAVING, tmp_path], capture_output=True)
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert done.returncode == 1 and names[:2] == ['1','2'] and len(names) < 5
+
+
+def column_means(x): return x.float().mean((2,3))
+
+@pytest.fixture
+def model(tmp_path):
+    "The smallest model that is a folder"
+    net = create_model('mae_vitt8', in_chans=2, img_size=32, depth=1)
+    net.channels = ['1','2']
+    return save_model(net, tmp_path/'model')
+
+
+kinds = ['out.parquet', 'out.csv', 'out.h5ad', 'v1.2.tsv', 'folder']
+
+@pytest.mark.parametrize('out', kinds)
+def test_embed_command_writes_what_embed_gives(plates, tmp_path, capsys, model, out):
+    out = tmp_path/out
+    assert call(cellmae_embed, model, plates, '--out', out, '--level', 'site') == 0
+    assert '8 rows of 192 numbers' in capsys.readouterr().out
+    got = read_profiles(out/'profiles.parquet' if out.name=='folder' else out)
+    want = embed(model, Screen.open(plates), level='site', progress=False)
+    np.testing.assert_allclose(got.X, want.X, rtol=1e-6)
+    assert got.obs.well.tolist() == want.obs.well.tolist()
+    assert not [*tmp_path.glob('*.parts')]
+
+
+def test_embed_command_goes_on(plates, tmp_path, capsys, model):
+    "A stop after the first plate: parts lie beside the file, and the rest is all that is done"
+    store,whole,out = (tmp_path/o for o in ('store','whole.parquet','out.parquet'))
+    call(cellmae_pack, plates, '--out', store)
+    call(cellmae_embed, model, store, '--out', whole)
+    shard = store/'images.zarr/P2/c.0.0.0.0'
+    raw = shard.read_bytes()
+    flip(shard)
+    capsys.readouterr()
+    assert call(cellmae_embed, model, store, '--out', out) == 1
+    assert 'plate P2, well B03' in capsys.readouterr().err and not out.exists()
+    assert [f.name for f in (tmp_path/'out.parts/parts').glob('*.parquet')] == ['00000_P1.parquet']
+    shard.write_bytes(raw)
+    assert call(cellmae_embed, model, store, '--out', out) == 0
+    assert '1 of 2 plates are there' in capsys.readouterr().out
+    assert out.read_bytes() == whole.read_bytes() and not (tmp_path/'out.parts').exists()
+
+
+def test_embed_command_leaves_out_if_asked(plates, tmp_path, capsys, model):
+    (plates/'P2/B03_s1_w1.tif').write_bytes(b'II*')
+    out = tmp_path/'out.parquet'
+    assert call(cellmae_embed, model, plates, '--out', out, '--leave_out') == 0
+    said = capsys.readouterr().out
+    left = pd.read_csv(tmp_path/'out.parts/left_out.csv')
+    assert left.well.tolist() == ['B03'] and str(tmp_path/'out.parts/left_out.csv') in said
+    t = pd.read_parquet(out)
+    assert t[t.Metadata_plate=='P2'].Metadata_n_sites.tolist() == [1,2]
+    assert call(cellmae_embed, model, plates, '--out', tmp_path/'no.xlsx') == 1
+
+
+def test_processes_share_the_plates(plates, tmp_path, model):
+    "Two processes write the table of one"
+    one,two = tmp_path/'one.parquet',tmp_path/'two.parquet'
+    call(cellmae_embed, model, plates, '--out', one)
+    script = tmp_path/'cellmae_embed.py'
+    script.write_text('from cellmae.cli import cellmae_embed\ncellmae_embed()')
+    run = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
+           '--master_port', str(free_port()), script, model, plates, '--out', two]
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert two.read_bytes() == one.read_bytes()
+    assert done.stdout.count('4 rows of 192 numbers') == 1 and not (tmp_path/'two.parts').exists()
+
+
+def free_port():
+    with socket.socket() as s: s.bind(('', 0)); return s.getsockname()[1]
+
+
+def test_versions_need_no_installed_package(plates, monkeypatch):
+    "A clone on the path is no distribution that could be asked for its version"
+    found = importlib.metadata.Distribution.from_name
+    def hidden(name):
+        if name=='cellmae': raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+    monkeypatch.setattr(importlib.metadata.Distribution, 'from_name', hidden)
+    with pytest.raises(importlib.metadata.PackageNotFoundError): importlib.metadata.version('cellmae')
+    e = embed(column_means, Screen.open(plates), progress=False)
+    assert e.uns['cellmae']['versions']['cellmae'] == cellmae.__version__
