@@ -616,7 +616,8 @@ def cellmae_embed(
 ):
     "Turn every well of a screen into a vector. Run the same command again to go on after a stop"
     folder,team = _folder_of(out),Team()
-    how = dict(pool=pool, channelwise=channelwise, level=level, device=device or _own_device())
+    how = dict(pool=pool, channelwise=channelwise, level=str(level),
+               device=device or _own_device())
     with team.quiet(): plates = own_screen(screen, **kwargs)
     path = embed(model, plates, cells=own_cells(plates, cells, pixel_size), out=folder,
                  leave_out=leave_out, workers=workers, **how)

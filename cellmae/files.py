@@ -6,7 +6,7 @@
 __all__ = ['write_whole', 'locked', 'text_of', 'read_table', 'download', 'watched', 'progress', 'cores', 'ahead']
 
 # %% ../nbs/00_files.ipynb #23b03cd0
-import bz2, csv, gzip, hashlib, lzma, os, platform, re, shutil, sys, time
+import atexit, bz2, csv, gzip, hashlib, lzma, os, platform, re, shutil, sys, time
 import pandas as pd
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
@@ -21,7 +21,7 @@ from pandas.api.types import is_numeric_dtype
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from secrets import token_hex
-from threading import Thread
+from threading import Event, Thread, get_ident
 from urllib.request import urlopen
 
 # %% ../nbs/00_files.ipynb #947f2a89
@@ -397,11 +397,25 @@ def ahead(
 
 def _work(f, todo, done):
     "Do what is to do, until there is None"
-    while (o := todo.get()) is not None: done.put((o[0], (o[1], *_tried(f, o[1])))); del o
+    me = get_ident()
+    while (o := todo.get()) is not None:
+        _busy.add(me)
+        if not _leaving.is_set(): done.put((o[0], (o[1], *_tried(f, o[1]))))
+        _busy.discard(me)
+        del o
 
 def _tried(f, o):
     try: return f(o),None
     except BaseException as e: return None,e # else nobody would hear of it
+
+_busy,_leaving = set(),Event()
+
+@atexit.register
+def _leave(seconds=5):
+    "Wait for threads: one torn from the middle of compiled code would abort the process"
+    _leaving.set()
+    end = time.monotonic()+seconds
+    while _busy and time.monotonic()<end: time.sleep(.01)
 
 # %% ../nbs/00_files.ipynb #9b816bce
 def moved(
