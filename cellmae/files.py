@@ -357,8 +357,9 @@ def _lines(items, total, what, every):
     for i,o in enumerate(items):
         now = time.monotonic()
         if i and now-said>=every:
-            left,said = format_time((now-start)/i*(total-i)),now
-            print(f'{what} {i:,} of {total:,}, {left} to go'.strip(), flush=True)
+            each,said = (now-start)/i,now
+            print(f'{what} {i:,} of {total:,}, {1/each:.3g} a second, '.lstrip()
+                  +f'{format_time(each*(total-i))} to go', flush=True)
         yield o
 
 # %% ../nbs/00_files.ipynb #2d645f10
