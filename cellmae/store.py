@@ -368,7 +368,7 @@ def _disk(folder):
 def _own_group(folder):
     "Refuse a folder whose `images.zarr` is somebody else's; make ours"
     images = folder/'images.zarr'
-    if images.exists() and not _is_group(images) and any(images.iterdir()):
+    if images.exists() and not _is_group(images) and any(images.glob('[!.]*')):
         raise FileExistsError(f'{images} is no store of ours. Name another folder.')
     _write_json(images, _group)
 
