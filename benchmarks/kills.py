@@ -2,6 +2,7 @@
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1') # jobs are forked, so this process starts no threads
 import argparse, json, random, shutil, signal, socket, sys, tempfile, time, traceback
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np, pandas as pd, tifffile, torch
@@ -136,9 +137,16 @@ def kill(name, of, out, moment, how):
     pid,end,ranks = begin(name, of, out, int(moment*changes) if how=='change' else None)
     if how!='change': time.sleep(moment*took)
     if end is None and how=='second of all': os.killpg(pid, signal.SIGKILL)
-    if end is None and how=='second of one': os.kill(random.choice(ranks), signal.SIGKILL)
+    if end is None and how=='second of one':
+        with suppress(ProcessLookupError): os.kill(random.choice(ranks), signal.SIGKILL)
     if end is None: _,end = os.waitpid(pid, 0)
+    for _ in range(100):
+        if not any(map(lives, ranks)): break
+        time.sleep(.02)
     return end!=0
+
+def lives(pid):
+    with suppress(ProcessLookupError): os.kill(pid, 0); return True
 
 def large(out):
     "Files that took work, and the number by which the disk knows each: shards and parts, also parts that were removed"
@@ -197,9 +205,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--n', type=int, default=30, help='kills')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--jobs', default='', help='only those whose names begin like this')
+    p.add_argument('--jobs', nargs='+', default=[''], help='only those whose names begin with one of these')
     args = p.parse_args()
-    jobs = [o for o in JOBS if o.startswith(args.jobs)]
+    jobs = [o for o in JOBS if o.startswith(tuple(args.jobs))]
     with tempfile.TemporaryDirectory() as folder: table = campaign(args.n, args.seed, Path(folder), jobs)
     print(f'\n{markdown(table)}')
     bad = table[(table.torn!='')|(table.differ!='')]

@@ -1,5 +1,6 @@
 "Disks that are full, files that are damaged, gone or changed, and screens of odd kinds: what packing, reading and embedding say and do"
-import os, re, shutil, subprocess, sys, threading, time
+import os, re, shutil, signal, subprocess, sys, threading, time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, tifffile, torch
@@ -344,3 +345,143 @@ def test_numbers_that_mean_nothing(tmp_path, workers):
     with pytest.raises(ValueError, match='workers=-1'): pack(s, tmp_path/'store', workers=workers)
     with pytest.raises(ValueError, match='workers=-1'): embed(means, s, workers=workers, progress=False)
     with pytest.raises(ValueError, match='no sites'): pack(s.subset([]), tmp_path/'store')
+
+# --- kills
+
+def test_a_store_killed_at_its_first_file(tmp_path):
+    s = write(tmp_path/'files')
+    (tmp_path/'store/images.zarr').mkdir(parents=True)
+    (tmp_path/'store/images.zarr/.zarr.node7-1-c0ffee.part.json').write_text('{"zarr')
+    pack(s, tmp_path/'store')
+    assert not list((tmp_path/'store').rglob('.*part*'))
+    (tmp_path/'other/images.zarr').mkdir(parents=True)
+    (tmp_path/'other/images.zarr/c.0.0').write_text('of somebody else')
+    with pytest.raises(FileExistsError, match='no store of ours. Name another folder'): pack(s, tmp_path/'other')
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_kills():
+    "`benchmarks/kills.py` does more of them"
+    p = subprocess.run([sys.executable, '-W', 'ignore', 'benchmarks/kills.py', '--n', '3', '--jobs', 'pack, 2', 'append', 'embed, wells, of files'],
+                       capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.getcwd()}, timeout=180)
+    assert p.returncode==0, p.stdout[-2000:]+p.stderr[-2000:]
+    assert 'After all of 3 kills' in p.stdout
+
+# --- disks, in a process that may mount its own
+
+def own_disks():
+    "Can a process have disks of its own here?"
+    if not shutil.which('unshare'): return False
+    return subprocess.run(['unshare','-rm','mount','-t','tmpfs','tmpfs','/mnt'], capture_output=True).returncode==0
+
+def run(code, *args, lead=(), timeout=180):
+    "The output of a program that has what is defined here"
+    head = 'import sys; sys.path.insert(0, "tests")\nfrom test_faults14 import *\n'
+    env = {**os.environ, 'PYTHONPATH': os.getcwd(), 'OMP_NUM_THREADS': '1'}
+    p = subprocess.run([*lead, sys.executable, '-W', 'ignore', '-c', head+code, *map(str, args)], capture_output=True, text=True, env=env, timeout=timeout)
+    assert p.returncode==0, p.stderr[-3000:]
+    return p.stdout
+
+def size(disk, how): subprocess.run(['mount','-o',f'remount,{how}',disk], check=True)
+
+def packs_on_a_full_disk(files, disk):
+    "Too small from the start; full on the way; large enough"
+    out = disk/'store'
+    mounted(disk, '60k')
+    with pytest.raises(OSError, match='the store takes .* left. Name a folder on another disk'): pack(files, out, shard_mb=SHARD)
+    assert [f.name for f in out.iterdir()]==['.lock']
+    store_room.shutil.disk_usage = lambda f: type('Free', (), dict(free=10**15)) # somebody else fills it meanwhile
+    for kb in (60, 80):
+        size(disk, f'size={kb}k')
+        with pytest.raises(OSError, match='the disk is full. What was packed is kept: make room and call again'): pack(files, out, shard_mb=SHARD)
+        assert not [f for f in out.rglob('.*part*')] and not (out/'screen.json').exists()
+    there = {f: f.stat().st_ino for f in out.rglob('c.*')}
+    assert len(there)>2
+    size(disk, 'size=4m')
+    pack(files, out, shard_mb=SHARD)
+    assert verify(out).empty and there.items() <= {f: f.stat().st_ino for f in out.rglob('c.*')}.items()
+
+def mounted(disk, size):
+    disk.mkdir()
+    subprocess.run(['mount','-t','tmpfs','-o',f'size={size}','tmpfs',disk], check=True)
+
+def embeds_on_a_full_disk(files, disk):
+    "While a part is written, and while parts are joined"
+    wide = lambda x: x.float().flatten(1)[:,:200]
+    wide.__name__ = 'wide'
+    want = embed(wide, files, level='site', bs=4, progress=False)
+    mounted(disk, '120k')
+    for kb,there in ((120,1), (230,2), (340,3)): # parts of 94 kB, a table of 104
+        size(disk, f'size={kb}k')
+        with pytest.raises(OSError, match='No room for .*(parquet|parts).*make room, and the same call goes on'): embed(wide, files, level='site', bs=4, out=disk/'e', progress=False)
+        assert len(list(disk.glob('e/parts/*')))==there and not (disk/'e/profiles.parquet').exists() and not list(disk.rglob('.*part*'))
+    size(disk, 'size=4m')
+    t = read_profiles(embed(wide, files, level='site', bs=4, out=disk/'e', progress=False))
+    assert (t.X==want.X).all() and not (disk/'e/parts').exists()
+
+def says_so_on_a_disk_that_may_not_be_written_to(files, disk):
+    mounted(disk, '4m')
+    pack(files, disk/'store')
+    size(disk, 'ro')
+    for f in (lambda: pack(files, disk/'other'), lambda: repack(disk/'store'), lambda: embed(means, files, out=disk/'e', progress=False)):
+        with pytest.raises(OSError, match=f'Read-only file system.*{disk}'): f()
+    assert same(open_screen(files), pack(files, disk/'store')) and verify(disk/'store').empty
+
+def says_so_on_a_disk_without_any_room(files, disk):
+    mounted(disk, '64k')
+    with suppress(OSError): (disk/'all').write_bytes(bytes(10**6))
+    with pytest.raises(OSError, match='(?i)no (space|room)|takes|disk is full'): pack(files, disk/'store')
+    with pytest.raises(OSError, match='(?i)no (space|room)'): embed(means, files, out=disk/'e', progress=False)
+
+@pytest.mark.skipif(not own_disks(), reason='needs disks of its own')
+def test_disks(tmp_path):
+    "In one process, which takes longer to start than to do this"
+    write(tmp_path/'files', plates=('P1','P2','P3')).save(tmp_path/'files')
+    kinds = packs_on_a_full_disk,embeds_on_a_full_disk,says_so_on_a_disk_that_may_not_be_written_to,says_so_on_a_disk_without_any_room
+    calls = [f'{f.__name__}(Path(sys.argv[1]), Path(sys.argv[2])/"{k}")' for k,f in enumerate(kinds)]
+    (tmp_path/'disks').mkdir()
+    run('\n'.join(calls), tmp_path/'files', tmp_path/'disks', lead=['unshare','-rm'])
+
+# --- a read that hangs, as on a server that is gone
+
+hangs = '''
+import signal
+from cellmae.train import fit_mae
+files,out = map(Path, sys.argv[1:])
+fifo = sorted(files.glob('P2/*_ER.tif'))[-1]
+s = open_screen(files)
+jobs = dict(pack0=lambda: pack(s, out/'p0', workers=0), pack2=lambda: pack(s, out/'p2', workers=2),
+            fit0=lambda: fit_mae(s, 'mae_vitt8', out/'f0', epochs=1, crop=32, bs=4, num_workers=0, device='cpu'),
+            fit2=lambda: fit_mae(s, 'mae_vitt8', out/'f2', epochs=1, crop=32, bs=4, num_workers=2, device='cpu'),
+            embed0=lambda: embed(means, s, out=out/'e0', workers=0), embed2=lambda: embed('mae_vitt8', s, size=32, out=out/'e2', workers=2))
+os.unlink(fifo); os.mkfifo(fifo) # who opens it for reading waits for ever
+for name,job in jobs.items():
+    if not (pid := os.fork()):
+        signal.alarm(60)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(2, 1)
+        try: job()
+        except KeyboardInterrupt: sys.exit(130)
+        os._exit(1)
+    writer = opened_for_writing(fifo) # by now it is being read
+    os.kill(pid, signal.SIGINT); start = time.monotonic()
+    end = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(name, end, round(time.monotonic()-start, 2), flush=True)
+    os.close(writer)
+'''
+
+def opened_for_writing(fifo):
+    "A pipe that is being read, from which nothing comes; without a reader it cannot be opened"
+    for _ in range(300):
+        with suppress(OSError): return os.open(fifo, os.O_WRONLY|os.O_NONBLOCK)
+        time.sleep(.1)
+    raise TimeoutError('nobody reads it')
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_a_read_that_hangs(tmp_path):
+    "Ctrl-C ends packing, training and embedding at once, and they go on another time"
+    write(tmp_path/'files').save(tmp_path/'files')
+    out = run(hangs, tmp_path/'files', tmp_path)
+    seen = [o.split() for o in out.splitlines() if re.match(r'\w+ -?\d+ [\d.]+$', o)]
+    print(out)
+    assert [o[:2] for o in seen]==[[k,'130'] for k in ('pack0','pack2','fit0','fit2','embed0','embed2')]
+    assert max(float(o[2]) for o in seen)<4
