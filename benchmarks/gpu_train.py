@@ -114,7 +114,7 @@ def profiles(encoders, store, crop):
     def side_by_side(x):
         parts = {k: f(x) for k,f in encoders.items()}
         widths.update({k: v.shape[1] for k,v in parts.items()})
-        return torch.cat(list(parts.values()), 1)
+        return torch.cat([v.float().cpu() for v in parts.values()], 1) # wherever each was computed
     wells = embed(side_by_side, store, size=crop, bs=1024, progress=False)
     ends = np.cumsum(list(widths.values()))
     return {k: ad.AnnData(wells.X[:,e-w:e].copy(), obs=wells.obs, uns=wells.uns) for (k,w),e in zip(widths.items(), ends)}

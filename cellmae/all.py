@@ -14,6 +14,7 @@ from .checks import *
 from .report import *
 from .overview import *
 from .screen import *
+from .store import *
 from .cells import *
 from .stats import *
 from .synth import *
@@ -35,6 +36,7 @@ from .train import *
 from .wsl import *
 from .many_gpus import *
 from .scale import *
+from .encoders import *
 from .profiles import *
 from .embed import *
 from .tvn import *
