@@ -144,6 +144,8 @@ def _source_names(screen):
     "Names of the files of each site, as its table has them `(n,k)`"
     return screen.table[sorted(_source_columns(screen.table))].to_numpy(object)
 
+_ours = re.compile('source_(bytes|mtime|how|(file|illum)(_.*)?)') # what a store says of images
+
 def _source_columns(table): return [c for c in table if re.match('(file|illum)(_|$)', str(c))]
 
 # %% ../nbs/15_store.ipynb #5c219704
@@ -309,7 +311,7 @@ def all_shards(self:Packing):
 def table(self:Packing):
     "The sites that are in the store: where their images are, and what they were made from"
     t = self.screen.table
-    t = t[[c for c in t if not str(c).startswith('source_')]]
+    t = t[[c for c in t if not _ours.fullmatch(str(c))]]
     cols = {c: f'source_{c}' for c in _source_columns(t)}
     how = dict(root=way_to(self.screen.root, self.folder), **self.screen.settings())
     source = dict(zip(('source_bytes','source_mtime'), self.stamps.T),
@@ -388,12 +390,13 @@ def _sweep(folder, made, names):
         for f in d.iterdir():
             if f.name not in files: f.unlink()
 
-def _tell_left(folder, left):
+def _tell_left(p):
     "Write and say what is left out, beside what was left out of other plates before"
-    f = folder/'left_out.csv'
+    left,f = p.left_out(),p.folder/'left_out.csv'
     if len(left): print(_left_in_words(left, f))
-    if f.exists() and (folder/'screen.json').exists():
-        before,now = pd.read_csv(f, dtype=str, keep_default_na=False),[*zip(left.batch, left.plate)]
+    if f.exists() and (p.folder/'screen.json').exists():
+        before,now = pd.read_csv(f, dtype=str, keep_default_na=False),p.screen.table[WELL[:2]]
+        now = {*now.astype(str).itertuples(index=False, name=None)}
         left = pd.concat([before[[o not in now for o in zip(before.batch, before.plate)]], left])
     if len(left): write_whole(f, lambda o: left.to_csv(o, index=False))
     else: f.unlink(missing_ok=True)
@@ -422,11 +425,20 @@ def _there(folder, screen, archive):
     store = open_screen(folder)
     if not store.packed: raise FileExistsError(f'{folder} holds a screen that is saved, no store. '
                                                'Name another folder.')
-    if store.packed['made_of']==_made_of(screen):
-        if store.packed['archive']==archive: return store
+    how = store.packed
+    if how['made_of']!=_made_of(screen): raise FileExistsError(
+        f'{folder} holds a store of another screen. Name another folder, or add plates to this '
+        'one: `append(store, screen)`.')
+    if how['archive']!=archive:
         raise FileExistsError(f'{folder} is packed with archive={not archive}. Name another.')
-    raise FileExistsError(f'{folder} holds a store of another screen. Name another folder, or add '
-                          'plates to this one: `append(store, screen)`.')
+    if screen.ranges is not None and not np.allclose(screen.ranges, how['source']['ranges']):
+        raise FileExistsError(f'{folder} is packed with other ranges. Name another.')
+    return store
+
+def _is_whole(folder, store, screen):
+    "Is nothing left out of a store that could come in now? One that has grown stays as it is"
+    plates = lambda s: len(s.table[WELL[:2]].drop_duplicates())
+    return plates(store)>plates(screen) or not (folder/'left_out.csv').exists()
 
 # %% ../nbs/15_store.ipynb #25565c66
 def pack(
@@ -443,7 +455,9 @@ def pack(
                                         'copy the folder.')
     screen,folder,workers = open_screen(data),Path(out),_threads(workers)
     with locked(folder, 'packing'):
-        if store := _there(folder, screen, archive): return store
+        if store := _there(folder, screen, archive):
+            if _is_whole(folder, store, screen): return store
+            screen = screen.ranged(store.packed['source']['ranges'])
         screen.fit_ranges()
         p = Packing(screen, folder, archive, shard_mb, workers, stop)
         p.foresee()
@@ -458,7 +472,7 @@ def _finish(p):
     if not len(t): raise next(iter(p.left.values()))
     packed = dict(version=STORE, cellmae=__version__, made_of=_made_of(p.screen),
                   archive=p.archive, shard_mb=p.shard_mb, source=p.screen.settings())
-    _tell_left(p.folder, p.left_out())
+    _tell_left(p)
     _sweep(p.folder, p.made, {o.name for o in p.made})
     p.screen.stored(t, p.folder, packed).save(p.folder) # from here on it is a store
     return open_screen(p.folder)
@@ -515,7 +529,7 @@ def append(
         with _disk(folder):
             p.write(p.all_shards())
             if not len(t := p.table()): raise next(iter(p.left.values()))
-            _tell_left(folder, p.left_out())
+            _tell_left(p)
             _sweep(folder, p.made, names|{o.name for o in p.made})
             write_sites(pd.concat([store.table, t], ignore_index=True), folder)
     return open_screen(folder)
@@ -528,7 +542,7 @@ def _packings(folder, store, workers, root=None):
         own,how = t.iloc[rows].reset_index(drop=True),json.loads(how)
         source = {c[7:]: own[c] for c in own if re.match('source_(file|illum)(_|$)', c)}
         source = {c: v for c,v in source.items() if (v!='').any()}
-        df = own.drop(columns=[c for c in own if c=='file' or c.startswith('source_')])
+        df = own.drop(columns=[c for c in own if c=='file' or _ours.fullmatch(c)])
         screen = Screen.restored(df.assign(**source), root or folder/how.pop('root'), how)
         how = store.packed
         p = Packing(screen, folder, how['archive'], how['shard_mb'], workers, True)

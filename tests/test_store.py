@@ -130,6 +130,36 @@ def test_bad_sites_are_left_out_and_listed(tmp_path, capsys):
     assert verify(store).empty and all((a == screen[i]).all() for i, a in zip(good, through_zarr(store)))
 
 
+def test_what_was_left_out_comes_in_once_it_can_be_read(tmp_path, capsys):
+    screen = screen_in(tmp_path/'raw', plates=('p', 'q'))
+    whole = content(pack(screen, tmp_path/'whole', shard_mb=.003).root)
+    lost = Path(screen.address(screen.table['file_ER'][4]))
+    lost.rename(tmp_path/'aside')
+    pack(screen, tmp_path/'out', shard_mb=.003)
+    kept = {f: f.stat().st_ino for f in (tmp_path/'out/images.zarr').rglob('c.*')}
+    (tmp_path/'aside').rename(lost)
+    store = pack(Screen(screen.table, root=screen.root), tmp_path/'out', shard_mb=.003)
+    same_pixels(store, screen)
+    assert content(store.root) == whole and 'left_out.csv' not in whole
+    assert sum(f.stat().st_ino != i for f, i in kept.items()) == 1
+
+
+def test_what_was_appended_stays_when_the_first_is_packed_again(tmp_path):
+    first, more = screen_in(tmp_path/'a', plates=('p',)), screen_in(tmp_path/'b', plates=('q',))
+    Path(first.address(first.table['file_ER'][4])).unlink()
+    pack(first, tmp_path/'out')
+    append(tmp_path/'out', more)
+    assert len(pack(first, tmp_path/'out')) == 11
+
+
+def test_other_ranges_are_refused_and_own_columns_stay(tmp_path):
+    screen = screen_in(tmp_path/'raw')
+    screen.table['source_id'] = 'lab 7'
+    store = pack(screen, tmp_path/'out')
+    assert set(store.table['source_id']) == {'lab 7'} and verify(store).empty
+    with pytest.raises(FileExistsError, match='other ranges'): pack(Screen(screen.table, root=screen.root, ranges=[[0, 9]]*2), tmp_path/'out')
+
+
 def test_nothing_that_can_be_read(tmp_path):
     screen = screen_in(tmp_path/'raw')
     screen.fit_ranges()
