@@ -412,11 +412,14 @@ def _tried(f, o):
 _busy,_leaving = set(),Event()
 
 @atexit.register
-def _leave(seconds=5):
-    "Wait for threads: one torn from the middle of compiled code would abort the process"
+def _leave(seconds=5, idle=.5):
+    "Wait for threads that compute: one torn from compiled code would abort; not for one that hangs"
     _leaving.set()
-    end = time.monotonic()+seconds
-    while _busy and time.monotonic()<end: time.sleep(.01)
+    end,used = time.monotonic()+seconds,-1
+    while _busy and time.monotonic()<end:
+        if (now := time.process_time())>used+.01: used,hung = now,time.monotonic()+idle
+        if time.monotonic()>hung: return
+        time.sleep(.01)
 
 # %% ../nbs/00_files.ipynb #9b816bce
 def moved(
