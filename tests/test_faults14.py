@@ -444,7 +444,7 @@ def test_disks(tmp_path):
 # --- a read that hangs, as on a server that is gone
 
 hangs = '''
-import signal
+import atexit
 from cellmae.train import fit_mae
 files,out = map(Path, sys.argv[1:])
 fifo = sorted(files.glob('P2/*_ER.tif'))[-1]
@@ -460,7 +460,7 @@ for name,job in jobs.items():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(2, 1)
         try: job()
-        except KeyboardInterrupt: sys.exit(130)
+        except KeyboardInterrupt: atexit._run_exitfuncs(); os._exit(130) # the rest is long only in a fork, which copies all pages
         os._exit(1)
     writer = opened_for_writing(fifo) # by now it is being read
     os.kill(pid, signal.SIGINT); start = time.monotonic()
@@ -484,4 +484,4 @@ def test_a_read_that_hangs(tmp_path):
     seen = [o.split() for o in out.splitlines() if re.match(r'\w+ -?\d+ [\d.]+$', o)]
     print(out)
     assert [o[:2] for o in seen]==[[k,'130'] for k in ('pack0','pack2','fit0','fit2','embed0','embed2')]
-    assert max(float(o[2]) for o in seen)<4
+    assert max(float(o[2]) for o in seen)<2
