@@ -8,6 +8,7 @@ __all__ = ['flipped', 'random_crop', 'centre_crop', 'put', 'Sites', 'CropLoader'
 
 # %% ../nbs/19_data.ipynb #785c4aa4
 import copy, warnings
+from bisect import bisect_right
 from inspect import signature
 from math import ceil, gcd
 from numbers import Integral, Real
@@ -30,7 +31,7 @@ def flipped(
     rng:np.random.Generator, # Decides
 )->np.ndarray: # Likewise
     "`x`, mirrored up-down and left-right with probability 1/2 each"
-    up,left = 1-2*rng.integers(2, size=2)
+    up,left = (1-2*rng.integers(2) for _ in range(2))
     return x[:, ::up, ::left]
 
 def random_crop(
@@ -75,8 +76,12 @@ class Sites:
         if not len(self): raise ValueError('The screen has no sites to train on. Look at '
             '`screen.check()` and at the pattern or CSV it was made from.')
         self.cells = None if cells is None else _cells_of(self.screens, cells)
+    @property
+    def mapped(self):
+        "Do all images come from stores that are not compressed, at the cost of a copy?"
+        return all(s.packed and not s.packed['archive'] for s in self.screens)
     def __len__(self): return int(self.starts[-1])
-    def which(self, i): return int(np.searchsorted(self.starts, i, side='right'))-1
+    def which(self, i): return bisect_right(self.starts, i)-1
     def where(self, i):
         "The screen of site number `i`, and its row there"
         k = self.which(i)
@@ -171,7 +176,7 @@ def create_item(self:CropLoader, s):
     epoch,k,ids = s
     rng = np.random.default_rng([self.seed, epoch, k]) if self.train else None
     x = self.room(ids)
-    for i,places in zip(ids, np.split(x.numpy(), len(ids))):
+    for i,places in zip(ids, x.numpy().reshape(len(ids), self.crops, *x.shape[1:])):
         try: some = self.cut(i, rng)
         except Exception as e: self.sites.note(i, e); raise
         for place,window in zip(places, some): put(place, window)
@@ -197,16 +202,17 @@ def cut(self:CropLoader, i, rng=None):
 # %% ../nbs/19_data.ipynb #c802a937
 def reading_threads(
     device, # Where the model is; None: the CPU
+    mapped:bool=False, # From a store that is not compressed, see `Sites`?
 )->int:
     "Threads to read ahead for a model, where nobody says how many"
     on_cpu = device is None or torch.device(device).type=='cpu'
-    return 1 if on_cpu else min(max(1, cores()-1), 16)
+    return 1 if on_cpu else min(max(1, cores()-1), 4 if mapped else 16)
 
 @patch(as_prop=True)
 def workers(self:CropLoader):
     "Threads that read ahead; 0: none, each batch is read when it is asked for"
     n = self.fake_l.num_workers
-    return reading_threads(self.device) if n is None else n
+    return reading_threads(self.device, self.sites.mapped) if n is None else n
 
 @patch(as_prop=True)
 def gpu(self:CropLoader):
@@ -346,6 +352,7 @@ def given(
     "The options that were given"
     return {k:v for k,v in options.items() if v is not None}
 
+# %% ../nbs/19_data.ipynb #d0847f41
 _gone = dict(cache_gb=' Images are no longer kept in memory: `pack(screen, folder)` makes a store, '
     'from which they come as fast.')
 

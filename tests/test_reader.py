@@ -107,7 +107,7 @@ def test_an_iterator_left_early_leaves_no_threads(screen):
 
 class Slow:
     "Sites that take a while, and say who is reading"
-    channels,now,most = ['a'],0,0
+    channels,packed = ['a'],None
     def __init__(self, n, size=64, seconds=0, hook=None):
         self.n,self.size,self.seconds,self.hook,self.lock = n,size,seconds,hook,threading.Lock()
         self.table = pd.DataFrame(dict(plate='P', well='B03', site=range(n), file_a=[f'{i}.tif' for i in range(n)]))
@@ -237,7 +237,8 @@ def test_beside_a_gpu_all_cores_read(monkeypatch):
     for n,threads in ((1,1), (2,1), (8,7), (64,16)):
         monkeypatch.setattr('cellmae.data.cores', lambda: n)
         assert reading_threads('cuda')==reading_threads(torch.device('cuda', 1))==threads
-        assert reading_threads('cpu')==reading_threads(None)<=1
+        assert reading_threads('cuda', mapped=True)==min(threads, 4)
+        assert reading_threads('cpu')==reading_threads(None)==reading_threads('cpu', mapped=True)==1
 
 def test_each_batch_is_sent_before_the_one_before_is_used():
     done = []
@@ -290,6 +291,16 @@ def test_a_store_gives_the_batches_of_its_files(even, workers):
     files,store = (batches(s, workers, crops=2) for s in even)
     assert len(files)>2 and equal(files, store)
 
+def test_few_threads_read_a_store(even, tmp_path, monkeypatch):
+    "Where all images come from one, and none is to be decompressed"
+    monkeypatch.setattr('cellmae.data.cores', lambda: 12)
+    files,store = even
+    archive = pack(files, tmp_path/'archive', workers=1, archive=True)
+    for data,threads in ((files,11), (store,4), ([store,store],4), ([store,files],11), (archive,11), (store.subset([0]),4)):
+        dl = CropLoader(Sites(data), [0], size=16, device=torch.device('cuda'))
+        assert [dl.workers, dl.new(shuffle=False).workers]==[threads]*2
+        assert CropLoader(Sites(data), [0], size=16, device=torch.device('cuda'), num_workers=9).workers==9
+
 def test_a_crop_too_large_for_a_store_is_known_at_once(even, monkeypatch):
     monkeypatch.setattr(Screen, 'read', lambda *a: pytest.fail('an image was read'))
     screen_dls(even[1], 40, device='cpu')
@@ -309,6 +320,6 @@ def test_a_run_that_waits_for_files_says_what_helps(even, tmp_path, monkeypatch,
     dls = screen_dls(screen, 16, bs=2, valid=0, num_workers=0, device='cpu')
     learn = mae_learner(dls, model, tmp_path, dict(seed=0), n_pictures=0, cbs=Busy(step))
     learn.waits.seconds = .1
-    learn.fit(4)
+    learn.fit(2)
     text = capsys.readouterr().out
     assert text.count('of the time goes into waiting for images')==text.count('pack(screen, folder)')==said
