@@ -396,6 +396,7 @@ def ahead(
             while True: todo.get_nowait()
         for _ in range(workers): todo.put(None)
 
+# %% ../nbs/00_files.ipynb #077ac313
 def _work(f, todo, done):
     "Do what is to do, until there is None"
     me = get_ident()
