@@ -123,6 +123,14 @@ def _lock(folder):
     except OSError: return f.close() # an odd file system
     return f
 
+def _made(folder):
+    "A folder, made where it does not exist"
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError,NotADirectoryError) as e:
+        o = next((o for o in (folder,*folder.parents) if o.is_file()), folder)
+        raise type(e)(f'{o} is no folder. Name another, or move it away.') from e
+    return folder
+
 def _sign(f, what):
     "Say who has it; a disk may be too full for that"
     who = f'process {os.getpid()} on {_host}'+f' ({what})'*bool(what)
@@ -140,8 +148,7 @@ def locked(
     what='', # What is done there, for the message
 ):
     "Keep a folder to this process until the block is left, or say who has it"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made(Path(folder))
     f = _lock(folder)
     if f is None: yield; return
     with f:

@@ -314,8 +314,8 @@ def table(self:Packing):
     t = t[[c for c in t if not _ours.fullmatch(str(c))]]
     cols = {c: f'source_{c}' for c in _source_columns(t)}
     how = dict(root=way_to(self.screen.root, self.folder), **self.screen.settings())
-    source = dict(zip(('source_bytes','source_mtime'), self.stamps.T),
-                  source_how=json.dumps(how, default=int))
+    how = pd.Categorical.from_codes(np.zeros(len(t), int), [json.dumps(how, default=int)])
+    source = dict(zip(('source_bytes','source_mtime'), self.stamps.T), source_how=how)
     own = t.drop(columns=[*cols]).assign(file=self.addresses)
     there = [i for i in range(len(t)) if self.addresses[i] and i not in self.left]
     return pd.concat([own, t[[*cols]].rename(columns=cols)], axis=1).assign(**source).iloc[there]
@@ -425,6 +425,7 @@ def _there(folder, screen, archive):
     store = open_screen(folder)
     if not store.packed: raise FileExistsError(f'{folder} holds a screen that is saved, no store. '
                                                'Name another folder.')
+    _check_own(folder, store)
     how = store.packed
     if how['made_of']!=_made_of(screen): raise FileExistsError(
         f'{folder} holds a store of another screen. Name another folder, or add plates to this '
@@ -490,7 +491,22 @@ def _opened(store):
     folder = store.root if isinstance(store, Screen) else Path(store)
     there = open_screen(folder)
     if not there.packed: raise ValueError(f'{folder} is no store. `pack` makes one of a screen.')
+    _check_own(folder, there)
     return folder,there
+
+def _joined(*tables):
+    "Tables of stores; how each plate was read, which is long, stands there once"
+    t = pd.concat(tables, ignore_index=True)
+    return t.assign(source_how=t['source_how'].astype('category'))
+
+def _check_own(folder, store):
+    "Refuse a table all of whose arrays are elsewhere, while others are here"
+    named = {*_array_names(store.table['file'])[0]}
+    here = {d.name for d in folder.glob('images.zarr/*') if d.is_dir()}
+    if here and not named&here: raise ValueError(
+        f'{folder/"screen.parquet"} is the table of another store: it names {min(named)}, which is '
+        f'not here, and not {min(here)}, which is. Put back the table of this store; its images '
+        'are as they were.')
 
 def _array_names(files):
     "The array and the number of each image"
@@ -531,7 +547,7 @@ def append(
             if not len(t := p.table()): raise next(iter(p.left.values()))
             _tell_left(p)
             _sweep(folder, p.made, names|{o.name for o in p.made})
-            write_sites(pd.concat([store.table, t], ignore_index=True), folder)
+            write_sites(_joined(store.table, t), folder)
     return open_screen(folder)
 
 # %% ../nbs/15_store.ipynb #3301fb56
@@ -586,7 +602,8 @@ def _faults_inside(p, shard):
             if unsealed(f.read(n)) is None: found.append((i, 'damaged', 'Its bytes have changed.'))
             if i<0: found.append((None, 'not in the table', 'It holds an image of no site.'))
     if not found and seal!=p.seal(shard, filled):
-        found = [(None, 'of other files', 'It was not made from the files that the table names.')]
+        found = [(None, 'of other files', 'It was not made from the files that the table names: '
+                  'if this is the table of another store, put back its own.')]
     return found
 
 @patch

@@ -157,11 +157,44 @@ def test_a_store_that_is_not_whole(tmp_path, kind, capsys):
     assert re.search(words, refused(capsys, cellmae_check, tmp_path/'store', '--out', tmp_path/'checked'))
 
 def test_the_table_of_another_store(tmp_path):
-    "Its arrays are not there, which each read and `verify` say"
-    packed(tmp_path)
+    "Each read says that its array is not there; nobody advises to delete, or mends, those that are"
+    s,store = packed(tmp_path)
     with_other(tmp_path/'store')
-    assert {'unreadable','not in the table'}==set(verify(tmp_path/'store').problem)
+    before = content(tmp_path/'store')
+    for f in (verify, repack, lambda o: append(o, s), lambda o: pack(s, o)):
+        with pytest.raises(ValueError, match='screen.parquet is the table of another store: it names Q1, which is not here, and not P1'): f(tmp_path/'store')
     with pytest.raises(ImageError, match='missing.*plate Q1, well B03'): embed(means, tmp_path/'store', progress=False)
+    assert content(tmp_path/'store')==before
+    store.save(tmp_path/'store')
+    assert verify(tmp_path/'store').empty
+
+def test_the_table_of_another_store_of_the_same_plates(tmp_path):
+    _,store = packed(tmp_path)
+    pack(write(tmp_path/'others', sites='34'), tmp_path/'other', shard_mb=SHARD)
+    shutil.copy(tmp_path/'other/screen.parquet', tmp_path/'store')
+    found = verify(tmp_path/'store')
+    assert set(found.problem)=={'of other files'} and found.cure.str.contains('table of another store, put back its own').all()
+
+@pytest.mark.parametrize('out', ['note.txt', 'note.txt/store'])
+def test_a_file_where_a_folder_is_to_be(tmp_path, out, capsys):
+    from cellmae.cli import cellmae_pack
+    s = write(tmp_path/'files')
+    (tmp_path/'note.txt').write_text('mine')
+    for f in (pack, lambda s,o: embed(means, s, out=o, progress=False)):
+        with pytest.raises(OSError, match='note.txt is no folder. Name another'): f(s, tmp_path/out)
+    said = refused(capsys, cellmae_pack, tmp_path/'files', '--out', tmp_path/out)
+    assert 'note.txt is no folder' in said and 'Errno' not in said and (tmp_path/'note.txt').read_text()=='mine'
+
+def test_how_a_plate_was_read_stands_once_in_the_table(tmp_path):
+    _,store = packed(tmp_path)
+    grown = append(store, write(tmp_path/'more', plates=('P3',)))
+    for s,n in ((store,1), (grown,2), (open_screen(tmp_path/'store'),2)):
+        assert isinstance(s.table.source_how.dtype, pd.CategoricalDtype) and s.table.source_how.nunique()==n
+    t = grown.table
+    grown.table = t.assign(source_how=t.source_how.astype(str)) # as stores were before
+    grown.save(tmp_path/'store')
+    shard(tmp_path/'store').unlink()
+    assert verify(repack(tmp_path/'store')).empty
 
 @pytest.mark.parametrize('inside', ['images.zarr', 'images.zarr/P1'])
 def test_inside_a_store(tmp_path, inside):
