@@ -247,6 +247,7 @@ class Piece(NamedTuple):
     counts:dict # What is counted, `{column: (n,)}`
     left:list|None=None # `(row, file, problem)` of each site left out, with the last of a part
 
+# %% ../nbs/41_embed.ipynb #077b2271
 class Job:
     "A screen, an encoder, and how one goes through the other"
     def __init__(self, encoder, rows, cut, bs, leave_out=False, workers=None, n_adapt=64):
@@ -312,14 +313,14 @@ def pieces(self:Job,
 # %% ../nbs/41_embed.ipynb #f889d37e
 @patch
 def _pieces(self:Job, part, done, tick):
-    "Rows of a part, about a million numbers at a time"
+    "Rows of a part, a quarter of a million numbers at a time"
     level = (Each if self.rows.level in ('tile','cell') else Averages)(self.rows, part)
     kept,n,left,todo = [],0,[],len(self.rows.parts[part])
     while todo:
         b,v = next(done)
         todo -= sum(o.last for o in b.shares)
         for o in self._shared(level, b, v, left, tick): kept.append(o); n += len(o[0])
-        if n and n*self.D>2**20: yield _piece(part, kept); kept,n = [],0
+        if n and n*self.D>2**18: yield _piece(part, kept); kept,n = [],0
     yield _piece(part, kept, left)
 
 @patch
@@ -333,6 +334,7 @@ def _shared(self:Job, level, b, v, left, tick):
         if o.last: yield from level.end(o.row); tick(1)
         at += o.n
 
+# %% ../nbs/41_embed.ipynb #f42bc443
 @patch
 def _same_length(self:Job, v):
     self.D = self.D or v.shape[1]
@@ -427,10 +429,12 @@ class Rows:
         order = self.there[np.argsort(turn, kind='stable')]
         return np.split(order, np.cumsum(np.bincount(turn))[:-1]),part
 
-    def of_cells(self, row, own):
-        "What is known of the cells of a site that have these numbers"
-        if self.cells is None: return {}
-        return dict(self.cells.table.iloc[self.cells.starts[row]+own][CELL[1:]])
+# %% ../nbs/41_embed.ipynb #31aaef2a
+@patch
+def of_cells(self:Rows, row, own):
+    "What is known of the cells of a site that have these numbers"
+    if self.cells is None: return {}
+    return dict(self.cells.table.iloc[self.cells.starts[row]+own][CELL[1:]])
 
 # %% ../nbs/41_embed.ipynb #a7b06417
 def embed(
@@ -737,4 +741,5 @@ def _planned(job, made, out):
     return kept,todo
 
 # %% ../nbs/41_embed.ipynb #b79be2a1
-__getattr__ = moved(__name__, read_profiles='profiles', to_parquet='profiles')
+__getattr__ = moved(__name__, read_profiles='profiles', to_parquet='profiles',
+    **dict.fromkeys(['AnyEncoder','STATS','weights_hash'], 'encoders'))

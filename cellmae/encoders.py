@@ -99,6 +99,7 @@ def _of_function(f):
             raise ValueError(f'Encoder {name} gave {what}, not numbers `(B,D)`: {e}') from e
     return AnyEncoder(encode, name, code=_code_hash(getattr(f, '__code__', None)))
 
+# %% ../nbs/39_encoders.ipynb #0a4524c8
 def _code_hash(code):
     "Short fingerprint of what a function does, wherever it stands; empty if that is not known"
     if code is None: return ''

@@ -426,17 +426,17 @@ def as_rows(x):
     return Table.from_pandas(_as_table(x), preserve_index=False, nthreads=1)
 
 def _grouped(tables):
-    "The same rows in tables of about a million numbers"
+    "The same rows in tables of half a million numbers, whatever they came in"
     from pyarrow import concat_tables
     kept,n = [],0
     for t in tables:
-        size = max(1, 2**20//max(1, t.num_columns))
+        size = max(1, 2**19//max(1, t.num_columns))
         kept,n = [*kept,t],n+len(t)
         while n>=size:
             t = concat_tables(kept)
-            yield t[:size]
+            yield t[:size].combine_chunks() # else pages end where these did
             kept,n = [t[size:]],n-size
-    if n: yield concat_tables(kept)
+    if n: yield concat_tables(kept).combine_chunks()
 
 def write_rows(
     tables, # Of arrow, with the same columns
@@ -444,15 +444,18 @@ def write_rows(
     path, # File to make
 ):
     "Write a parquet file of any length, with a row group in memory"
-    from pyarrow import table
+    from pyarrow import default_memory_pool, table
     from pyarrow.parquet import ParquetWriter
     groups = _grouped(tables)
     first = next(groups, table({}))
     names = [c for c in first.column_names if not c.startswith('emb_')] or False
     with ParquetWriter(path, first.schema, use_dictionary=names, write_statistics=names) as file:
-        for t in chain([first], groups): file.write_table(t, row_group_size=max(1, len(t)))
+        for t in chain([first], groups):
+            file.write_table(t, row_group_size=max(1, len(t)))
+            default_memory_pool().release_unused()
         file.add_key_value_metadata({k:json.dumps(v, default=_plain) for k,v in about.items()})
 
+# %% ../nbs/40_profiles.ipynb #e2878d21
 def _plain(o):
     "Arrays and numbers of numpy as those of Python"
     return o.tolist() if hasattr(o, 'tolist') else str(o)
@@ -497,6 +500,7 @@ def merged_rows(
         yield _in_order([o[0][:n] for o,n in zip(heads, ends)], by).drop_columns(by)
         heads = [o for o,n in zip(heads, ends) if _cut(o, n)]
 
+# %% ../nbs/40_profiles.ipynb #87596327
 def _in_order(tables, by):
     "Rows of sorted tables in one order"
     from pyarrow import concat_tables
