@@ -269,6 +269,8 @@ def ended(ps, reads, timeout=60):
     assert not stuck, said
     return [p.exitcode for p in ps],said
 
+def content(folder): return {f.name: f.read_bytes() for f in folder.iterdir() if f.name!='.lock'}
+
 def own_share(root, out, slow, rank):
     def f(x): time.sleep(slow); return x.float().mean((2,3))
     f.__name__ = 'mean'
@@ -301,6 +303,35 @@ def test_a_process_that_is_killed_ends_all_with_its_name(screen, alone, tmp_path
     assert all(f'Process {dies} of {n} ended' in o for k,o in enumerate(said) if k!=dies), said
     codes,said = ended(*in_processes(5-n, own_share, screen.root, tmp_path, 0))
     assert codes==[0]*(5-n) and (tmp_path/'profiles.parquet').read_bytes()==alone
+
+def share_of_a_model_that_adapts(net, root, out, rank): quiet(embed, net, open_screen(root), level='tile', size=32, bs=3, out=out)
+
+@pytest.mark.parametrize('n', [2,3])
+def test_a_model_that_adapts_to_its_batch_gives_the_same_bits_in_processes(screen, models, tmp_path, n):
+    "Its statistics are those of a plate's batches, whichever process has the plate"
+    want = to_parquet(quiet(embed, models['adapts'], screen, level='tile', size=32, bs=3), tmp_path/'want.parquet').read_bytes()
+    codes,said = ended(*in_processes(n, share_of_a_model_that_adapts, models['adapts'], screen.root, tmp_path/'o'))
+    assert codes==[0]*n, said
+    assert (tmp_path/'o/profiles.parquet').read_bytes()==want
+
+def counted_share(root, out, last, rank):
+    "A process that fails after its batch `last`"
+    def f(x):
+        f.n += 1
+        if f.n>f.last: raise ValueError('no such luck')
+        return x.float().mean((2,3))
+    f.n,f.last = 0,last
+    embed(f, open_screen(root), level='tile', size=16, bs=4, out=out)
+
+@pytest.mark.parametrize('before,after', [(2,1), (1,3), (2,5)])
+def test_a_run_goes_on_in_another_number_of_processes(screen, tmp_path, before, after):
+    codes,_ = ended(*in_processes(before, counted_share, screen.root, tmp_path/'o', 12))
+    there = [*(tmp_path/'o').glob('parts/*.parquet')]
+    assert any(codes) and 1<=len(there)<3, 'a plate of 11 batches was done, not all'
+    codes,said = ended(*in_processes(after, counted_share, screen.root, tmp_path/'o', 99))
+    assert codes==[0]*after and f'{len(there)} of 3 plates are there' in said[0], said
+    codes,said = ended(*in_processes(1, counted_share, screen.root, tmp_path/'want', 99))
+    assert content(tmp_path/'o')==content(tmp_path/'want')
 
 def raising(root, out, who, rank):
     def f(x):

@@ -1,6 +1,6 @@
 "Disks that are full, files that are damaged, gone or changed, and screens of odd kinds: what packing, reading and embedding say and do"
-import os, re, shutil, signal, subprocess, sys, threading, time
-from contextlib import suppress
+import os, re, resource, shutil, signal, subprocess, sys, threading, time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, tifffile, torch
@@ -268,6 +268,72 @@ def test_a_reader_while_plates_are_added(tmp_path):
     assert len(seen)>=3 and all((o==want).all() for o in seen)
     more._ranges = s.ranges
     assert len(grown)==24 and all(np.array_equal(grown[12+i], more[i]) for i in range(12)) and same(s, store)
+
+# --- the same by `cellmae_embed`, as in a terminal
+
+@pytest.fixture
+def model(tmp_path):
+    "The smallest model that is a folder"
+    from cellmae.zoo import create_model, save_model
+    torch.manual_seed(0)
+    net = create_model('mae_vitt8', in_chans=2, img_size=16, depth=1)
+    net.channels = [*stains]
+    return save_model(net, tmp_path/'model')
+
+def deleting(monkeypatch, files):
+    "Files vanish while the first sites are encoded"
+    from cellmae.vit import Encoder as kind
+    own = kind.forward
+    def forward(self, *args, **kw):
+        for f in files: f.unlink(missing_ok=True)
+        return own(self, *args, **kw)
+    monkeypatch.setattr(kind, 'forward', forward)
+
+@contextmanager
+def room(size):
+    "No file may be larger"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+def tables(tmp_path, model, capsys, data, harm, mend, words, left):
+    "The command refuses, with `--leave_out` goes on without the sites, and once all is mended gives what was to be given"
+    from cellmae.cli import cellmae_embed
+    how = '--level','site','--workers',0
+    assert call(cellmae_embed, model, data, '--out', tmp_path/'want.parquet', *how)==0
+    with harm(): said = refused(capsys, cellmae_embed, model, data, '--out', tmp_path/'e.parquet', *how)
+    assert re.search(words, said) and not (tmp_path/'e.parquet').exists() and 'Traceback' not in said
+    if left:
+        with harm(): assert call(cellmae_embed, model, data, '--out', tmp_path/'l.parquet', *how, '--leave_out')==0
+        assert f'{left} sites could not be read' in re.sub('1 site ', '1 sites ', capsys.readouterr().out)
+        assert len(read_profiles(tmp_path/'l.parquet'))==12-left
+    mend()
+    assert call(cellmae_embed, model, data, '--out', tmp_path/'e.parquet', *how)==0
+    assert (tmp_path/'e.parquet').read_bytes()==(tmp_path/'want.parquet').read_bytes() and not (tmp_path/'e.parts').exists()
+
+@pytest.mark.parametrize('kind,words,left', [('flipped bit', 'bytes of image 0 have changed.*P1, well B03', 1), ('missing shard', 'not there.*P1, well B03', 3)])
+def test_embed_command_of_a_damaged_store(tmp_path, model, capsys, kind, words, left):
+    packed(tmp_path)
+    raw = (f := shard(tmp_path/'store')).read_bytes()
+    @contextmanager
+    def harm(): f.write_bytes(raw); damages[kind][0](f); yield
+    tables(tmp_path, model, capsys, tmp_path/'store', harm, lambda: f.write_bytes(raw), words, left)
+
+def test_embed_command_while_images_are_deleted(tmp_path, model, capsys, monkeypatch):
+    write(tmp_path/'files').save(tmp_path/'files')
+    f = tmp_path/'files/P2/G11_s2_ER.tif'
+    raw = f.read_bytes()
+    @contextmanager
+    def harm():
+        f.write_bytes(raw)
+        with monkeypatch.context() as m: deleting(m, [f]); yield
+    tables(tmp_path, model, capsys, tmp_path/'files', harm, lambda: f.write_bytes(raw), 'G11_s2_ER.tif: missing.*P2, well G11, site 2', 1)
+    assert not (tmp_path/'e.parts').exists()
+
+def test_embed_command_on_a_full_disk(tmp_path, model, capsys):
+    write(tmp_path/'files').save(tmp_path/'files')
+    tables(tmp_path, model, capsys, tmp_path/'files', lambda: room(4000), lambda: None, 'No room for .*parquet.*make room, and the same call goes on', 0)
 
 # --- an embedding that goes on otherwise than it began
 
