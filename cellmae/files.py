@@ -142,6 +142,7 @@ def _clear(folder):
     for f in folder.glob('.*.part*'):
         if parts.fullmatch(f.name) and f.suffix!='.old': _remove(f)
 
+# %% ../nbs/00_files.ipynb #a6dd93e8
 @contextmanager
 def locked(
     folder, # Made where it does not exist
@@ -356,17 +357,26 @@ def progress(
 ): # The items
     "Go through `items` with a bar where someone watches, with a line now and then elsewhere"
     total = len(items) if total is None else total
-    if watched(): yield from progress_bar(items, total=total, leave=False)
-    else: yield from _lines(items, total, what, every)
+    return _bar(items, total) if watched() else _lines(items, total, what, every)
+
+def _bar(items, total):
+    bar,start = progress_bar(items, total=total, leave=False),time.monotonic()
+    for i,o in enumerate(bar, 1):
+        yield o
+        bar.comment = _rate(i, time.monotonic()-start)
+
+def _rate(n, seconds):
+    each = n/max(seconds, 1e-9)
+    return f'{each:,.0f} a second' if each>=10 else f'{each:.2g} a second'
 
 def _lines(items, total, what, every):
     start = said = time.monotonic()
     for i,o in enumerate(items):
         now = time.monotonic()
         if i and now-said>=every:
-            each,said = (now-start)/i,now
-            print(f'{what} {i:,} of {total:,}, {1/each:.3g} a second, '.lstrip()
-                  +f'{format_time(each*(total-i))} to go', flush=True)
+            said,left = now,format_time((now-start)/i*(total-i))
+            print(f'{what} {i:,} of {total:,}, {_rate(i, now-start)}, {left} to go'.strip(),
+                  flush=True)
         yield o
 
 # %% ../nbs/00_files.ipynb #2d645f10

@@ -365,3 +365,14 @@ def test_torchrun(screen, tmp_path):
         p = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
         assert p.returncode==0, p.stderr[-3000:]
     assert (tmp_path/'a/profiles.parquet').read_bytes()==(tmp_path/'b/profiles.parquet').read_bytes()
+
+
+def test_files_have_the_same_bits_in_whatever_pieces_rows_come(tmp_path):
+    import pyarrow as pa
+    from cellmae.profiles import write_rows
+    n, rng = 300_000, np.random.default_rng(0)
+    t = pa.table({'Metadata_well': [f'a long name of well {i//7}' for i in range(n)], **{f'emb_{k}': rng.normal(size=n).astype(np.float32) for k in range(3)}})
+    cuts = np.sort(rng.choice(n, 40, replace=False))
+    write_rows([t], {}, tmp_path/'whole.parquet')
+    write_rows((t[a:b] for a, b in zip([0, *cuts], [*cuts, n])), {}, tmp_path/'cut.parquet')
+    assert (tmp_path/'whole.parquet').read_bytes() == (tmp_path/'cut.parquet').read_bytes()
