@@ -20,7 +20,7 @@ from timing import machine
 here = Path(__file__).resolve().parent
 OURS = ['screen:store','screen:archive',
         *(f'CropLoader:{k}' for k in ('store','archive','tiff','deflate','png','ome_zarr')),
-        'npy','batches:npy','zarr','hdf5']
+        'npy','zarr','hdf5']
 BEFORE = ['before:tiff','before:deflate']
 PEERS = ['tensorstore','litdata','mds','datasets','lance','webdataset',
          'batches:litdata','batches:mds','batches:datasets']
