@@ -23,7 +23,7 @@ from .cells import as_cells, cell_crop, site_sizes, with_cells
 from .files import ahead, cores
 from .labels import did_you_mean
 from .screen import open_screen, split
-from .sites import WELL, in_words
+from .sites import WELL, image_columns, in_words
 
 # %% ../nbs/19_data.ipynb #0ff712ef
 def flipped(
@@ -114,8 +114,8 @@ def note(self:Sites, i, e):
     "Have an error that came up at site number `i` say where that is"
     screen,j = self.where(i)
     if self.name(i) not in str(e):
-        cols = [c for c in screen.table if str(c).startswith('file')]
-        e.add_note(f'At {self.name(i)}: {", ".join(map(str, screen.table[cols].iloc[j]))}')
+        files = screen.table[image_columns(screen.table)].iloc[j]
+        e.add_note(f'At {self.name(i)}: {", ".join(map(str, files))}')
 
 @patch
 def centres(self:Sites, i):

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'CELL', 'Site', 'Cut', 'Share', 'Batch', 'batches', 'level_
            'Rows', 'embed']
 
 # %% ../nbs/41_embed.ipynb #0bd12dfb
-import errno, hashlib, json, re, shutil, warnings
+import hashlib, json, re, shutil, warnings
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from fastcore.basics import listify, noop, patch
 from . import __version__
-from .files import ahead, cores, locked, moved, write_whole
+from .files import ahead, cores, locked, moved, on_full_disk, write_whole
 from .files import progress as show_progress
 from .images import tile_views
 from .cells import as_cells, cell_crop, with_cells
@@ -31,7 +31,8 @@ from .encoders import as_encoder, evaluating, match_channels
 from .many_gpus import Team
 from .profiles import Wells, as_rows, merged_rows, said_of, write_rows
 from .screen import open_screen, place_of_site
-from .sites import SITE, WELL, agreed, as_text, disagreeing, site_key
+from .sites import (SITE, WELL, agreed, as_text, disagreeing, image_columns,
+                           site_key)
 
 # %% ../nbs/41_embed.ipynb #c04ab66a
 class Site(NamedTuple):
@@ -347,7 +348,7 @@ def _two_lengths(encoder, *D):
 
 def _said_of_problem(screen, o):
     "File and problem of a site"
-    names = '|'.join(screen.table[c].iat[o.row] for c in screen.table if re.match('file(_|$)', c))
+    names = '|'.join(screen.table[c].iat[o.row] for c in image_columns(screen.table))
     return getattr(o.problem, 'file', '') or names,str(o.problem)
 
 def _piece(part, rows, left=None):
@@ -599,7 +600,7 @@ def _hash(*values):
 def identity(self:Job, made):
     "What decides the bits of a table, in words and fingerprints"
     s,e = self.screen,self.encoder
-    t = s.table[[c for c in s.table if re.match('(file|illum)(_|$)', str(c))]].astype(str)
+    t = s.table[image_columns(s.table, light=True)].astype(str)
     names = t.apply(lambda c: c.str.rpartition('/')[2])
     how = [s.channels, s.z, s.t, s.illum]
     return dict(model=e.name, weights=e.weights or e.code, level=self.rows.level, size=made['tile'],
@@ -652,16 +653,10 @@ def shares(self:Job, parts, n):
     return [sorted(o) for o in out]
 
 # %% ../nbs/41_embed.ipynb #2be82811
-_no_room = errno.ENOSPC,errno.EDQUOT,errno.EFBIG
-
-@contextmanager
 def _telling(path):
     "Say which file did not fit onto the disk, and what to do"
-    try: yield
-    except OSError as e:
-        if e.errno not in _no_room: raise
-        raise OSError(e.errno, f'No room for {path}. What was written before is whole: make room, '
-                               'and the same call goes on.') from e
+    return on_full_disk(f'No room for {path}. What was written before is whole: make room, and the '
+                        'same call goes on.')
 
 @patch
 def tables(self:Job, pieces, made, about):

@@ -6,7 +6,7 @@
 __all__ = ['write_whole', 'locked', 'text_of', 'read_table', 'download', 'watched', 'progress', 'cores', 'ahead']
 
 # %% ../nbs/00_files.ipynb #23b03cd0
-import atexit, bz2, csv, gzip, hashlib, lzma, os, platform, re, shutil, sys, time
+import atexit, bz2, csv, errno, gzip, hashlib, lzma, os, platform, re, shutil, sys, time
 import pandas as pd
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
@@ -157,6 +157,17 @@ def locked(
         _clear(folder)
         try: yield
         finally: f.truncate(0); fcntl.flock(f, fcntl.LOCK_UN) # a child may have it open
+
+# %% ../nbs/00_files.ipynb #9dc02474
+_no_room = errno.ENOSPC,errno.EDQUOT,errno.EFBIG
+
+@contextmanager
+def on_full_disk(why, *file):
+    "Raise `why` instead of what the system says when nothing more can be written"
+    try: yield
+    except OSError as e:
+        if e.errno not in _no_room: raise
+        raise OSError(e.errno, why, *file) from e
 
 # %% ../nbs/00_files.ipynb #d9da64fd
 _packers = {b'\x1f\x8b': gzip.decompress, b'BZh': bz2.decompress, b'\xfd7zXZ': lzma.decompress}
@@ -389,11 +400,12 @@ def cores()->int: # 1 or more
 def ahead(
     f, # Function of an item; it is called in other threads
     items, # Taken one by one, in this thread
-    workers:int=4, # Threads; 0: no thread, each item in its turn
+    workers:int=None, # Threads; default: a core each; 0: no thread, each item in its turn
     most:int=None, # Items that are begun and not yet handed over; default: twice the workers
     ordered:bool=True, # In the order of `items`? Otherwise as they get done
 ): # Yields `(item,f(item))`; an error is raised when its turn comes
     "Work done by threads before it is asked for; nothing waits for one that hangs"
+    if workers is None: workers = cores()
     if workers<0: raise ValueError(f'workers={workers}: it must be a whole number from 0 on.')
     if not workers: yield from ((o, f(o)) for o in items); return
     todo,done,items,kept,turn = SimpleQueue(),SimpleQueue(),enumerate(items),{},0

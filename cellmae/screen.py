@@ -8,7 +8,7 @@ __all__ = ['ABSENT', 'STORE', 'Screen', 'place_of_site', 'write_sites', 'way_to'
 # %% ../nbs/14_screen.ipynb #f7050bfa
 import copy, hashlib, json, os, re
 import numpy as np, pandas as pd
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from functools import lru_cache
 from os.path import splitext
 from pathlib import Path
@@ -20,8 +20,8 @@ from .containers import OPENERS, is_remote, local, opener_of, seal_of
 from .planes import (NOT_READ, SUFFIXES, address as address_of, look_into,
                             parse_address, read_plane, read_site)
 from .sites import (AWAY, KEYS, LABEL, SITE, WELL, about, agreed, arranged, at_home,
-                           file_columns, filled, illum_columns, in_turn, in_words, join_plate_map,
-                           name_channels, site_key, tidy)
+                           file_columns, filled, illum_columns, image_columns, in_turn, in_words,
+                           join_plate_map, name_channels, site_key, tidy)
 from .layouts import Plates, find_plates, leftovers, plates_by_names, recognise
 from . import instruments, ome, tables # they register their layouts
 from .checks import NO_SITES, check_sites
@@ -233,12 +233,9 @@ def place_of_site(screen, i):
 def _where(self:Screen, i): return f'({in_words(self.table.iloc[i])})'
 
 @patch
-def _file_cols(self:Screen): return [c for c in self.table if re.match('file(_|$)', str(c))]
-
-@patch
 def _bad(self:Screen, i, problem, why):
     "An error of the pixels of site `i`"
-    names = [self.table[c].iat[i] for c in self._file_cols()]
+    names = [self.table[c].iat[i] for c in image_columns(self.table)]
     return ImageError(problem, ', '.join(names), f'{why} {self._where(i)}')
 
 # %% ../nbs/14_screen.ipynb #4f9c78fd
@@ -480,8 +477,7 @@ def _pixels(self:Screen):
 @patch
 def _depths(self:Screen, i):
     "What is chosen of planes and times, and of how many"
-    files = self.files(i)
-    first = files if isinstance(files, str) else files[0]
+    first = listify(self.files(i))[0]
     s,n = look_into(first.split('|')[0]),first.count('|')+1
     deep = dict(z=max(n, _length(s, 'Z')), t=_length(s, 'T'))
     chosen = {k: getattr(self, k) for k in deep if getattr(self, k) is not None}
@@ -672,7 +668,7 @@ def fingerprint(self:Screen)->str: # 12 hex digits
     how = [self.channels, self.z, self.t, self.illum]
     h = hashlib.sha256(json.dumps(how, default=int).encode())
     for c in site_key(self.table)+LABEL: h.update('\0'.join(map(str, self.table[c])).encode())
-    files = [f for c in self._file_cols() for f in self.table[c]]
+    files = [f for c in image_columns(self.table) for f in self.table[c]]
     h.update('\0'.join(f.rpartition('/')[2] for names in files for f in names.split('|')).encode())
     inside = lru_cache(None)(_held)
     for f in files[::1+len(files)//1000]: h.update(_seal(self.address(f), inside))

@@ -302,9 +302,16 @@ def _whole(at, c, n):
     return [f and f+end for f,end in zip(files, _ends(at, c, n))]
 
 # %% ../nbs/05_sites.ipynb #fefc3a4a
+def image_columns(
+    table, # Of sites
+    light:bool=False, # Also those of illumination functions?
+)->list: # Names
+    "The columns that say where images are"
+    return [c for c in table if re.match('(file|illum)(_|$)' if light else 'file(_|$)', str(c))]
+
 def file_columns(df):
     "Names of files by raw channel; `file` where one image holds all"
-    own = {re.sub('^file_', '', str(c)): _paths(df[c]) for c in df if re.match('file(_|$)', str(c))}
+    own = {re.sub('^file_', '', str(c)): _paths(df[c]) for c in image_columns(df)}
     if 'file' in own: return {'file': own['file']}
     found = own or {c:fs for c,fs in _load_data(df).items() if not c.startswith('Illum')}
     if found: return found

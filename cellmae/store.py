@@ -10,8 +10,8 @@ __all__ = ['SEAL', 'MANY', 'encoded', 'write_shard', 'read_end', 'array_json', '
 import errno, hashlib, json, re, shutil
 import numpy as np, pandas as pd
 from collections import Counter
-from contextlib import closing, contextmanager
-from fastcore.basics import patch
+from contextlib import closing
+from fastcore.basics import listify, patch
 from functools import partial
 from itertools import chain, count, groupby
 from math import prod
@@ -19,12 +19,12 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 from . import __version__
-from .files import ahead, cores, locked, progress, write_whole
+from .files import ahead, locked, on_full_disk, progress, write_whole
 from .images import ImageError
 from .containers import (NOTHING, crc32c, images_at, index_of_shard, is_remote,
                                 unsealed)
 from .planes import size_of, stamp_of
-from .sites import SITE, WELL, in_turn, in_words, site_key
+from .sites import WELL, image_columns, in_turn, in_words, site_key
 from .checks import NO_SITES
 from .screen import STORE, Screen, open_screen, way_to, write_sites
 
@@ -127,7 +127,7 @@ class Packing:
         folder, # Of the store
         archive:bool, # Compress?
         shard_mb:float, # Size of a shard
-        workers:int, # Threads
+        workers:int|None, # Threads; None: a core each
         stop:bool, # At the first image that cannot be read?
         taken=(), # Names of arrays that are not ours
     ):
@@ -142,11 +142,9 @@ class Packing:
 
 def _source_names(screen):
     "Names of the files of each site, as its table has them `(n,k)`"
-    return screen.table[sorted(_source_columns(screen.table))].to_numpy(object)
+    return screen.table[sorted(image_columns(screen.table, light=True))].to_numpy(object)
 
 _ours = re.compile('source_(bytes|mtime|how|(file|illum)(_.*)?)') # what a store says of images
-
-def _source_columns(table): return [c for c in table if re.match('(file|illum)(_|$)', str(c))]
 
 # %% ../nbs/15_store.ipynb #5c219704
 @patch
@@ -167,8 +165,7 @@ def work(self:Packing, item):
 @patch
 def size(self:Packing, i):
     "Height and width of a site; None where its header cannot be read"
-    files = self.screen.files
-    try: return size_of(files(i) if isinstance(files(i), str) else files(i)[0])
+    try: return size_of(listify(self.screen.files(i))[0])
     except ImageError: return
 
 @patch
@@ -272,9 +269,9 @@ def with_stamps(self:Packing, shard):
 @patch
 def stamp(self:Packing, i):
     "Bytes of all files of a site, and the time of the youngest"
-    try: files = self.screen.files(i)
+    try: files = listify(self.screen.files(i))
     except ImageError: return -1,-1
-    found = np.array([stamp_of(f) for f in ([files] if isinstance(files, str) else files)])
+    found = np.array([stamp_of(f) for f in files])
     return (-1,-1) if (found<0).any() else (found[:,0].sum(),found[:,1].max())
 
 # %% ../nbs/15_store.ipynb #cba4f345
@@ -312,7 +309,7 @@ def table(self:Packing):
     "The sites that are in the store: where their images are, and what they were made from"
     t = self.screen.table
     t = t[[c for c in t if not _ours.fullmatch(str(c))]]
-    cols = {c: f'source_{c}' for c in _source_columns(t)}
+    cols = {c: f'source_{c}' for c in image_columns(t, light=True)}
     how = dict(root=way_to(self.screen.root, self.folder), **self.screen.settings())
     how = pd.Categorical.from_codes(np.zeros(len(t), int), [json.dumps(how, default=int)])
     source = dict(zip(('source_bytes','source_mtime'), self.stamps.T), source_how=how)
@@ -357,14 +354,10 @@ def _time(s):
     if s>90: return f'{s/3600:.1f} hours' if s>5400 else f'{s/60:.0f} minutes'
     return f'{max(s, 1):.0f} s'
 
-@contextmanager
 def _disk(folder):
     "A disk that is full says so"
-    try: yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise OSError(e.errno, 'the disk is full. What was packed is kept: make room and call '
-                      'again, it goes on from there', str(folder)) from e
+    return on_full_disk('the disk is full. What was packed is kept: make room and call again, it '
+                        'goes on from there', str(folder))
 
 # %% ../nbs/15_store.ipynb #13dac239
 def _own_group(folder):
@@ -408,8 +401,6 @@ def _left_in_words(left, f):
 
 
 # %% ../nbs/15_store.ipynb #4b071705
-def _threads(workers): return cores() if workers is None else workers
-
 def _made_of(screen):
     "What a store is known by: its sites and their files, whatever these hold"
     t = screen.table
@@ -454,7 +445,7 @@ def pack(
     if isinstance(data, list): return _pack_panels(data, out, workers, archive, shard_mb, stop)
     if is_remote(out): raise ValueError(f'{out}: a store is written to a disk. Pack it there, and '
                                         'copy the folder.')
-    screen,folder,workers = open_screen(data),Path(out),_threads(workers)
+    screen,folder = open_screen(data),Path(out)
     with locked(folder, 'packing'):
         if store := _there(folder, screen, archive):
             if _is_whole(folder, store, screen): return store
@@ -539,7 +530,7 @@ def append(
         _,store = _opened(folder)
         _check_alike(store, screen)
         screen,how = screen.ranged(store.packed['source']['ranges']),store.packed
-        names,workers = {*_array_names(store.table['file'])[0]},_threads(workers)
+        names = {*_array_names(store.table['file'])[0]}
         p = Packing(screen, folder, how['archive'], how['shard_mb'], workers, stop, names)
         p.foresee()
         with _disk(folder):
@@ -622,7 +613,7 @@ def verify(
 )->pd.DataFrame: # `problem,batch,plate,well,site,file,cure`; no rows if all is well
     "Read all of a store, and list what is wrong"
     folder,store = _opened(store)
-    key,rows,workers = site_key(store.table),[],_threads(workers)
+    key,rows = site_key(store.table),[]
     for _,p in _packings(folder, store, workers):
         shards = [*p.shards_there()]
         with closing(ahead(lambda o: _faults(p, *o), shards, workers)) as done:
@@ -666,7 +657,7 @@ def repack(
         _,store = _opened(folder)
         _write_json(folder/'images.zarr', _group)
         t,n = store.table.copy(),0
-        for rows,p in _packings(folder, store, _threads(workers), root):
+        for rows,p in _packings(folder, store, workers, root):
             bad = [*p.bad_shards(sources)]
             anew = (p.with_stamps(s)._replace(kept=False) for s in bad)
             p.write(anew, sum(len(s.rows) for s in bad))
