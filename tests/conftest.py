@@ -29,8 +29,9 @@ def golden(): return _folder('CELLMAE_GOLDEN')
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
-    "Run at the top of the checkout, and leave the environment as it was"
+    "Run at the top of the checkout, and leave environment and arguments as they were"
     monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, 'argv', sys.argv)
     before = dict(os.environ)
     yield
     os.environ.clear(); os.environ.update(before)

@@ -13,6 +13,7 @@ from cellmae.cli import (cellmae_check, cellmae_demo, cellmae_embed, cellmae_fit
 from cellmae.embed import embed
 from cellmae.report import Aside, to_html
 from cellmae.screen import Screen
+from commands import start as call
 
 SMALL = 40
 
@@ -189,12 +190,6 @@ def test_options_open_plates(folder):
     saved = s.save(folder/'saved')
     for path in (saved, saved/'screen.parquet'): assert own_screen(str(path)).channels == ['DNA','ER']
 
-
-def call(command, *args):
-    "A command as a terminal calls it"
-    sys.argv = [command.__name__, *map(str, args)]
-    code = compile('command()', 'command', 'exec')
-    exec(code, dict(command=command, __name__='__main__', __file__='command'))
 
 def run(command, *args):
     "The exit code of a command"

@@ -1,5 +1,5 @@
 "The benchmark of readers runs on small images, and its tables say what was measured"
-import json, os, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest

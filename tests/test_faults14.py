@@ -1,5 +1,5 @@
 "Disks that are full, files that are damaged, gone or changed, and screens of odd kinds: what packing, reading and embedding say and do"
-import os, re, resource, shutil, signal, subprocess, sys, threading, time
+import os, re, resource, shutil, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from cellmae.profiles import read_profiles
 from cellmae.screen import Screen, open_screen
 from cellmae import store as store_room
 from cellmae.store import append, pack, repack, verify
+from commands import call, content
 
 wells,stains = ('B03','C02','G11'),('DNA','ER') # of 8 x 12
 SHARD = .013 # MB: three images of 2 x 40 x 48
@@ -37,23 +38,9 @@ def packed(tmp_path, **kw):
 
 def same(a, b): return len(a)==len(b) and all(np.array_equal(a[i], b[i]) for i in range(len(a)))
 
-def content(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob('*')) if f.is_file() and f.name!='.lock'}
-
 def means(x):
     "An encoder that any screen can have"
     return x.float().mean((2,3))
-
-def call(command, *args):
-    "Run a command as a terminal would, and give its exit code"
-    sys.argv = [command.__name__, *map(str, args)]
-    code = compile('command()', 'command', 'exec')
-    try: exec(code, dict(command=command, __name__='__main__', __file__='command'))
-    except SystemExit as e: return e.code or 0
-    return 0
-
-@pytest.fixture(autouse=True)
-def arguments(monkeypatch): monkeypatch.setattr(sys, 'argv', sys.argv)
 
 def refused(capsys, command, *args):
     "The one line that a command ends with"
@@ -114,7 +101,7 @@ def test_a_flipped_bit_in_training_is_one_pixel(tmp_path):
     assert (x!=whole).sum()<=1
 
 def test_damage_by_commands(tmp_path, capsys):
-    from cellmae.cli import cellmae_embed, cellmae_fit, cellmae_pack
+    from cellmae.cli import cellmae_fit, cellmae_pack
     _,store = packed(tmp_path)
     shard(tmp_path/'store').unlink()
     said = refused(capsys, cellmae_fit, tmp_path/'store', '--out', tmp_path/'run', '--model', 'mae_vitt8', '--crop', 24, '--bs', 4, '--epochs', 1)
@@ -543,7 +530,7 @@ def test_disks(tmp_path):
 # --- a read that hangs, as on a server that is gone
 
 hangs = '''
-import atexit
+import atexit, signal
 from cellmae.train import fit_mae
 files,out = map(Path, sys.argv[1:])
 fifo = sorted(files.glob('P2/*_ER.tif'))[-1]

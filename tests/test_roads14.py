@@ -17,6 +17,7 @@ from cellmae.embed import embed
 from cellmae.profiles import read_profiles
 from cellmae.screen import Screen, open_screen
 from cellmae.zoo import create_model, save_model
+from commands import call
 
 WELLS = [('P1','B03'), ('P1','C02'), ('P2','B03'), ('P2','H12')]
 
@@ -37,18 +38,6 @@ def plates(tmp_path):
                 f.parent.mkdir(parents=True, exist_ok=True)
                 tifffile.imwrite(f, pixels(plate, well, site, c), compression='zlib')
     return tmp_path/'plates'
-
-
-def call(command, *args):
-    "Run a command as a terminal would, and give its exit code"
-    sys.argv = [command.__name__, *map(str, args)]
-    code = compile('command()', 'command', 'exec')
-    try: exec(code, dict(command=command, __name__='__main__', __file__='command'))
-    except SystemExit as e: return e.code or 0
-    return 0
-
-@pytest.fixture(autouse=True)
-def arguments(monkeypatch): monkeypatch.setattr(sys, 'argv', sys.argv)
 
 
 @pytest.mark.parametrize('archive', [[], ['--archive']], ids=['plain','archive'])

@@ -11,6 +11,7 @@ from cellmae.embed import embed
 from cellmae.images import ImageError
 from cellmae.screen import Screen, open_screen, split
 from cellmae.store import append, pack, repack, verify
+from commands import content
 
 SIZE = 20, 30
 
@@ -37,11 +38,6 @@ def screen_in(folder, plates=('p',), wells=('B03', 'C02', 'H12'), sites=2, chann
                     tifffile.imwrite(folder/f, image([seed, len(rows), *map(ord, f[-9:])], size(p, w), dtype))
                 rows.append(dict(batch=batch[n] if batch else 'b', plate=p, well=w, site=s + 1, perturbation=f'gene{w}', **names))
     return Screen(pd.DataFrame(rows), root=folder, **how)
-
-
-def content(folder):
-    "Every file below a folder, but for the lock"
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob('*')) if f.is_file() and f.name != '.lock'}
 
 
 def same_pixels(store, screen, rows=None):
