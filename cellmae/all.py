@@ -32,8 +32,7 @@ from .released import *
 from .device import *
 from .plots import *
 from .checkpoint import *
-from .train import *
-from .wsl import *
+from .learner import *
 from .many_gpus import *
 from .scale import *
 from .encoders import *
@@ -46,3 +45,5 @@ from .retrieval import *
 from .diagnose import *
 from .features import *
 from .rxrx3 import *
+from .train import *
+from .wsl import *

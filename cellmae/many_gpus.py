@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop, patch
-from .train import History, Reconstructions
+from .learner import History, Reconstructions
 
 # %% ../nbs/37_many_gpus.ipynb #7df4b4ec
 def local_device()->torch.device: # A GPU for each process of a machine, or the CPU

@@ -20,7 +20,7 @@ from .files import moved
 from .screen import open_screen, split
 from .device import in_bf16, memory_kept
 from .plots import plain
-from .train import given
+from .data import given
 from .zoo import Recipe, cost, create_model, list_models, recipe
 
 # %% ../nbs/38_scale.ipynb #7e416023
