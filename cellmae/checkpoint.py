@@ -7,6 +7,7 @@ __all__ = ['SeedSteps', 'Checkpoint', 'check_same', 'short_hash', 'about_data', 
 
 # %% ../nbs/34_checkpoint.ipynb #584d3de8
 import hashlib, shutil, time, warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
@@ -30,9 +31,13 @@ class SeedSteps(Callback):
     ):
         self.seed,self.trained = seed,0 # the second counts epochs
     def before_train(self): self.dls.train.epoch = self.trained
-    def before_batch(self):
-        step = self.trained*self.n_iter+self.iter
-        torch.manual_seed(self.seed*1_000_003+step)
+    @contextmanager
+    def around(self):
+        "The context of a part of a batch: all parts have the same random numbers"
+        if self.training:
+            step = self.trained*self.n_iter+self.iter
+            torch.manual_seed(self.seed*1_000_003+step)
+        yield
     def after_train(self): self.trained += 1
 
 # %% ../nbs/34_checkpoint.ipynb #04c319f1
@@ -227,7 +232,7 @@ def about_data(
     "What a run has to know of its data to recognise it"
     dl,screens = dls.train,dls.train.sites.screens
     return dict(sites=len(dl.ids), batches=len(dl), crops=dl.crops, apart=dl.apart or '',
-        order=dl.seed, processes=1, split=short_hash(dl.ids.tolist(), dls.valid.ids.tolist()),
+        order=dl.seed, split=short_hash(dl.ids.tolist(), dls.valid.ids.tolist()),
         panels=[', '.join(s.channels) for s in screens],
         ranges=[s.fit_ranges().tolist() for s in screens],
         images=[s.fingerprint() for s in screens], **how_read(screens), **_about_cells(dl.sites))

@@ -42,9 +42,7 @@ class Together(Callback):
     def after_create(self):
         self.many,rank = num_distrib()>1,rank_distrib()
         if not self.many: return
-        self.dls.train.share(rank, num_distrib())
-        self.settings['processes'] = num_distrib()
-        self.seed_steps.seed += 1000*rank # other masks
+        for dl in self.dls: dl.share(rank, num_distrib())
         if rank: self.be_quiet()
 
     def be_quiet(self):
@@ -56,13 +54,16 @@ class Together(Callback):
 
     def before_fit(self): self.wrapped = None
     def before_train(self):
-        if self.many and not self.wrapped: self.wrapped = DistributedDataParallel(self.model)
+        if self.many and not self.wrapped:
+            self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False)
 
     @contextmanager
     def around(self):
-        "The context of one step: the wrapper is the model for the forward pass, and only there"
+        "The context of a part: the wrapper is the model for the forward pass, and only there"
         whole = self.model
-        if self.training and self.many: self.learn.model = self.wrapped
+        if self.training and self.many:
+            self.learn.model = self.wrapped
+            self.wrapped.require_backward_grad_sync = self.learn.part is self.learn.parts()[0][-1]
         try: yield
         finally: self.learn.model = whole
     def after_pred(self):

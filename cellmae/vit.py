@@ -16,7 +16,7 @@ from timm.layers import LayerNorm
 from .labels import did_you_mean
 from .images import exporting, standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
-from .masking import MASKINGS, Mask, random_mask, restore, shape_noise, take
+from .masking import MASKINGS, Mask, draw, random_mask, restore, shape_noise, take
 from .fourier import (fourier_loss, image_fourier_loss, masked_mean, mix,
                              released_fourier_loss, squared_error, token_stats)
 from .blocks import Block, Blocks, ParallelBlock, decoder_blocks
@@ -290,7 +290,7 @@ def _draw(self:MAE, x, tokens, m):
 def _noise(self:MAE, noise, tokens, x):
     "Noise as given, if it fits, or fresh; in the shape of this model's masks"
     (b,l),(h,w) = tokens.shape[:2],[n//self.patch_size for n in x.shape[-2:]]
-    if noise is None: noise = torch.rand(b, l, device=tokens.device)
+    if noise is None: noise = draw(b, l, device=tokens.device)
     if noise.shape != (b,l):
         raise ValueError(f"Noise must have one number per token, {(b,l)}, "
                          f"got {tuple(noise.shape)}.")
