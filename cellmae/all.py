@@ -27,6 +27,7 @@ from .cavit import *
 from .munet import *
 from .imagenet import *
 from .classifier import *
+from .export import *
 from .zoo import *
 from .released import *
 from .device import *
@@ -45,5 +46,6 @@ from .retrieval import *
 from .diagnose import *
 from .features import *
 from .rxrx3 import *
+from .watch import *
 from .train import *
 from .wsl import *

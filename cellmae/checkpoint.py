@@ -80,8 +80,9 @@ def save(self:Checkpoint,
     "Write the run as it is before a batch of an epoch; of several processes the first writes"
     if rank_distrib(): return
     grads = [p.grad for p in self.model.parameters()]
-    state = dict(settings=self.settings, at=(epoch,batch), model=self.model.state_dict(),
-        opt=_plain(self.opt.state_dict()), curve=_curve(self.recorder),
+    whole = self.learn.state()
+    state = dict(settings=self.settings, at=(epoch,batch), model=whole['model'],
+        opt=_plain(whole['opt']), curve=_curve(self.recorder),
         waiting=grads if any(g is not None for g in grads) else [],
         memory=_news(self.users, self.begun))
     try: write_whole(self.file, partial(self.write, state))
@@ -161,8 +162,7 @@ def _load(f):
 @patch
 def go_on(self:Checkpoint, state):
     "Take up a saved `state`"
-    self.model.load_state_dict(state['model'])
-    self.opt.load_state_dict(state['opt'])
+    self.learn.set_state(state)
     for p,g in zip(self.model.parameters(), state['waiting']):
         p.grad = None if g is None else g.to(p)
     self.learn.first_epoch,self.dls.train.start = state['at']

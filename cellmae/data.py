@@ -361,16 +361,19 @@ def new_empty(self:Sites):
 def _whole(low): return Integral, f'a whole number from {low} on', lambda v: v>=low
 _part = Real, 'a number from 0 to below 1', lambda v: 0<=v<1
 _limits = dict(
-    **dict.fromkeys(['size','crop','bs','crops','epochs','embed_dim'], _whole(1)),
+    **dict.fromkeys(['size','crop','bs','crops','epochs','embed_dim','accumulate','n_watch'],
+                    _whole(1)),
     **dict.fromkeys(['seed','num_workers','n_pictures'], _whole(0)),
-    **dict.fromkeys(['resume','bf16'], (bool, 'True or False', lambda v: True)),
+    **dict.fromkeys(['resume','bf16','recompute','compile','shard'],
+                    (bool, 'True or False', lambda v: True)),
     **dict.fromkeys(['wd','save_every','cutmix'],
                     (Real, 'a number from 0 on', lambda v: 0<=v<float('inf'))),
     valid=_part, alpha=_part,
     lr=(Real, 'a number above 0, and at most 1', lambda v: 0<v<=1),
     mask_ratio=(Real, 'a number above 0 and below 1', lambda v: 0<v<1),
     share=(Real, 'a number from 0 to 1', lambda v: 0<=v<=1),
-    clip=(Real, 'a number above 0', lambda v: v>0))
+    **dict.fromkeys(['clip','seconds'], (Real, 'a number above 0', lambda v: v>0)),
+    ema=(Real, 'a number above 0 and below 1', lambda v: 0<v<1))
 
 def check_options(
     **options, # Values by name; None where nothing was given

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'LossGuard', 'History', 'Reconstructions', 'Lines', 'Waits', 'SafeLearner', 'Part',
-           'as_list', 'guards', 'NumbersOnly', 'records', 'mae_loss', 'mse', 'fourier', 'mae_learner', 'fit_cycle']
+           'as_list', 'guards', 'NumbersOnly', 'records', 'Average', 'mae_loss', 'mse', 'fourier', 'mae_learner',
+           'fit_cycle']
 
 # %% ../nbs/35_learner.ipynb #ee2bdd25
 import shutil, time
@@ -32,7 +33,7 @@ from .checkpoint import Checkpoint, SeedSteps
 from .classifier import Classifier
 from .data import CropLoader, Place, check_options
 from .device import BF16, in_bf16
-from .masking import draw, part_of
+from .masking import part_of
 from .files import watched, write_whole
 from .plots import show_channels, show_reconstruction
 
@@ -268,6 +269,17 @@ def of_all(self:SafeLearner, x):
     if num_distrib()>1: dist.all_reduce(x)
     return x
 
+@patch
+def state(self:SafeLearner):
+    "Weights and optimiser, whole"
+    return dict(model=self.model.state_dict(), opt=self.opt.state_dict())
+
+@patch
+def set_state(self:SafeLearner, state):
+    "Take up what `state` gave, in all processes"
+    self.model.load_state_dict(state['model'])
+    self.opt.load_state_dict(state['opt'])
+
 # %% ../nbs/35_learner.ipynb #25308bc1
 @patch
 def lr_find(self:SafeLearner, *args, **kwargs):
@@ -356,6 +368,13 @@ def records(
     out = Path(out)
     return [History(out/'history.csv'), Checkpoint(out/'checkpoint.pth', save_every, cbs)]
 
+# %% ../nbs/35_learner.ipynb #c7408475
+class Average(Callback):
+    "Keep a moving average of the weights, which takes their place when the run is over"
+    def __init__(self,
+        decay:float, # Of the average, in `(0,1)`
+    ): raise NotImplementedError
+
 # %% ../nbs/35_learner.ipynb #68e29903
 def mae_loss(
     out, # What the model returned
@@ -401,8 +420,9 @@ def mae_learner(
 # %% ../nbs/35_learner.ipynb #0167a985
 def fit_cycle(
     learn:Learner, # From `mae_learner`
-    epochs:int, # Epochs of the whole run
+    epochs:int=None, # Epochs of the whole run
     cbs=None, # Further callbacks, for this cycle only
+    seconds:float=None, # Instead of `epochs`: how long the whole run takes
 ):
     "Train through one cycle of learning rate and momentum"
     n,lr = epochs*len(learn.dls.train),learn.lr

@@ -39,6 +39,10 @@ def join_processes()->torch.device: # Where this process trains
 class Together(Callback):
     "Train one model in all the processes of `join_processes`; alone it changes nothing"
     order = 90 # after the checkpoint was read
+    def __init__(self,
+        shard:bool=False, # Split weights, gradients and optimiser over the processes, too?
+    ): self.shard = shard
+
     def after_create(self):
         self.many,rank = num_distrib()>1,rank_distrib()
         if not self.many: return

@@ -29,7 +29,8 @@ from .device import in_bf16
 from .imagenet import ImageNetEncoder
 from .labels import clean
 from .learner import NumbersOnly, SafeLearner, as_list, guards, records
-from .train import make_loaders, run_whole
+from .many_gpus import join_processes
+from .train import equip, make_loaders, options_of, run_whole
 from .zoo import Recipe, check_savable, create_model, list_models, load_model, recipe
 
 # %% ../nbs/51_wsl.ipynb #20e9eba2
@@ -204,7 +205,9 @@ def _check_batches(dl, apart):
         f'{apart or "site"} out.')
 
 # %% ../nbs/51_wsl.ipynb #6b9a668b
-@delegates(screen_dls, but=['data','size','bs','seed','device','apart'])
+@delegates(equip, but=['learn'])
+@delegates(screen_dls, but=['data','size','bs','seed','device','apart'],
+           keep=True)
 def fit_wsl(
     data, # `Screen`, path of one, or `DataLoaders`
     arch='densenet161', # A name of `list_backbones()`, a model to fine-tune, or the folder of one
@@ -215,7 +218,8 @@ def fit_wsl(
     cutmix:float=1., # Both parameters of CutMix's beta distribution; 0 for none
     apart:str='batch', # Column whose values never meet in a batch of images; None: mixed batches
     epochs:int=None, # Epochs of the whole run
-    bs:int=None, # Crops in a batch
+    seconds:float=None, # Instead of epochs: how long the run may take
+    bs:int=None, # Crops in a batch, of all processes together
     lr:float=None, # Peak learning rate
     wd:float=None, # Weight decay
     crop:int=None, # Side of a training crop in pixels
@@ -231,7 +235,10 @@ def fit_wsl(
     "Train a classifier of perturbations on a screen"
     asked = dict(epochs=epochs, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip)
     check_names(fit_wsl, kwargs)
-    check_options(**asked, seed=seed, bf16=bf16, resume=resume, embed_dim=embed_dim, share=share)
+    check_options(**asked, seed=seed, bf16=bf16, resume=resume, seconds=seconds,
+                  embed_dim=embed_dim, share=share)
+    long,kwargs = options_of(equip, kwargs)
+    device = device or join_processes()
     torch.manual_seed(seed)
     dls,r = make_loaders(data, replace(wsl_recipe(arch), **given(**asked)),
         dict(kwargs, crop=crop, bs=bs), seed=seed, apart=apart, device=device, **kwargs)
@@ -243,6 +250,7 @@ def fit_wsl(
         cutmix=cutmix, labels=short_hash(y, names))
     learn = wsl_learner(dls, net, WSLLoss(y, share), out, settings, r.lr, r.wd, r.betas, r.clip,
                         cutmix, bf16, save_every, cbs)
+    equip(learn, **long)
     return run_whole(learn, settings, resume, names=names)
 
 # %% ../nbs/51_wsl.ipynb #4832e98b
