@@ -540,6 +540,13 @@ def cellmae_pack(
         _fill(way, out, plates, archive, workers=workers, stop=stop)
 
 
+# %% ../nbs/60_cli.ipynb #5fd63a81
+def _pairs(text):
+    "Known pairs, or that none are needed"
+    if text in (None, 'yes'): return text and True
+    _read_early(Path(text))
+    return text
+
 # %% ../nbs/60_cli.ipynb #5af6a55f
 @command
 @delegates(own_screen)
@@ -548,7 +555,8 @@ def cellmae_fit(
     out:str='cellmae_run', # Folder for history, checkpoint, reconstructions and the finished model
     model:str='camae_vits16', # Which model; cellmae.zoo.list_models() names them
     epochs:int=None, # How many times each site is seen; default: the model's recipe
-    bs:int=None, # Crops in a batch; make it smaller if memory is short
+    seconds:float=None, # Instead of epochs: how long the run may take
+    bs:int=None, # Crops in a batch, of all processes together
     crop:int=None, # Side of a training crop in pixels
     crops:int=1, # Crops from each site that is read
     lr:float=None, # Peak learning rate
@@ -556,16 +564,27 @@ def cellmae_fit(
     pixel_size:float=None, # um, if that table is in um
     seed:int=0, # Fixes weights, masks and data order
     workers:int=None, # Threads that read ahead; default: as many as the device needs
+    accumulate:int=None, # Parts of a batch, one after the other; default: as memory asks for
+    recompute:store_true=False, # Compute blocks twice to save memory
+    compile:store_true=False, # Compile blocks: faster after the first steps
+    shard:store_true=False, # Split weights over processes, where a device cannot hold them
+    ema:float=None, # Decay of an average of the weights, such as .999; default: none
+    watch:str=None, # CSV of known pairs, or yes: see during the run what the model tells apart
+    tracker:str=None, # Where to report to as well: tensorboard or wandb
     restart:store_true=False, # Start over, even if the folder holds an unfinished run
     debug:store_true=False, # Show the whole traceback of an error
     **kwargs
 ):
     "Train a masked autoencoder on a screen. Run the same command again to go on after a stop"
-    run = dict(epochs=epochs, bs=bs, crop=crop, crops=crops, lr=lr, seed=seed, resume=not restart,
-               num_workers=workers)
-    plates = own_screen(screen, **kwargs)
-    fit_mae(plates, model, out, cells=own_cells(plates, cells, pixel_size), **run)
-    print(f'Model: {Path(out)/"model"}')
+    run = dict(epochs=epochs, seconds=seconds, bs=bs, crop=crop, crops=crops, lr=lr, seed=seed,
+               num_workers=workers, resume=not restart)
+    long = dict(accumulate=accumulate, recompute=recompute, compile=compile, shard=shard, ema=ema,
+                watch=_pairs(watch), tracker=tracker)
+    with (team := Team()).quiet():
+        plates = own_screen(screen, **kwargs)
+        at = own_cells(plates, cells, pixel_size)
+    fit_mae(plates, model, out, cells=at, **run, **long)
+    if team.first: print(f'Model: {Path(out)/"model"}')
 
 # %% ../nbs/60_cli.ipynb #6dac8a0d
 _endings = ('.parquet', '.csv', '.csv.gz', '.tsv', '.feather', '.h5ad')
@@ -618,9 +637,10 @@ def cellmae_embed(
     folder,team = _folder_of(out),Team()
     how = dict(pool=pool, channelwise=channelwise, level=str(level),
                device=device or _own_device())
-    with team.quiet(): plates = own_screen(screen, **kwargs)
-    path = embed(model, plates, cells=own_cells(plates, cells, pixel_size), out=folder,
-                 leave_out=leave_out, workers=workers, **how)
+    with team.quiet():
+        plates = own_screen(screen, **kwargs)
+        at = own_cells(plates, cells, pixel_size)
+    path = embed(model, plates, cells=at, out=folder, leave_out=leave_out, workers=workers, **how)
     if not team.first: return
     size = _size(path)
     if folder!=Path(out): _as_file(path, out)
