@@ -31,12 +31,11 @@ class SeedSteps(Callback):
     ):
         self.seed,self.trained = seed,0 # the second counts epochs
     def before_train(self): self.dls.train.epoch = self.trained
+    def before_batch(self): torch.manual_seed(self.seed*1_000_003+self.trained*self.n_iter+self.iter)
     @contextmanager
     def around(self):
         "The context of a part of a batch: all parts have the same random numbers"
-        if self.training:
-            step = self.trained*self.n_iter+self.iter
-            torch.manual_seed(self.seed*1_000_003+step)
+        if self.training: self.before_batch()
         yield
     def after_train(self): self.trained += 1
 

@@ -99,7 +99,7 @@ class History(Callback):
 # %% ../nbs/35_learner.ipynb #834f2c39
 class Reconstructions(Callback):
     "Draw what the model makes of a few validation images into `folder`, `n` times during the run"
-    order = 75
+    order = 65 # before the checkpoint that says that the epoch is done
     def __init__(self, folder, n=5): self.folder,self.n = Path(folder),n
     def after_epoch(self):
         done = self.epoch+1
