@@ -17,6 +17,7 @@ from pathlib import Path
 import timm, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from fastai.torch_core import rank_distrib
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
@@ -42,7 +43,7 @@ class Recipe:
     alpha:float=0. # Weight of the Fourier loss
     mask_ratio:float=.75 # Fraction of tokens hidden
     epochs:int=100 # Passes over the sites
-    bs:int=256 # Images per step and device
+    bs:int=256 # Images per step, of all processes together
     crop:int=256 # Side of a training crop in pixels
     clip:float=1. # Largest norm of the gradient
 
@@ -290,15 +291,26 @@ def _check_args(args, allowed, where):
         if isinstance(may, dict): _check_args(v, may, f'{where}, {k}')
         elif not may(v): raise ValueError(f'{where}: {k} must be {may.__doc__}, not {v!r:.60}.')
 
+# %% ../nbs/30_zoo.ipynb #c01940d6
+def bare_model(
+    model:nn.Module, # A model, in any number of wrappers
+)->nn.Module: # The model itself
+    "A model without what `torch.compile` or several processes wrap around it"
+    inner = getattr(model, '_orig_mod', None)
+    if isinstance(model, (nn.DataParallel,DistributedDataParallel)): inner = model.module
+    return model if inner is None else bare_model(inner)
+
+
 # %% ../nbs/30_zoo.ipynb #0354513f
 def check_savable(
     model, # What `save_model` shall write
     folder=None, # Where, if that is to be checked too
 ):
     "Refuse what `save_model` could not write so that `load_model` reads it"
-    model = _bare(model)
+    model = bare_model(model)
     if folder is not None: _check_free(Path(folder))
-    cls,name = type(model),type(model).__name__
+    cls = _own_class(model)
+    name = cls.__name__
     if _base(cls) is not cls and name in _classes:
         raise ValueError(f'Your class {name} has the name of one of ours. Give it another.')
     again = _outline(cls, _as_json(model.config), name)
@@ -307,11 +319,6 @@ def check_savable(
                          f'Let {name}.__init__ write all its arguments into `self.config`.')
 
 # %% ../nbs/30_zoo.ipynb #c29df1b4
-def _bare(model):
-    "A model without what `torch.compile` or several processes wrap around it"
-    model = getattr(model, '_orig_mod', model)
-    return model.module if isinstance(model, (nn.DataParallel,DistributedDataParallel)) else model
-
 def _base(cls):
     "The class of ours that a class is, or is made of"
     for c in cls.__mro__:
@@ -319,10 +326,19 @@ def _base(cls):
     raise ValueError(f"A bundle holds a {', '.join(_classes)} or a class made of one of these, "
                      f'not a {cls.__name__}. Save its `state_dict()` with torch.')
 
+def _own_class(model):
+    "The class of a model, without what `fully_shard` puts before it"
+    return next(c for c in type(model).__mro__ if not _is_shared(c))
+
+def _is_shared(model):
+    "Do processes share the weights of a model (or of those of a class)?"
+    return hasattr(model, 'unshard')
+
 def _as_json(x):
     "What a JSON file keeps of a value"
     def plain(o): return o.tolist() if hasattr(o, 'tolist') else str(o) # arrays, tensors; paths
     return json.loads(json.dumps(x, default=plain))
+
 
 # %% ../nbs/30_zoo.ipynb #440ee035
 def _make(cls, args, where):
@@ -384,29 +400,35 @@ def _is_bundle(folder):
     except (OSError, ValueError): return False
 
 # %% ../nbs/30_zoo.ipynb #977c727d
-_format,_files = 'cellmae model 1',('config.json','model.safetensors','README.md','picture.png')
+_format,_sums = 'cellmae model 1',dict(model='sha256', last='sha256_last')
+_files = 'config.json','model.safetensors','last.safetensors','README.md','picture.png'
 
 def save_model(
-    model:MAE, # Trained model
+    model:MAE, # Trained model; one whose weights processes share is saved by all together
     folder, # Folder of the bundle; one that exists is replaced
     channels:list[str]=None, # Names of the channels, in order; default: `model.channels`
     picture=None, # PNG file for the card, such as the last reconstruction of `fit_mae`
+    last:dict=None, # Weights of the last step, where the model holds an average
     **provenance, # Anything worth knowing: `data`, `metrics` (a dict), `licence`, epochs, seed
 )->Path: # The folder
     "Write weights and description of a model, all or nothing"
-    model,folder = _bare(model),Path(folder)
+    model,folder = bare_model(model),Path(folder)
     check_savable(model, folder)
     channels = _check_names(model, model.channels if channels is None else channels)
-    about = _description(model, channels, provenance)
-    write_whole(folder.resolve(), partial(_write_bundle, _tensors(model), about, picture))
+    about = _description(model, channels, provenance, last is not None)
+    states = _states(model, last)
+    if _is_shared(model) and rank_distrib(): return folder # the first writes
+    write_whole(folder.resolve(), partial(_write_bundle, states, about, picture))
     return folder
 
+
 # %% ../nbs/30_zoo.ipynb #cfd0cb53
-def _write_bundle(state, about, picture, folder):
+def _write_bundle(states, about, picture, folder):
     "Make the folder of a bundle"
     folder.mkdir()
-    save_file(state, folder/'model.safetensors')
-    about['sha256'] = _sha256(folder/'model.safetensors')
+    for name,state in states.items():
+        save_file(state, folder/f'{name}.safetensors')
+        about[_sums[name]] = _sha256(folder/f'{name}.safetensors')
     (folder/'config.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
     if picture: shutil.copyfile(picture, folder/'picture.png')
     (folder/'README.md').write_text(_card(about, bool(picture)), encoding='utf-8')
@@ -414,16 +436,26 @@ def _write_bundle(state, about, picture, folder):
 def _sha256(path):
     with open(path, 'rb') as f: return file_digest(f, 'sha256').hexdigest()
 
+
 # %% ../nbs/30_zoo.ipynb #6fe8149d
-def _tensors(model):
-    "Weights as a file keeps them: in float32, on the CPU, each its own"
-    state = {k: _stored(v) for k,v in model.state_dict().items()}
+def _states(model, last):
+    "Weights for the files of a bundle"
+    own = model.state_dict()
+    if last is None: return dict(model=_tensors(own))
+    if problem := _misfit(last, own):
+        raise ValueError(f'last: {problem}. Give the `state_dict()` of this model.')
+    return dict(model=_tensors(own), last=_tensors(last))
+
+def _tensors(state):
+    "Weights as a file keeps them: in float32, on the CPU, each its own and whole"
+    state = {k: _stored(v) for k,v in state.items()}
     if bad := _not_finite(state):
         raise ValueError(f'{bad}: the training of this model has failed, and nothing was written. '
                          'Train again, at a lower learning rate.')
     return state
 
 def _stored(v):
+    if hasattr(v, 'full_tensor'): v = v.full_tensor() # of all processes
     dtype = torch.float32 if v.is_floating_point() else v.dtype
     return v.detach().to('cpu', dtype, copy=True).contiguous()
 
@@ -432,16 +464,18 @@ def _not_finite(state):
     bad = [k for k,v in state.items() if not v.isfinite().all()]
     if bad: return f'{len(bad)} weights are not finite, {bad[0]!r} the first'
 
+
 # %% ../nbs/30_zoo.ipynb #16013946
 _input = ('uint8 or float 0..255; the model divides by 255 and gives each channel of each crop '
           'mean 0 and variance 1 (biased, eps 1e-5)')
 
-def _description(model, channels, provenance):
-    "What `config.json` says, all but the checksum"
+def _description(model, channels, provenance, averaged):
+    "What `config.json` says, all but the checksums"
     name = getattr(model, 'name', None)
-    about = dict(format=_format, model=type(model).__name__, name=str(name or ''),
+    about = dict(format=_format, model=_own_class(model).__name__, name=str(name or ''),
                  channels=channels, args=model.config, input=_input,
                  pool=getattr(model, 'pool', 'mean'), provenance=provenance,
+                 ema=averaged and provenance.get('ema', True),
                  versions={p: version(p) for p in ('torch','timm')})
     return _as_json(about)
 
@@ -452,11 +486,14 @@ _card_text = """---
 # {title}
 {picture}
 Channels: {channels}. Images: {input}.
-
+{average}
     from cellmae.all import *
     model = pull_model('USER/NAME')
     profiles = embed(model, 'path/of/a/screen')
 """
+
+_average = ('The weights are an average over the run; those of its last step are in '
+            '`last.safetensors`, and come with `average=False`.\n')
 
 def _card(about, picture):
     "The model card, from what `config.json` says"
@@ -465,7 +502,7 @@ def _card(about, picture):
     recipe = {f.name: given.pop(f.name) for f in fields(Recipe) if f.name in given}
     text = _card_text.format(
         front=_front(licence), input=about['input'],
-        title=_one_line(about['name'] or about['model']),
+        title=_one_line(about['name'] or about['model']), average=_average*bool(about['ema']),
         channels=', '.join(map(_one_line, about['channels'])) or 'unnamed',
         picture='\n![Image, visible part and drawing](picture.png)\n' if picture else '')
     architecture = dict(model=about['model'], **about['args'])
@@ -497,19 +534,22 @@ def _front(licence):
 def load_model(
     folder, # Folder written by `save_model`
     cls:type=None, # Class of the model, if it is one of your own
+    average:bool=True, # False: weights of the last step, where the run kept an average (`ema`)
 )->MAE: # The model in evaluation mode on the CPU, with its `channels`, `name` and `provenance`
     "Read a bundle"
     folder = Path(folder)
-    about,where,weights = _read_about(folder),folder/'config.json',folder/'model.safetensors'
+    about,where = _read_about(folder),folder/'config.json'
+    weights = _weights_of(folder, about, average)
     cls = _class_of(about['model'], cls, where)
     outline = _outline(cls, about['args'], where)
     channels = _check_names(outline, about['channels'], f'{where}: ')
-    state = check_weights(_read_state(folder, about), outline.state_dict(), weights)
+    state = check_weights(_read_state(weights, about), outline.state_dict(), weights)
     model = _make(cls, about['args'], where)
     model.load_state_dict(state)
     model.channels,model.provenance = channels or None,about['provenance']
     if about.get('name'): model.name = about['name']
     return model.eval()
+
 
 # %% ../nbs/30_zoo.ipynb #f2ce3659
 _fields = dict(model=str, channels=list, args=dict, provenance=dict, name=str|None)
@@ -553,10 +593,19 @@ def _class_of(name, own, where):
                      'A class of your own is given as `cls`, to `load_model` or `pull_model`.')
 
 # %% ../nbs/30_zoo.ipynb #48fc169d
-def _read_state(folder, about):
+def _weights_of(folder, about, average):
+    "The file of the average, or of the last step"
+    if average: return folder/'model.safetensors'
+    if not about.get('ema'): raise ValueError(f'{folder} holds one set of weights, since its run '
+        'kept no average (`ema`): leave `average=False` out.')
+    if (f := folder/'last.safetensors').is_file(): return f
+    raise FileNotFoundError(f'{folder} has no last.safetensors, of which its config.json tells: '
+                            'copy the bundle again, or take the average.')
+
+def _read_state(f, about):
     "The weights of a bundle, if they are those that were saved"
-    f = folder/'model.safetensors'
-    if 'sha256' in about and about['sha256']!=_sha256(f): # old bundles have none
+    key = _sums[f.stem]
+    if key in about and about[key]!=_sha256(f): # old bundles have none
         raise ValueError(f'{f} is not the file that was saved: its checksum differs. '
                          'It is damaged, or was exchanged. Copy the bundle again.')
     return read_tensors(f)
@@ -599,7 +648,7 @@ def push_model(
     cls:type=None, # As in `load_model`, with which the bundle is read before it is sent
 )->str: # Where the bundle is now
     "Publish a bundle"
-    load_model(folder, cls)
+    _read_all(folder, cls)
     _check_repo(repo)
     if _is_folder(endpoint): return str(_share(Path(folder), Path(endpoint)/repo))
     api = HfApi(endpoint=endpoint, token=token)
@@ -607,6 +656,11 @@ def push_model(
     sent = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(_files),
                              commit_message='Model bundle')
     return str(sent.commit_url)
+
+def _read_all(folder, cls):
+    "Find damage before it is spread"
+    load_model(folder, cls)
+    if _read_about(Path(folder)).get('ema'): load_model(folder, cls, average=False)
 
 def _share(folder, to):
     "Copy a bundle, and nothing else that is in its folder"
@@ -625,18 +679,20 @@ def pull_model(
     revision:str|None=None, # Branch, tag or commit; None: the newest
     cache=None, # Folder that keeps downloads; None: that of the hub's own tools
     cls:type=None, # As in `load_model`
+    average:bool=True, # As in `load_model`
 ): # The model in evaluation mode on the CPU, as `load_model` gives it
     "Get a published model"
     _check_repo(repo)
-    if _is_folder(endpoint): return load_model(Path(endpoint)/repo, cls)
-    try: folder = snapshot_download(repo, revision=revision, allow_patterns=list(_files),
+    if _is_folder(endpoint): return load_model(Path(endpoint)/repo, cls, average)
+    files = [f for f in _files if not average or f!='last.safetensors']
+    try: folder = snapshot_download(repo, revision=revision, allow_patterns=files,
                                     endpoint=endpoint, token=token, cache_dir=cache)
     except RevisionNotFoundError as e:
         raise ValueError(f'{repo} has no revision {revision!r}.') from e
     except RepositoryNotFoundError as e:
         raise ValueError(f"The hub has no model {repo}, or this token may not see it. "
                          "Check the name, or log in with `hf auth login`.") from e
-    return load_model(folder, cls)
+    return load_model(folder, cls, average)
 
 # %% ../nbs/30_zoo.ipynb #7348b59d
 def _is_folder(endpoint): return endpoint is not None and '://' not in str(endpoint)
