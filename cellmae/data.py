@@ -372,7 +372,8 @@ _limits = dict(
     lr=(Real, 'a number above 0, and at most 1', lambda v: 0<v<=1),
     mask_ratio=(Real, 'a number above 0 and below 1', lambda v: 0<v<1),
     share=(Real, 'a number from 0 to 1', lambda v: 0<=v<=1),
-    **dict.fromkeys(['clip','seconds'], (Real, 'a number above 0', lambda v: v>0)),
+    clip=(Real, 'a number above 0', lambda v: v>0),
+    seconds=(Real, 'a number above 0', lambda v: 0<v<float('inf')),
     ema=(Real, 'a number above 0 and below 1', lambda v: 0<v<1))
 
 def check_options(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'LossGuard', 'History', 'Reconstructions', 'Lines', 'Waits', 'SafeLearner', 'Part',
-           'as_list', 'guards', 'NumbersOnly', 'records', 'Average', 'mae_loss', 'mse', 'fourier', 'mae_learner',
-           'fit_cycle']
+           'parts_of', 'as_list', 'guards', 'NumbersOnly', 'records', 'Average', 'Budget', 'mae_loss', 'mse', 'fourier',
+           'mae_learner', 'check_length', 'fit_cycle']
 
 # %% ../nbs/35_learner.ipynb #ee2bdd25
-import shutil, time
-from contextlib import ExitStack
+import shutil, sys, time
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed as dist, nn
 from fastai.callback.core import (Callback, CancelBackwardException, CancelEpochException,
                                   CancelFitException, CancelStepException)
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, sched_cos
 from fastai.callback.training import GradientClip
@@ -28,13 +29,15 @@ from fastai.learner import AvgMetric, Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import listify, noop, patch
+from fastprogress.fastprogress import format_time
 from timm.optim.lion import Lion
+from timm.utils import ModelEmaV3
 from .checkpoint import Checkpoint, SeedSteps
 from .classifier import Classifier
 from .data import CropLoader, Place, check_options
 from .device import BF16, in_bf16
-from .masking import part_of
 from .files import watched, write_whole
+from .masking import part_of
 from .plots import show_channels, show_reconstruction
 
 # %% ../nbs/35_learner.ipynb #248da191
@@ -102,10 +105,8 @@ class Reconstructions(Callback):
     order = 65 # before the checkpoint that says that the epoch is done
     def __init__(self, folder, n=5): self.folder,self.n = Path(folder),n
     def after_epoch(self):
-        done = self.epoch+1
-        due = done%max(1, self.n_epoch//self.n)==0 or done==self.n_epoch
-        if not due or not len(self.dls.valid): return
-        fig,name = self.learn.show_results(),f'epoch_{done:03d}.png'
+        if not self.learn.due(self.n) or not len(self.dls.valid): return
+        fig,name = self.learn.show_results(),f'epoch_{self.epoch+1:03d}.png'
         write_whole(self.folder/name, partial(fig.savefig, dpi=80, bbox_inches='tight'))
         plt.close(fig)
 
@@ -124,12 +125,12 @@ class Lines(Callback):
         named = zip(self.recorder.metric_names[1:], row[1:])
         said = [(k, f'{v:.4f}' if isinstance(v, float) else v) for k,v in named if v==v]
         values = [f'{k} {v}' for k,v in said if v not in (None,'')]
-        print(f'epoch {row[0]+1} of {self.n_epoch}:', ', '.join(values), flush=True)
+        print(f'{self.learn.so_far(row[0])}:', ', '.join(values), flush=True)
         self.said = time.monotonic()
 
     def after_batch(self):
         if not self.training or self.logger is noop or time.monotonic()-self.said<self.every: return
-        at = f'epoch {self.epoch+1} of {self.n_epoch}, step {self.iter+1} of {self.n_iter}'
+        at = f'{self.learn.so_far(self.epoch)}, step {self.iter+1} of {self.n_iter}'
         print(f'{at}: loss {self.smooth_loss:.4f}', flush=True)
         self.said = time.monotonic()
 
@@ -169,7 +170,7 @@ class Waits(Callback):
 # %% ../nbs/35_learner.ipynb #a7785698
 class SafeLearner(Learner):
     "A fastai `Learner` that can start in the middle, and leaves what it entered whatever happens"
-    first_epoch,accumulate = 0,1
+    first_epoch,accumulate,over,mean = 0,1,False,None
     def __init__(self, *args, settings=None, records=None, **kwargs):
         self.settings,self.records = settings or {},listify(records)
         super().__init__(*args, **kwargs)
@@ -179,7 +180,9 @@ class SafeLearner(Learner):
         was,logger = self.model.training,self.logger
         try: return super().fit(*args, **kwargs)
         except BaseException: self.leave(was, logger); raise
-        finally: self.first_epoch = self.dls.train.start = 0
+        finally:
+            self.first_epoch = self.dls.train.start = 0
+            self.over,self.mean = False,None
 
     def leave(self, training, logger):
         "Be after an error as before the fit, but for the weights"
@@ -204,7 +207,9 @@ def all_batches(self:SafeLearner):
     start = getattr(self.dl, 'start', 0) if self.training else 0
     batches = iter(self.dl)
     try:
-        for i,b in enumerate(batches, start): self.one_batch(i, b)
+        for i,b in enumerate(batches, start):
+            self.one_batch(i, b)
+            if self.training and self.over: break
     finally: getattr(batches, 'close', noop)() # a traceback would keep them, and their threads
 
 @patch
@@ -223,43 +228,54 @@ class Part(NamedTuple):
     "A part of a batch"
     rows:slice # Its images, of those that this process has
     first:int # Place of the first of them in the batch
-    weight:float # Part of all images that it is
+    weight:float # How many they are, of all images of the batch
+    last:bool # Is it the last one of this process?
 
-@patch
-def parts(self:SafeLearner):
-    "The parts of the batch at hand, `accumulate` at most, and how many images the batch has"
-    here,dl = len(self.xb[0]),self.dl
-    place = dl.places[self.iter] if hasattr(dl, 'places') else Place(here, 0, here)
-    if not place.count: return [Part(slice(None), 0, 0.)],place.whole
-    unit = getattr(dl, 'crops', 1)
-    if here//unit<self.accumulate: unit = 1 # crops of a site have to part
-    ends = [k*(here//unit)//self.accumulate*unit for k in range(self.accumulate+1)]
-    return [Part(slice(a, b), place.first+a, (b-a)/place.whole)
-            for a,b in zip(ends, ends[1:]) if b>a],place.whole
+def parts_of(
+    place:Place, # Where what a process has of a batch lies in it
+    n:int, # Parts of what it has
+    ranks:int=1, # Processes that share the batch
+    unit:int=1, # Images that stay together if they can, such as the crops of a site
+)->list[Part]: # Of several processes each has `n`, some of which may count for nothing
+    "Cut what a process has of a batch: alone, it would cut the batch at the same places"
+    a,b,units = place.first,place.first+place.count,place.whole//unit
+    cuts = [k*units//(n*ranks)*unit for k in range(n*ranks)]
+    if units<n*ranks: cuts = [a+k*place.count//n for k in range(n)]
+    ends = sorted({a, b, *(c for c in cuts if a<c<b)})
+    some = [Part(slice(i-a, j-a), i, (j-i)/place.whole, False) for i,j in zip(ends, ends[1:])]
+    empty = [Part(slice(0, 1), a, 0., False)]*(n-len(some))*(ranks>1)
+    *others,last = empty+some
+    return [*others, last._replace(last=True)]
+
+# %% ../nbs/35_learner.ipynb #8eb88f9b
+@patch(as_prop=True)
+def place(self:SafeLearner):
+    "Where what this process has of the batch at hand lies in it"
+    n = len(self.xb[0])
+    return self.dl.places[self.iter] if hasattr(self.dl, 'places') else Place(n, 0, n)
 
 @patch
 def _do_one_batch(self:SafeLearner):
-    if not (self.training and len(self.yb)): return self.one_part()
-    parts,whole = self.parts()
-    xb,yb,loss = self.xb,self.yb,0.
-    for self.part in parts:
-        self.xb,self.yb = (tuple(o[self.part.rows] for o in b) for b in (xb,yb))
-        with part_of(whole, self.part.first): self.one_part()
+    if not (self.training and len(self.yb)): return self.one_part(self.xb, self.yb)
+    ranks,place,loss = max(1, num_distrib()),self.place,0.
+    for self.part in parts_of(place, self.accumulate, ranks, getattr(self.dl, 'crops', 1)):
+        xb,yb = (tuple(o[self.part.rows] for o in b) for b in (self.xb,self.yb))
+        with part_of(place.whole, self.part.first): self.one_part(xb, yb)
         loss = loss + self.part.weight*self.loss.detach()
-        self.loss_grad = self.loss_grad*self.part.weight*self.dl.ranks
+        self.loss_grad = self.loss_grad*(self.part.weight*ranks) # which are averaged
         self._with_events(self._backward, 'backward', CancelBackwardException)
-    self.xb,self.yb,self.loss = xb,yb,self.of_all(loss)
+    self.loss = self.of_all(loss)
     self._with_events(self._step, 'step', CancelStepException)
     self.opt.zero_grad()
 
 @patch
-def one_part(self:SafeLearner):
+def one_part(self:SafeLearner, xb, yb):
     "Forward pass and loss"
     with self.around():
-        self.pred = self.model(*self.xb)
+        self.pred = self.model(*xb)
         self('after_pred')
-        if len(self.yb):
-            self.loss_grad = self.loss_func(self.pred, *self.yb)
+        if len(yb):
+            self.loss_grad = self.loss_func(self.pred, *yb)
             self.loss = self.loss_grad.clone()
         self('after_loss')
 
@@ -269,6 +285,14 @@ def of_all(self:SafeLearner, x):
     if num_distrib()>1: dist.all_reduce(x)
     return x
 
+@patch
+@contextmanager
+def around(self:MixedPrecision):
+    "Autocast for each part: fastai enters it before a batch, and leaves it after a loss"
+    if self.training and self.part.rows.start: self.autocast.__enter__()
+    yield
+
+# %% ../nbs/35_learner.ipynb #8e186e59
 @patch
 def state(self:SafeLearner):
     "Weights and optimiser, whole"
@@ -305,7 +329,7 @@ def show_results(self:SafeLearner, ds_idx=1, dl=None, max_n=2, **kwargs):
     if not len(dl): dl = self.dls.train
     x,ids = dl.new(shuffle=False).one_batch()
     screen,_ = dl.sites.where(int(ids[0]))
-    return show_reconstruction(self.model, x[:max_n], screen.channels)
+    with self.averaged() as model: return show_reconstruction(model, x[:max_n], screen.channels)
 
 @patch
 def summary(self:SafeLearner):
@@ -371,9 +395,113 @@ def records(
 # %% ../nbs/35_learner.ipynb #c7408475
 class Average(Callback):
     "Keep a moving average of the weights, which takes their place when the run is over"
+    order = -5 # the model is where it trains, and the checkpoint not read yet
     def __init__(self,
         decay:float, # Of the average, in `(0,1)`
-    ): raise NotImplementedError
+    ):
+        check_options(ema=decay)
+        self.decay = decay
+
+    def before_fit(self):
+        self.ema,self.steps = ModelEmaV3(self.model, self.decay, use_warmup=True),0
+        self.learn.mean = self.ema.module
+    def after_step(self):
+        self.steps += 1
+        self.ema.update(self.model, self.steps)
+    def after_fit(self):
+        self.last = {k:v.clone() for k,v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.learn.mean.state_dict())
+        self.learn.mean = None
+
+    def state_dict(self): return dict(steps=self.steps, mean=self.ema.module.state_dict())
+    def load_state_dict(self, state):
+        self.steps = state['steps']
+        self.ema.module.load_state_dict(state['mean'])
+
+# %% ../nbs/35_learner.ipynb #00871985
+@patch
+@contextmanager
+def averaged(self:SafeLearner):
+    "Inside, the model is the average of the weights, if one is kept"
+    own = self.model
+    if self.mean is not None: self.model = self.mean
+    try: yield self.model
+    finally: self.model = own
+
+@patch
+def _do_epoch_validate(self:SafeLearner, *args, **kwargs):
+    with self.averaged(): Learner._do_epoch_validate(self, *args, **kwargs)
+
+@patch
+def save(self:SafeLearner, *args, **kwargs):
+    "Save the model as fastai does; during a run that keeps an average, the average"
+    with self.averaged(): return Learner.save(self, *args, **kwargs)
+
+# %% ../nbs/35_learner.ipynb #9e99b22f
+class Budget(Callback):
+    "End a run when its time is over, and tell the schedule how much of it is gone"
+    order = 100 # the last to hear of a step, and of an epoch
+    def __init__(self,
+        seconds:float, # How long the run takes, times of all its processes' lives together
+    ):
+        check_options(seconds=seconds)
+        self.seconds,self.spent,self.before = seconds,0.,0.
+
+    def state_dict(self): return dict(spent=self.spent, before=self.before)
+    def load_state_dict(self, state):
+        self.spent,self.before = state['spent'],state['before']
+        self.since = time.monotonic()-self.spent
+
+    def before_fit(self):
+        self.since = time.monotonic()-self.spent
+        self.learn.n_epoch = self.first_epoch if self.spent>=self.seconds else sys.maxsize
+    def before_epoch(self):
+        if not self.dls.train.start: self.before = self.spent
+    def before_train(self): self.tick()
+    def after_batch(self):
+        if self.training: self.tick()
+    def after_epoch(self):
+        if self.learn.over: raise CancelFitException
+
+# %% ../nbs/35_learner.ipynb #139bb5e8
+@patch
+def tick(self:Budget):
+    "Look at the clock: that of the first process counts"
+    self.spent = self.learn.of_all(self.clock()).item()
+    self.learn.pct_train = min(self.spent/self.seconds, 1.)
+    self.learn.over = self.spent>=self.seconds
+    self.show()
+
+@patch
+def clock(self:Budget):
+    "Seconds that the run has taken; nothing but in the first process"
+    spent = 0. if rank_distrib() else time.monotonic()-self.since
+    return torch.tensor(spent, dtype=torch.float64, device=self.dls.device)
+
+@patch
+def show(self:Budget):
+    "Let the bar of epochs be one of seconds"
+    bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+    if not bar: return
+    bar.main_bar.total = max(2, round(self.seconds))
+    if bar.main_bar.last_v is not None: bar.main_bar.start_t = time.time()-self.spent
+    bar.update(min(max(1, int(self.spent)), bar.main_bar.total-1))
+
+# %% ../nbs/35_learner.ipynb #cba2f23e
+@patch
+def due(self:SafeLearner, n):
+    "Does one of `n` equal stretches of the run end with this epoch?"
+    begin,end,whole = self.epoch,self.epoch+1,self.n_epoch
+    if b := getattr(self, 'budget', None):
+        begin,end,whole = b.before,min(b.spent, b.seconds),b.seconds
+    return n*end//whole > n*begin//whole
+
+@patch
+def so_far(self:SafeLearner, epoch):
+    "Where in the run an epoch is, in words"
+    b = getattr(self, 'budget', None)
+    if not b: return f'epoch {epoch+1} of {self.n_epoch}'
+    return f'epoch {epoch+1}, {format_time(max(0., b.seconds-b.spent))} left'
 
 # %% ../nbs/35_learner.ipynb #68e29903
 def mae_loss(
@@ -418,6 +546,12 @@ def mae_learner(
         records=[*records(out, save_every, cbs), *pictures])
 
 # %% ../nbs/35_learner.ipynb #0167a985
+def check_length(epochs=None, seconds=None):
+    "Refuse a run that is to end twice"
+    check_options(epochs=epochs, seconds=seconds)
+    if epochs and seconds: raise ValueError(f'epochs={epochs} and seconds={seconds}: a run ends '
+        'after its epochs or when its time is over. Leave one of them out.')
+
 def fit_cycle(
     learn:Learner, # From `mae_learner`
     epochs:int=None, # Epochs of the whole run
@@ -425,6 +559,9 @@ def fit_cycle(
     seconds:float=None, # Instead of `epochs`: how long the whole run takes
 ):
     "Train through one cycle of learning rate and momentum"
-    n,lr = epochs*len(learn.dls.train),learn.lr
+    check_length(epochs, seconds)
+    if not (epochs or seconds): raise ValueError('How long? Give `epochs` or `seconds`.')
+    n,lr = epochs*len(learn.dls.train) if epochs else 10**6,learn.lr
     scheds = dict(lr=one_cycle(lr/25, lr, lr/25/1e4, n), mom=one_cycle(.95, .85, .95, n))
-    learn.fit(epochs, cbs=[ParamScheduler(scheds), *listify(cbs)])
+    budget = [Budget(seconds)] if seconds else []
+    learn.fit(epochs or 1, cbs=[ParamScheduler(scheds), *budget, *listify(cbs)])

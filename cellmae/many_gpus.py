@@ -67,7 +67,7 @@ class Together(Callback):
         whole = self.model
         if self.training and self.many:
             self.learn.model = self.wrapped
-            self.wrapped.require_backward_grad_sync = self.learn.part is self.learn.parts()[0][-1]
+            self.wrapped.require_backward_grad_sync = self.learn.part.last
         try: yield
         finally: self.learn.model = whole
     def after_pred(self):

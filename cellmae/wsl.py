@@ -24,13 +24,13 @@ from fastai.learner import AvgMetric
 from fastcore.meta import delegates
 from .checkpoint import about_data, about_model, short_hash
 from .classifier import Classifier, any_channels, arcface, batch_norms
-from .data import check_names, check_options, given, screen_dls
+from .data import check_options, given, screen_dls
 from .device import in_bf16
 from .imagenet import ImageNetEncoder
 from .labels import clean
 from .learner import NumbersOnly, SafeLearner, as_list, guards, records
 from .many_gpus import join_processes
-from .train import equip, make_loaders, options_of, run_whole
+from .train import asked_of, equip, make_loaders, run_whole, sort_options
 from .zoo import Recipe, check_savable, create_model, list_models, load_model, recipe
 
 # %% ../nbs/51_wsl.ipynb #20e9eba2
@@ -233,19 +233,17 @@ def fit_wsl(
     **kwargs
 )->ClassLearner: # Trained; `.model` is a `Classifier`
     "Train a classifier of perturbations on a screen"
-    asked = dict(epochs=epochs, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip)
-    check_names(fit_wsl, kwargs)
-    check_options(**asked, seed=seed, bf16=bf16, resume=resume, seconds=seconds,
-                  embed_dim=embed_dim, share=share)
-    long,kwargs = options_of(equip, kwargs)
+    asked = dict(epochs=epochs, seconds=seconds, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip)
+    long,kwargs = sort_options(fit_wsl, kwargs, **asked, seed=seed, bf16=bf16, resume=resume,
+        embed_dim=embed_dim, share=share, cutmix=cutmix, save_every=save_every)
     device = device or join_processes()
     torch.manual_seed(seed)
-    dls,r = make_loaders(data, replace(wsl_recipe(arch), **given(**asked)),
+    dls,r = make_loaders(data, asked_of(wsl_recipe(arch), **asked),
         dict(kwargs, crop=crop, bs=bs), seed=seed, apart=apart, device=device, **kwargs)
     dls,names,y = _classes(dls, label, apart)
     net = make_classifier(arch, len(names), _panel(dls.train.sites), r.crop, embed_dim)
     bf16 = in_bf16(bf16, dls.device)
-    settings = _recipe(r) | about_model(arch, net, out) | about_data(dls) | dict(
+    settings = given(**_recipe(r), seconds=seconds) | about_model(arch, net, out) | about_data(dls) | dict(
         architecture=net.name, seed=seed, bf16=bf16, label=label, classes=len(names), share=share,
         cutmix=cutmix, labels=short_hash(y, names))
     learn = wsl_learner(dls, net, WSLLoss(y, share), out, settings, r.lr, r.wd, r.betas, r.clip,
