@@ -460,6 +460,7 @@ class Budget(Callback):
     def before_train(self): self.tick()
     def after_batch(self):
         if self.training: self.tick()
+    def after_validate(self): self.tick()
     def after_epoch(self):
         if self.learn.over: raise CancelFitException
 
@@ -501,6 +502,7 @@ def so_far(self:SafeLearner, epoch):
     "Where in the run an epoch is, in words"
     b = getattr(self, 'budget', None)
     if not b: return f'epoch {epoch+1} of {self.n_epoch}'
+    if self.n_epoch<sys.maxsize: return f'epoch {epoch+1}' # from the time before
     return f'epoch {epoch+1}, {format_time(max(0., b.seconds-b.spent))} left'
 
 # %% ../nbs/35_learner.ipynb #68e29903
