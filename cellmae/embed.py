@@ -25,7 +25,7 @@ from .files import ahead, cores, locked, moved, on_full_disk, write_whole
 from .files import progress as show_progress
 from .images import tile_views
 from .cells import as_cells, cell_crop, with_cells
-from .data import how_read
+from .data import centre_crop, how_read
 from .device import memory_kept
 from .encoders import as_encoder, evaluating, match_channels
 from .many_gpus import Team
@@ -42,11 +42,11 @@ class Site(NamedTuple):
     problem:Exception|None=None # Why there are none
 
 class Cut:
-    "The tiles of a site, or crops at its cells"
-    def __init__(self, screen, order, size=None, cells=None):
+    "The tiles of a site, the crop in its middle, or crops at its cells"
+    def __init__(self, screen, order, size=None, cells=None, middle=False):
         same = list(order)==list(range(len(screen.channels)))
         self.order = slice(None) if same else order
-        self.screen,self.size,self.cells = screen,size,cells
+        self.screen,self.size,self.cells,self.middle = screen,size,cells,middle
 
     def __call__(self, i):
         try: return Site(i, self.windows(i))
@@ -57,7 +57,8 @@ class Cut:
         x = self.screen.whole(i)[self.order]
         try:
             if self.cells: return [cell_crop(x, c, self.size) for c in self.cells.of(i)]
-            return tile_views(x, self.size) if self.size else [x]
+            tiles = tile_views(x, self.size) if self.size else [x]
+            return [centre_crop(x, self.size)] if self.middle and self.size else tiles
         except ValueError as e: raise ValueError(f'{e} ({place_of_site(self.screen, i)})') from e
 
 # %% ../nbs/41_embed.ipynb #ca63c6d6
@@ -452,10 +453,11 @@ def embed(
     out=None, # Folder for `profiles.parquet`: written plate by plate, a second call goes on
     leave_out:bool=False, # Leave out sites that cannot be read? Otherwise the first stops it
     workers:int|None=None, # Threads that read ahead; default: a core each
+    middle:bool=False, # Only the crop in the middle of each site? For a look that costs little
 ): # `AnnData`: `X (n,D)` float32, metadata in `obs`, `uns['cellmae']`; with `out`, the file's path
     "Vectors for every well of a screen, without masks"
     how = dict(pool=pool, channelwise=channelwise, level=level, size=size, bs=bs, device=device,
-               cells=cells, leave_out=leave_out, workers=workers)
+               cells=cells, leave_out=leave_out, workers=workers, middle=middle)
     if out is None: return _in_memory(*_prepared(model, data, **how), progress)
     with Team() as team, team.quiet():
         return _in_folder(*_prepared(model, data, **how), Path(out), team, progress)
@@ -464,7 +466,7 @@ def embed(
 _no_sites = ('The screen has no sites to embed. '
              'Look at `screen.check()` and at the pattern or CSV it was made from.')
 
-def _sites_to_embed(screen, level, size, cells):
+def _sites_to_embed(screen, level, size, cells, middle):
     "The metadata of all sites, if they can be embedded like that"
     if level not in LEVELS: raise ValueError(f'level must be {", ".join(LEVELS)}, not {level!r}')
     if size is not None and size<1: raise ValueError(f'size must be 1 pixel or more, not {size}')
@@ -473,6 +475,8 @@ def _sites_to_embed(screen, level, size, cells):
         "`level='cell'` needs to know where cells are: `cells=`, see `find_cells`.")
     if level=='tile' and cells is not None: raise ValueError(
         "With `cells` crops are cut at these: ask for `level='cell'`, or leave them out.")
+    if middle and cells is not None: raise ValueError(
+        'Crops are cut at `cells`, or in the `middle` of sites: leave one of the two out.')
     sites = _metadata(screen, cells)
     return _agreed(sites) if level=='well' else sites
 
@@ -482,22 +486,23 @@ def _cells_to_embed(screen, cells, size):
     return as_cells(screen, cells)
 
 # %% ../nbs/41_embed.ipynb #b447f2e0
-def _prepared(model, data, pool, channelwise, level, size, bs, device, cells, leave_out, workers):
+def _prepared(model, data, pool, channelwise, level, size, bs, device, cells, leave_out, workers,
+              middle=False):
     "The job, and what is said of its results"
     if bs is not None and bs<1: raise ValueError(f'bs must be 1 or more, not {bs}')
     screen = open_screen(data)
-    sites = _sites_to_embed(screen, level, size, cells)
+    sites = _sites_to_embed(screen, level, size, cells, middle)
     encoder = as_encoder(model, screen.channels, pool, device, channelwise=channelwise)
     order,size = match_channels(encoder.channels, screen.channels),size or encoder.size
     _check_reading(encoder, screen)
     cells = None if cells is None else _cells_to_embed(screen, cells, size)
     rows = Rows(sites, level, cells)
-    job = Job(encoder, rows, Cut(screen, order, size, cells), bs, leave_out, workers)
+    job = Job(encoder, rows, Cut(screen, order, size, cells, middle), bs, leave_out, workers)
     made = dict(encoder=encoder.name, weights=encoder.weights, channelwise=encoder.channelwise,
                 pool=pool or 'default', tile=size or 0,
                 channels=[screen.channels[i] for i in order],
                 versions=dict(cellmae=__version__, **{p:version(p) for p in ('torch','timm')}),
-                cut_at='tiles' if cells is None else 'cells', **how_read([screen]),
+                cut_at='middle' if middle else 'tiles' if cells is None else 'cells', **how_read([screen]),
                 left_out=[c for c in sites if c not in rows.obs and c!='site'])
     return job,made
 
@@ -605,8 +610,13 @@ def identity(self:Job, made):
     how = [s.channels, s.z, s.t, s.illum]
     return dict(model=e.name, weights=e.weights or e.code, level=self.rows.level, size=made['tile'],
                 pool=made['pool'], channelwise=e.channelwise, channels=made['channels'], bs=self.bs,
-                cells=self.rows.cells and _hash(self.rows.cells.table), sites=len(s),
+                cells=_cut_at(self.rows.cells, made), sites=len(s),
                 screen=_hash(self.rows.sites, names, how), device=e.device and e.device.type)
+
+def _cut_at(cells, made):
+    "Where crops are cut, if not in tiles"
+    if cells: return _hash(cells.table)
+    return 'middle' if made['cut_at']=='middle' else None
 
 def _check_same(out, kept, now):
     "Refuse a folder that holds something else, and say what"

@@ -99,19 +99,32 @@ def show_reconstruction(
 # %% ../nbs/33_plots.ipynb #5b604a4d
 def plot_history(
     history, # Path of a `history.csv`, or such a DataFrame
-)->Figure: # One panel for the losses, one for each other metric
+    steps=(), # Losses step by step, for the first panel
+    n_steps:int=1, # Of them in an epoch
+)->Figure: # One panel for the losses, one for each other metric, four in a row
     "Losses and metrics by epoch"
     df = history if isinstance(history, pd.DataFrame) else pd.read_csv(history)
     df = df.dropna(axis=1, how='all') # without validation
-    x = df['epoch'] if 'epoch' in df else df.index
-    other = [k for k in df.select_dtypes('number') if k!='epoch' and not k.endswith('loss')]
+    if 'epoch' in df: df = df.set_index('epoch')
+    other = [k for k in df.select_dtypes('number') if not k.endswith('loss')]
     groups = [[k for k in df if k.endswith('loss')], *[[k] for k in other]]
-    fig,axs = plt.subplots(1, len(groups), figsize=(min(8, 2.7*len(groups)),2.3), squeeze=False,
+    rows,cols = -(-len(groups)//4),min(4, len(groups))
+    fig,axs = plt.subplots(rows, cols, figsize=(min(8, 2.7*cols),2*rows+.3), squeeze=False,
                            layout='constrained')
-    for ax,ks in zip(axs[0], groups):
-        for k in ks: ax.plot(x, df[k], '.-' if len(df)<30 else '-', label=plain(k.replace('_',' ')))
-        ax.set_xlabel('epoch'); ax.legend(fontsize=8)
+    for ax in axs.flat[len(groups):]: ax.set_axis_off()
+    at = np.arange(len(steps))/n_steps-1 # the row of an epoch is written at its end
+    axs.flat[0].plot(at, steps, color='C0', alpha=.4, lw=1)
+    for ax,ks in zip(axs.flat, groups): _curves(ax, df[ks])
     return fig
+
+def _curves(ax, df):
+    "Columns by epoch, also those that are measured now and then only"
+    for k in df:
+        y = df[k].dropna()
+        ax.plot(y.index, y, '.-' if len(y)<30 else '-', label=plain(k.replace('_',' ')))
+    ax.set_xlabel('epoch')
+    if len(df.columns): ax.legend(fontsize=8)
+
 
 # %% ../nbs/33_plots.ipynb #142fd534
 def _profiles(adata):

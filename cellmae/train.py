@@ -25,7 +25,7 @@ from .blocks import compile_blocks, set_recompute
 from .learner import Average, check_length, fit_cycle, mae_learner
 from .many_gpus import Together, join_processes
 from .scale import fit_parts
-from .watch import Watch, report_to
+from .watch import Live, Watch, report_to
 from .zoo import check_savable, create_model, recipe, save_model
 
 # %% ../nbs/50_train.ipynb #a5fb6fb5
@@ -47,6 +47,7 @@ def equip(
     if ema: learn.add_cb(Average(ema)); learn.settings['ema'] = ema # which makes it another run
     if watch is not None and watch is not False: learn.add_cb(Watch(watch, n_watch))
     if tracker: learn.add_cb(report_to(tracker, learn.path, learn.settings))
+    learn.add_cb(Live())
     learn.accumulate = accumulate or fit_parts(learn)
     learn.about = dict(accumulate=learn.accumulate, recompute=recompute, compile=compile)
 
