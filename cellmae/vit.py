@@ -42,9 +42,8 @@ class Encoder(nn.Module):
         block,kw = Block,dict(qkv_bias=True)
         if parallel:
             block,kw = ParallelBlock,dict(qkv_bias=qkv_bias, qk_norm=True, init_values=init_values)
-        drops = [drop_path*i/max(depth-1,1) for i in range(depth)]
-        self.blocks = Blocks(*[block(embed_dim, num_heads, mlp_ratio, drop_path=d, **kw)
-                               for d in drops])
+        self.blocks = Blocks(*[block(embed_dim, num_heads, mlp_ratio, **kw) for _ in range(depth)],
+                             drop_path=drop_path)
         self.norm = LayerNorm(embed_dim) if final_norm else nn.Identity()
 
     def forward(self, patches, pos, blocks=None):
