@@ -78,6 +78,24 @@ def _settle(part):
         if rights!=mode: f.chmod(rights)
         _sync(f)
 
+_no_room = errno.ENOSPC,errno.EDQUOT,errno.EFBIG
+
+def _is_full(e, folder):
+    "Was there no room? Some libraries say so in words of their own"
+    if isinstance(e, OSError) or not folder.exists(): return getattr(e, 'errno', 0) in _no_room
+    return isinstance(e, Exception) and shutil.disk_usage(folder).free<2**16
+
+@contextmanager
+def _all_or_nothing(part, path):
+    "Remove what was not written whole, and say what there was no room for"
+    try: yield
+    except BaseException as e:
+        full,number = _is_full(e, path.parent),getattr(e, 'errno', None) or errno.ENOSPC
+        _remove(part)
+        if not full: raise
+        words = 'no room is left on its disk: make some, and the same call goes on'
+        raise OSError(number, words, str(path)) from e
+
 def _exchange(part, path):
     "Give `part` the name `path`; a folder of that name survives unless all goes well"
     if path.exists() and path.is_dir()!=part.is_dir():
@@ -101,8 +119,7 @@ def write_whole(
     _sweep(path)
     begin,end = _around(path)
     part = path.with_name(f'{begin}{os.getpid()}-{token_hex(3)}{end}')
-    try: write(part); _settle(part)
-    except BaseException: _remove(part); raise
+    with _all_or_nothing(part, path): write(part); _settle(part)
     try: _exchange(part, path)
     except OSError as e: raise OSError(f'{path}: {e}. What was written is whole in {part}.') from e
     _sync(path.parent)
@@ -159,8 +176,6 @@ def locked(
         finally: f.truncate(0); fcntl.flock(f, fcntl.LOCK_UN) # a child may have it open
 
 # %% ../nbs/00_files.ipynb #9dc02474
-_no_room = errno.ENOSPC,errno.EDQUOT,errno.EFBIG
-
 @contextmanager
 def on_full_disk(why, *file):
     "Raise `why` instead of what the system says when nothing more can be written"
