@@ -281,8 +281,7 @@ def trains_where_the_model_does_not_fit(screen, disk):
         order = 100
         def after_fit(self): filled(disk)
     taken,words = steps_on(screen, disk/'run', cbs=[Last()])
-    assert taken==10 and re.search('[Nn]o (room|space)|could not be written', words) and str(disk) in words, words
-    assert 'Errno' not in words or 'make room' in words
+    assert taken==10 and re.search('[Nn]o room', words) and f'{disk}/run/model' in words, words
     (disk/'others').unlink()
     taken,words = steps_on(screen, disk/'run')
     assert taken==0 and not words and (disk/'run/model/model.safetensors').exists()
@@ -293,14 +292,14 @@ def trains_where_history_or_pictures_do_not_fit(screen, disk):
         order = 50
         def after_epoch(self): filled(disk)
     taken,words = steps_on(screen, disk/'run', cbs=[Full()], n_pictures=2)
-    assert re.search('history.csv', words) and re.search('[Nn]o (room|space)|could not be written', words), words
+    assert re.search('[Nn]o room.*history.csv', words), words
     (disk/'others').unlink()
     assert not steps_on(screen, disk/'run', n_pictures=2)[1] and len(list(disk.glob('run/reconstructions/*.png')))==2
 
-def trains_on_a_disk_that_turns_read_only(screen, disk):
+def trains_on_a_disk_that_became_read_only(screen, disk):
     mounted(disk, '64m')
-    taken,words = steps_on(screen, disk/'run', cbs=[At(4, lambda out: size(disk, 'ro'))])
-    assert 'checkpoint.pth could not be written' in words and 'Read-only' in words and 4<=taken<=5, words
+    with suppress(KeyboardInterrupt): steps_on(screen, disk/'run', cbs=[Stop(4)])
+    size(disk, 'ro')
     taken,words = steps_on(screen, disk/'run')
     assert taken==0 and re.search('cannot be written.*choose another `out`', words), words
     taken,words = steps_on(screen, disk/'other')
@@ -318,7 +317,7 @@ def classifies_on_a_full_disk(screen, disk):
     assert 0<taken<=6 and not words and like(disk/'run', content(disk.with_name('want wsl')))
 
 on_disks = ['trains_on_a_full_disk','trains_where_the_model_does_not_fit','trains_where_history_or_pictures_do_not_fit',
-            'trains_on_a_disk_that_turns_read_only','classifies_on_a_full_disk']
+            'trains_on_a_disk_that_became_read_only','classifies_on_a_full_disk']
 
 @pytest.mark.skipif(not own_disks(), reason='needs disks of its own')
 def test_disks(tmp_path):
@@ -346,11 +345,9 @@ def test_an_image_deleted_in_mid_run(tmp_path, kind, workers):
     s = make_screen(tmp_path/'s', n=20)
     fit = lambda out,**kw: kinds[kind](s, tmp_path/out, num_workers=workers, **kw)
     fit('whole')
-    seen,real = [],tmp_path/'s/3.tif'
+    real = tmp_path/'s/3.tif'
     raw = real.read_bytes()
-    try: fit('run', cbs=At(5, lambda out: real.unlink()), epochs=2)
-    except ImageError as e: seen.append(str(e))
-    assert seen and '3.tif: missing' in seen[0] and 'plate P1, well A04' in seen[0]
+    with pytest.raises(ImageError, match='3.tif: missing.*plate P1, well A04'): fit('run', cbs=At(2, lambda out: real.unlink()))
     with pytest.raises((ImageError, ValueError, FileNotFoundError), match='3.tif'): fit('run')
     real.write_bytes(raw)
     fit('run')
