@@ -425,7 +425,8 @@ def command(
     return call_parse(run)
 
 def _note(message, *args, **kwargs): print(f'note: {_line(message)}', file=sys.stderr)
-def _line(o): return _python.sub(_option, ' '.join(str(o).split()))
+def _line(o):
+    return _python.sub(_option, ' '.join(str(o).split()).replace('`resume=False`', '`--restart`'))
 def _option(m):
     name,value = m[1] or m[3],m[2] or ''
     return f"`--{name.replace('masks', 'cells')} {value}".removesuffix(' True').rstrip()+'`'

@@ -1,8 +1,10 @@
-"A run that is killed without warning goes on where it was, and leaves nothing broken"
+"Runs that are killed without warning go on where they were, and leave nothing broken; `benchmarks/kills_train.py` does more of it"
 import os, signal, subprocess, sys, time
 import pandas as pd, pytest
 from safetensors.torch import load_file
 from cellmae.synth import synth_screen
+
+forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory):
@@ -19,7 +21,7 @@ def finish(screen, out):
 
 def kill_in_second_epoch(screen, out):
     p = fit(screen, out)
-    while not (out/'checkpoint.pth').exists():
+    while not (out/'history.csv').exists():
         assert p.poll() is None, p.stderr.read().decode()[-2000:]
         time.sleep(.02)
     time.sleep(.3)
@@ -33,3 +35,42 @@ def test_killed_run_resumes(screen, tmp_path):
     a,b = (pd.read_csv(tmp_path/d/'history.csv') for d in ('killed','straight'))
     pd.testing.assert_frame_equal(a, b)
     assert len(a)==6 and not [f for f in os.listdir(tmp_path/'killed') if '.part' in f]
+
+def python(*args):
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([os.getcwd(), f'{os.getcwd()}/benchmarks']), 'OMP_NUM_THREADS': '1'}
+    p = subprocess.run([sys.executable, '-W', 'ignore', *map(str, args)], capture_output=True, text=True, env=env, timeout=300)
+    assert p.returncode==0, p.stdout[-3000:]+p.stderr[-3000:]
+    return p.stdout
+
+@forks
+def test_kills():
+    "All that a run leaves is that of an undisturbed one: weights, averages, optimiser, curves, history, pictures, provenance"
+    some = 'fit_mae, bf16','fit_mae, spoilt','fit_mae, 2 processes, watched','fit_wsl, average','fit_wsl, 2 processes, average'
+    assert 'After all of 5 kills' in python('benchmarks/kills_train.py', '--n', 5, '--jobs', *some)
+
+others = '''
+import random, sys
+from kills_train import *
+
+def numbers(out):
+    "All numbers of a model and of the history"
+    return {**load_file(out/'model/model.safetensors'), **{c: torch.tensor(t) for c,t in pd.read_csv(out/'history.csv').items()}}
+
+of = Path(sys.argv[1])
+os.waitpid(fork(sources, of), 0)
+for o in ('undisturbed','killed'): (of/o).mkdir()
+for name in ('fit_mae, plain','fit_mae, 2 processes, plain'): finish(name, of, of/'undisturbed'/name)
+for first,then in (('fit_mae, plain','fit_mae, 2 processes, plain'), ('fit_mae, 2 processes, plain','fit_mae, plain')):
+    out = of/'killed'/'run'
+    while not (kill(first, of, out, .5, 'change') and reached(out)>(0,0)): clear(out)
+    finish(then, of, out)
+    a,b = numbers(of/'undisturbed'/first),numbers(out)
+    print('farthest', max(float((a[k]-b[k]).abs().max()) for k in a), steps_of(out), flush=True)
+    clear(out)
+'''
+
+@forks
+def test_another_number_of_processes_goes_on(tmp_path):
+    "One goes on where two were killed, and two where one was; sums of floats may differ in their last digits"
+    lines = [o.split() for o in python('-c', 'from safetensors.torch import load_file\n'+others, tmp_path/'of').splitlines() if o.startswith('farthest')]
+    assert len(lines)==2 and all(float(far)<1e-3 and 0<int(steps)<12 for _,far,steps in lines)
