@@ -16,7 +16,7 @@ from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .device import has_bf16
 from .stats import intensity_stats, spectrum_stats
-from .zoo import create_model, list_models, load_model
+from .zoo import bare_model, create_model, list_models, load_model
 
 # %% ../nbs/39_encoders.ipynb #3940e17b
 _other_name = ("If the same stain has another name there, rename it when opening the screen "
@@ -67,6 +67,7 @@ def as_encoder(
     "Give any encoder its face"
     if isinstance(what, AnyEncoder): return what
     if isinstance(what, (str,Path)): what = _find(what, channels, seed)
+    if isinstance(what, nn.Module): what = bare_model(what)
     if channelwise and not isinstance(what, CAMAE):
         raise ValueError(_whole.format(type(what).__name__))
     if not isinstance(what, nn.Module): return _of_function(what)

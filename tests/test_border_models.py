@@ -1,5 +1,5 @@
 "What may be done to a model or asked of a picture: done, or refused in words, and nothing is left behind"
-import copy, importlib.util, warnings
+import copy, warnings
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from anndata import AnnData
@@ -140,19 +140,6 @@ def test_exported_drawing(kind):
         x = images(b,3,16,16)
         noise = torch.rand(model.model.tokens(x).shape[:2])
         torch.testing.assert_close(program(x, noise), model(x, noise), atol=1e-5, rtol=0)
-
-@pytest.mark.skipif(not all(importlib.util.find_spec(o) for o in ('onnx','onnxscript','onnxruntime')), reason='no ONNX')
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('kind', models)
-def test_onnx(kind, tmp_path):
-    import onnxruntime
-    model = Embedder(make(kind))
-    torch.onnx.export(model, (images(2,3,16,24),), tmp_path/'encoder.onnx', dynamic_shapes=[free(kind)], dynamo=True)
-    session = onnxruntime.InferenceSession(tmp_path/'encoder.onnx')
-    for shape in shapes(kind):
-        x = images(*shape)
-        z, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        np.testing.assert_allclose(z, model(x).detach().numpy(), atol=1e-5)
 
 @pytest.mark.parametrize('bad,words', [(torch.rand(2,3,16,16), 'in 0..1'), (torch.full((2,3,16,16), torch.nan), 'NaN')])
 def test_compiled_models_still_look_at_pixels(bad, words):
