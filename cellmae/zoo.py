@@ -150,9 +150,9 @@ def cost(
     **kwargs, # Arguments for `create_model`; with a module, `in_chans` if it does not know its own
 )->dict: # `tokens`; weights of `encoder`, `decoder`; GFLOP to `embed`, `train`; `state`, `image`
     "Work and memory of a model, without running it; NaN for what a module does not do"
-    crop = crop or _own_crop(model)
+    crop = crop or own_crop(model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model = _ghost(model, fake, kwargs)
+    model = ghost(model, fake, kwargs)
     embed = tokens = float('nan')
     with fake:
         x = _two_images(model, crop, kwargs)
@@ -164,28 +164,33 @@ def cost(
                 state=n*12/2**30, image=image/2**21)
 
 # %% ../nbs/30_zoo.ipynb #b3d502ff
-def _own_crop(model):
+def own_crop(
+    model, # Name of a model, or a model
+)->int: # Side in pixels
     "Side of the crops that a model was made for"
     if isinstance(model, str): return recipe(model).crop
     if side := getattr(model, 'config', {}).get('img_size'): return side
     raise ValueError(f"{type(model).__name__} does not say how large its images are: "
                      "give `crop`, their side in pixels.")
 
-def _ghost(model, fake, kwargs):
+def ghost(
+    model, # Name of a model, or a module
+    fake:FakeTensorMode, # Where it shall live
+    kwargs:dict, # Arguments for `create_model`
+)->nn.Module: # On the CPU, ready to train
     "A copy of a module, or a new named model, that has shapes and no numbers"
     if isinstance(model, str):
         with torch.device('meta'): model = create_model(model, **kwargs)
-        with fake: model = model.to_empty(device='cpu')
     else:
         with fake, FakeCopyMode(fake): model = copy.deepcopy(model)
+    with fake: model = model.to_empty(device='cpu')
     set_attention(model, True)
     return model.train()
 
 def _two_images(model, crop, kwargs):
     "Images for a model; two, because batch norm needs them"
     chans = kwargs.get('in_chans') or model.in_chans
-    device = next(model.parameters()).device
-    return torch.empty(2, chans, crop, crop, dtype=torch.uint8, device=device)
+    return torch.empty(2, chans, crop, crop, dtype=torch.uint8)
 
 def _n_weights(model): return sum(p.numel() for p in model.parameters())
 
