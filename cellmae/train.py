@@ -9,6 +9,7 @@ __all__ = ['equip', 'check_folder', 'run_whole', 'make_model', 'make_loaders', '
 # %% ../nbs/50_train.ipynb #653c940d
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 import torch
@@ -89,13 +90,15 @@ def run_whole(
         finally: note_lineage(learn.model, out, settings.get('start'))
         learn.model.provenance = {**_done(learn), **settings, **provenance}
         last = next((cb.last for cb in learn.cbs if isinstance(cb, Average)), None)
-        if first: save_model(learn.model, out/'model', last=last, **learn.model.provenance)
+        save = partial(save_model, learn.model, out/'model', last=last, **learn.model.provenance)
+        if first: keep.with_room(save)
     return learn
 
 def _done(learn):
     "What came out: epochs, the last of them maybe cut short, and steps"
-    rec = learn.recorder
-    return dict(getattr(learn, 'about', {}), epochs=len(rec.values), steps=len(rec.losses))
+    rec,skipped = learn.recorder,learn.guard.skipped
+    return dict(getattr(learn, 'about', {}), epochs=len(rec.values), steps=len(rec.losses),
+                **dict(skipped=skipped) if skipped else {})
 
 # %% ../nbs/50_train.ipynb #b556023a
 def make_model(
