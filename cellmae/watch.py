@@ -30,7 +30,7 @@ from .retrieval import match
 from .sites import WELL
 from .tvn import TVN, CenterScale
 
-# %% ../nbs/49_watch.ipynb #e7c97572
+# %% ../nbs/49_watch.ipynb #43ffcfb3
 def effective_rank(
     x, # Profiles: AnnData, `(X, obs)`, array `(n,D)`
 )->float: # From 0, if all are the same, to `min(n-1,D)`
@@ -41,7 +41,7 @@ def effective_rank(
     p = s/s.sum()
     return float(np.exp(-(p*np.log(p)).sum())) if len(s) else 0.
 
-# %% ../nbs/49_watch.ipynb #0ab3db87
+# %% ../nbs/49_watch.ipynb #f7ea6d78
 def nn_accuracy(
     x, # Profiles: AnnData or `(X, obs)` with `batch` and `perturbation`
     asked=None, # `(n)` mask of wells whose neighbour is looked for; default: all that are treated
@@ -64,7 +64,7 @@ def _many_controls(obs, control):
     "Has each batch two controls or more?"
     return pd.Series(control).groupby(obs['batch'].to_numpy(), observed=True).sum()>1
 
-# %% ../nbs/49_watch.ipynb #74932fcf
+# %% ../nbs/49_watch.ipynb #d01330b2
 def recall_of(
     x, # Profiles of wells with `batch`, `perturbation` and `control`
     relationships, # As in `recall`
@@ -74,7 +74,7 @@ def recall_of(
     if t['recall'].notna().any(): return float(t['recall'].mean())
     raise ValueError(f'no known pair is among the {t.n_genes[0]} genes that are watched')
 
-# %% ../nbs/49_watch.ipynb #00a3e38f
+# %% ../nbs/49_watch.ipynb #4406a058
 _controls,_enough = 4,40 # control wells of a batch; perturbations, or wells that have none
 
 def choose_wells(
@@ -107,7 +107,7 @@ def _first_few(kind, late, n):
     "The first `n` perturbations, those that are not `late` before others"
     return pd.unique(kind[late[kind.index].sort_values(kind='stable').index])[:max(n, 0)]
 
-# %% ../nbs/49_watch.ipynb #1e3cead1
+# %% ../nbs/49_watch.ipynb #2eecaca3
 def tiles_at_a_time(
     images:float, # That a process trains on between two looks
     part:float=.03, # Of them that a look may cost
@@ -121,7 +121,8 @@ def wells_of_run(
     "The wells of a run with their site numbers; of several panels those of the first"
     sites,known = dls.train.sites,np.concatenate([dls.train.ids, dls.valid.ids])
     t = pd.concat([s.table for s in sites.screens], ignore_index=True)
-    t = t.reindex(columns=[*WELL,'perturbation','control']).fillna({'perturbation':''})
+    names = [*WELL,'perturbation']
+    t = t.reindex(columns=[*names,'control']).astype(dict.fromkeys(names, object)).fillna('')
     t = t.assign(screen=[sites.which(i) for i in t.index], site=t.index,
                  held=t.index.isin(dls.valid.ids))
     first = [tuple(s.channels)==sites.panels[0] for s in sites.screens]
@@ -135,7 +136,7 @@ def _sites_of(wells, n):
     turns = sorted((k,i,s) for i,ss in enumerate(wells['sites']) for k,s in enumerate(ss))
     return np.sort([s for *_,s in turns[:max(n, len(wells))]])
 
-# %% ../nbs/49_watch.ipynb #ff93a185
+# %% ../nbs/49_watch.ipynb #357d1cfd
 @contextmanager
 def untouched(
     model:nn.Module, # On any device
@@ -150,7 +151,7 @@ def untouched(
         finally:
             for b,was in zip(model.buffers(), kept): b.copy_(was)
 
-# %% ../nbs/49_watch.ipynb #e0a0fcc6
+# %% ../nbs/49_watch.ipynb #fa1a5902
 class Measured(Metric):
     "A column of the history whose value someone else sets"
     name = value = None # plain attributes, where fastai computes
@@ -172,12 +173,10 @@ class Watch(Callback):
         self.run = not hasattr(self.learn, 'lr_finder')
         own = [m for m in self.learn.metrics if not isinstance(m, Measured)]
         self.learn.metrics = own+[Measured(k) for k in self.names if self.run]
-        self.done,self.said,self.rows = 0,set(),None
+        self.said,self.screens = set(),None
 
     def after_epoch(self):
-        due = int(self.times*self.pct_train+1e-6)
-        if due<=self.done: return
-        self.done = due
+        if not self.learn.due(self.times): return
         at = {k:i for i,k in enumerate(self.recorder.metric_names[:len(self.recorder.log)])}
         for k,v in self.shared(self.look()).items():
             if k in at: self.recorder.log[at[k]] = v
@@ -185,23 +184,20 @@ class Watch(Callback):
     def after_fit(self):
         self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, Measured)]
 
-    def state_dict(self): return dict(done=self.done)
-    def load_state_dict(self, state): self.done = state.get('done', 0)
-
     def say(self, text):
         "Once, by the first process"
         if text not in self.said and not rank_distrib(): print(text, flush=True)
         self.said.add(text)
 
-# %% ../nbs/49_watch.ipynb #249d4b88
+# %% ../nbs/49_watch.ipynb #e1374574
 @patch
 def look(self:Watch):
     "What the wells tell now, NaN where they do not"
     split = any(isinstance(p, DTensor) for p in self.model.parameters())
     if rank_distrib() and not split: return {}
     try:
-        if self.rows is None: self.choose()
-        with untouched(self.model): x = self.embedded()
+        if self.screens is None: self.choose()
+        with self.learn.averaged() as model, untouched(model): x = self.embedded(model)
     except Exception as e: self.say(f'Nothing can be watched: {e}'); return {}
     ask = dict(effective_rank=effective_rank, nn_accuracy=self.accuracy, recall=self.recalled)
     return {k:self.measured(k, ask[k], x) for k in self.names}
@@ -235,39 +231,43 @@ def shared(self:Watch, values):
     v = torch.tensor(here, dtype=torch.float64, device=self.dls.device)
     return dict(zip(self.names, self.learn.of_all(v).tolist()))
 
-# %% ../nbs/49_watch.ipynb #bdc5cc69
+# %% ../nbs/49_watch.ipynb #a4253727
 @patch
 def choose(self:Watch):
     "Which sites are embedded, and how many at a time"
     dl,wells = self.dls.train,wells_of_run(self.dls)
-    epochs = self.n_epoch/min(self.times, self.n_epoch)
-    images = epochs*len(dl.ids)*dl.crops/dl.ranks
+    epochs = 1 if hasattr(self.learn, 'budget') else max(1, self.n_epoch/self.times)
+    images = epochs*len(dl.ids)*dl.crops/dl.ranks # of this process, between two looks
     n = tiles_at_a_time(images)
     named = {k for t in (self.sets or {}).values() for k in t.to_numpy().ravel()}
     wells = wells.loc[choose_wells(wells, n, named)]
-    self.rows = _sites_of(wells, n)
+    rows = _sites_of(wells, n)
+    self.screens = [_some(self.dls, k, rows) for k in range(len(dl.sites.screens))]
     self.part = max(1, dl.per_batch*dl.crops//(dl.ranks*self.learn.accumulate)) # for memory
     self.say(f'Watching {len(wells)} wells, {wells["held"].sum()} of them held out'
              +', all of the first panel'*(len(dl.sites.panels)>1)
-             +_cost(len(self.rows)/images))
+             +_cost(len(rows)/images))
+
+def _some(dls, k, rows):
+    "Those of the sites with numbers `rows` that are in screen `k`, and whether they are held out"
+    sites = dls.train.sites
+    rows = rows[(rows>=sites.starts[k])&(rows<sites.starts[k+1])]
+    s = sites.screens[k].subset(rows-sites.starts[k])
+    s.table = s.table.assign(held=np.isin(rows, dls.valid.ids))
+    return s
 
 def _cost(part):
     return f' (so short a run takes about {part:.0%} longer)' if part>.05 else ''
 
 @patch
-def embedded(self:Watch):
-    "The wells as they are now"
-    sites,found,encoder = self.dls.train.sites,[],as_encoder(self.model)
-    for k,screen in enumerate(sites.screens):
-        rows = self.rows[(self.rows>=sites.starts[k])&(self.rows<sites.starts[k+1])]
-        if not len(rows): continue
-        s = screen.subset(rows-sites.starts[k])
-        s.table = s.table.assign(held=np.isin(rows, self.dls.valid.ids))
-        found.append(embed(encoder, s, size=self.dls.train.size, middle=True, progress=False,
-                           bs=min(self.part, encoder.bs)))
+def embedded(self:Watch, model):
+    "The wells as the model sees them now"
+    encoder = as_encoder(model)
+    how = dict(size=self.dls.train.size, bs=min(self.part, encoder.bs), middle=True, progress=False)
+    found = [embed(encoder, s, **how) for s in self.screens if len(s)]
     return ad.concat(found) if len(found)>1 else found[0]
 
-# %% ../nbs/49_watch.ipynb #f3772ff5
+# %% ../nbs/49_watch.ipynb #98c64c0e
 def _missing(package):
     return ImportError(f'`tracker={package!r}` needs the package {package}, which is not '
                        f'installed: `pip install {package}`.')
@@ -283,7 +283,7 @@ def report_to(
     if not find_spec(name): raise _missing(name)
     return Callback() if rank_distrib() else _trackers[name](Path(out), settings)
 
-# %% ../nbs/49_watch.ipynb #ac5d77a8
+# %% ../nbs/49_watch.ipynb #8384371a
 def _steps_done(learn):
     "Steps of a run that were taken before this fit"
     return learn.first_epoch*len(learn.dls.train)+learn.dls.train.start
@@ -313,7 +313,7 @@ def _as_table(settings):
     rows = [f'| {k} | {str(v)[:200]} |' for k,v in settings.items()]
     return '\n'.join(['| setting | value |', '|---|---|', *rows])
 
-# %% ../nbs/49_watch.ipynb #8c8aea9b
+# %% ../nbs/49_watch.ipynb #da33e770
 def _wandb(out, settings):
     import wandb
     from fastai.callback.wandb import WandbCallback
@@ -345,7 +345,7 @@ def _known(settings): return {k:v for k,v in settings.items() if v is not None}
 
 _trackers = dict(tensorboard=_tensorboard, wandb=_wandb)
 
-# %% ../nbs/49_watch.ipynb #6869b3d0
+# %% ../nbs/49_watch.ipynb #49ef3f1d
 def in_jupyter()->bool: # Not in a terminal, and not in a test that runs a notebook without Jupyter
     "Is this a notebook whose outputs can be redrawn?"
     ipython = sys.modules.get('IPython')
@@ -378,7 +378,7 @@ class Live(Callback):
         else: self.handle = display(page, display_id=True)
         self.next = time.monotonic()+self.every
 
-# %% ../nbs/49_watch.ipynb #22b1c599
+# %% ../nbs/49_watch.ipynb #107a468c
 def _image(png): return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 @patch
