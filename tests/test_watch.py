@@ -12,7 +12,7 @@ from cellmae.wsl import fit_wsl
 from cellmae.zoo import create_model, load_model
 
 kw = dict(epochs=3, bs=16, crop=32, device='cpu', bf16=False, accumulate=1, save_every=0)
-wsl = dict(arch='densenet_t', crops=2, apart=None, **kw)
+wsl = dict(arch='densenet_t', crops=2, apart=None, **{**kw, 'epochs':2})
 columns = ['effective_rank', 'nn_accuracy', 'recall']
 
 @pytest.fixture(scope='module')
@@ -78,7 +78,7 @@ def test_measured_where_a_run_ends_by_the_clock(screen, tmp_path):
 
 def test_the_average_is_watched(screen, tmp_path):
     learn = fit(screen, tmp_path/'run', watch=True, ema=.5)
-    watch,last = learn.watch,load_model(learn.path/'model', average=False)
+    watch,last = next(o for o in learn.records if isinstance(o, Watch)),load_model(learn.path/'model', average=False)
     now = {k:effective_rank(embed(m, watch.screens[0], size=32, middle=True, progress=False)) for k,m in dict(mean=learn.model, last=last).items()}
     assert abs(now['mean']-history(learn)['effective_rank'].iloc[-1])<1e-4
     assert abs(now['last']-now['mean'])>1e-3
@@ -109,9 +109,12 @@ def test_relationships_are_read_before_the_run(tmp_path):
     with pytest.raises(TypeError, match='relationships are'): Watch(3)
 
 def test_callbacks_see_what_is_measured(screen, tmp_path):
-    learn = fit(screen, tmp_path/'run', watch=True, cbs=SaveModelCallback(monitor='nn_accuracy', fname='best'))
+    fit(screen, tmp_path/'run', epochs=2, watch=True, cbs=SaveModelCallback(monitor='nn_accuracy', fname='best'))
     assert (tmp_path/'run/models/best.pth').exists()
-    assert len(learn.validate())==3 # loss, mse, fourier: nothing is left behind
+
+def test_nothing_is_left_behind(watched, capsys):
+    assert len(watched.validate())==3 # loss, mse, fourier
+    assert not capsys.readouterr().out
 
 def test_held_out_wells_and_panels(screen):
     dls = screen_dls([screen, screen], 32, 16, device='cpu')
@@ -190,7 +193,7 @@ def test_live(screen, tmp_path, monkeypatch):
     monkeypatch.setattr('cellmae.watch.in_jupyter', lambda: True)
     fit(screen, tmp_path/'short', epochs=1)
     assert not seen.pages # over before half a minute
-    monkeypatch.setattr(Live.__init__, '__defaults__', (0, 0))
+    monkeypatch.setattr(Live.__init__, '__defaults__', (.5, 0))
     with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/'run', n_pictures=1, cbs=Stops(1, 1))
     before = len(seen.pages)
     fit(screen, tmp_path/'run', n_pictures=1, cbs=Stops(9, 9))
