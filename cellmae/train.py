@@ -46,9 +46,9 @@ def equip(
     if recompute: set_recompute(learn.model)
     if compile: compile_blocks(learn.model)
     if ema: learn.add_cb(Average(ema)); learn.settings['ema'] = ema # which makes it another run
-    if watch is not None and watch is not False: learn.add_cb(Watch(watch, n_watch))
-    if tracker: learn.add_cb(report_to(tracker, learn.path, learn.settings))
-    learn.add_cb(Live())
+    if watch is not None and watch is not False: learn.records.append(Watch(watch, n_watch))
+    if tracker: learn.records.append(report_to(tracker, learn.path, learn.settings))
+    learn.records.append(Live())
     learn.accumulate = accumulate or fit_parts(learn)
     learn.about = dict(accumulate=learn.accumulate, recompute=recompute, compile=compile)
 

@@ -30,7 +30,7 @@ from .retrieval import match
 from .sites import WELL
 from .tvn import TVN, CenterScale
 
-# %% ../nbs/49_watch.ipynb #43ffcfb3
+# %% ../nbs/49_watch.ipynb #1eaf714a
 def effective_rank(
     x, # Profiles: AnnData, `(X, obs)`, array `(n,D)`
 )->float: # From 0, if all are the same, to `min(n-1,D)`
@@ -41,7 +41,7 @@ def effective_rank(
     p = s/s.sum()
     return float(np.exp(-(p*np.log(p)).sum())) if len(s) else 0.
 
-# %% ../nbs/49_watch.ipynb #f7ea6d78
+# %% ../nbs/49_watch.ipynb #a2db85f8
 def nn_accuracy(
     x, # Profiles: AnnData or `(X, obs)` with `batch` and `perturbation`
     asked=None, # `(n)` mask of wells whose neighbour is looked for; default: all that are treated
@@ -64,7 +64,7 @@ def _many_controls(obs, control):
     "Has each batch two controls or more?"
     return pd.Series(control).groupby(obs['batch'].to_numpy(), observed=True).sum()>1
 
-# %% ../nbs/49_watch.ipynb #d01330b2
+# %% ../nbs/49_watch.ipynb #d517267d
 def recall_of(
     x, # Profiles of wells with `batch`, `perturbation` and `control`
     relationships, # As in `recall`
@@ -74,7 +74,7 @@ def recall_of(
     if t['recall'].notna().any(): return float(t['recall'].mean())
     raise ValueError(f'no known pair is among the {t.n_genes[0]} genes that are watched')
 
-# %% ../nbs/49_watch.ipynb #4406a058
+# %% ../nbs/49_watch.ipynb #bf3a3a8a
 _controls,_enough = 4,40 # control wells of a batch; perturbations, or wells that have none
 
 def choose_wells(
@@ -88,7 +88,8 @@ def choose_wells(
     kind = w['perturbation'].mask(w['control'], '')
     turn = w.groupby([w['control'], kind, 'batch'], sort=False).cumcount()
     pair = ~w['control'] & (kind!='') & (turn==0)
-    pair[pair] = w[pair].groupby('perturbation', sort=False).cumcount()<2
+    few = w[pair].groupby('perturbation', sort=False).cumcount()<2 # batches
+    pair &= few.reindex(w.index, fill_value=False)
     held = w['held'].groupby(kind).transform('any')
     late = ~kind.isin(named)
     new = _first_few(kind[pair&~held], late, _enough-kind[pair&held].nunique())
@@ -107,7 +108,7 @@ def _first_few(kind, late, n):
     "The first `n` perturbations, those that are not `late` before others"
     return pd.unique(kind[late[kind.index].sort_values(kind='stable').index])[:max(n, 0)]
 
-# %% ../nbs/49_watch.ipynb #2eecaca3
+# %% ../nbs/49_watch.ipynb #52033d8b
 def tiles_at_a_time(
     images:float, # That a process trains on between two looks
     part:float=.03, # Of them that a look may cost
@@ -136,7 +137,7 @@ def _sites_of(wells, n):
     turns = sorted((k,i,s) for i,ss in enumerate(wells['sites']) for k,s in enumerate(ss))
     return np.sort([s for *_,s in turns[:max(n, len(wells))]])
 
-# %% ../nbs/49_watch.ipynb #357d1cfd
+# %% ../nbs/49_watch.ipynb #b907da1d
 @contextmanager
 def untouched(
     model:nn.Module, # On any device
@@ -151,7 +152,7 @@ def untouched(
         finally:
             for b,was in zip(model.buffers(), kept): b.copy_(was)
 
-# %% ../nbs/49_watch.ipynb #fa1a5902
+# %% ../nbs/49_watch.ipynb #814a3b38
 class Measured(Metric):
     "A column of the history whose value someone else sets"
     name = value = None # plain attributes, where fastai computes
@@ -189,7 +190,7 @@ class Watch(Callback):
         if text not in self.said and not rank_distrib(): print(text, flush=True)
         self.said.add(text)
 
-# %% ../nbs/49_watch.ipynb #e1374574
+# %% ../nbs/49_watch.ipynb #96f70992
 @patch
 def look(self:Watch):
     "What the wells tell now, NaN where they do not"
@@ -231,7 +232,7 @@ def shared(self:Watch, values):
     v = torch.tensor(here, dtype=torch.float64, device=self.dls.device)
     return dict(zip(self.names, self.learn.of_all(v).tolist()))
 
-# %% ../nbs/49_watch.ipynb #a4253727
+# %% ../nbs/49_watch.ipynb #8b675154
 @patch
 def choose(self:Watch):
     "Which sites are embedded, and how many at a time"
@@ -243,7 +244,7 @@ def choose(self:Watch):
     wells = wells.loc[choose_wells(wells, n, named)]
     rows = _sites_of(wells, n)
     self.screens = [_some(self.dls, k, rows) for k in range(len(dl.sites.screens))]
-    self.part = max(1, dl.per_batch*dl.crops//(dl.ranks*self.learn.accumulate)) # for memory
+    self.at_once = max(1, dl.per_batch*dl.crops//(dl.ranks*self.learn.accumulate)) # for memory
     self.say(f'Watching {len(wells)} wells, {wells["held"].sum()} of them held out'
              +', all of the first panel'*(len(dl.sites.panels)>1)
              +_cost(len(rows)/images))
@@ -263,11 +264,11 @@ def _cost(part):
 def embedded(self:Watch, model):
     "The wells as the model sees them now"
     encoder = as_encoder(model)
-    how = dict(size=self.dls.train.size, bs=min(self.part, encoder.bs), middle=True, progress=False)
+    how = dict(size=self.dls.train.size, bs=min(self.at_once, encoder.bs), middle=True, progress=False)
     found = [embed(encoder, s, **how) for s in self.screens if len(s)]
     return ad.concat(found) if len(found)>1 else found[0]
 
-# %% ../nbs/49_watch.ipynb #98c64c0e
+# %% ../nbs/49_watch.ipynb #724d097c
 def _missing(package):
     return ImportError(f'`tracker={package!r}` needs the package {package}, which is not '
                        f'installed: `pip install {package}`.')
@@ -283,7 +284,7 @@ def report_to(
     if not find_spec(name): raise _missing(name)
     return Callback() if rank_distrib() else _trackers[name](Path(out), settings)
 
-# %% ../nbs/49_watch.ipynb #8384371a
+# %% ../nbs/49_watch.ipynb #c369efc3
 def _steps_done(learn):
     "Steps of a run that were taken before this fit"
     return learn.first_epoch*len(learn.dls.train)+learn.dls.train.start
@@ -297,35 +298,47 @@ def _tensorboard(out, settings):
     from torch.utils.tensorboard import SummaryWriter
     from fastai.callback.tensorboard import TensorBoardCallback
     class Board(TensorBoardCallback):
-        order,run_valid = 76,False # after checkpoint and pictures
-        def _setup_writer(self):
-            self.writer = SummaryWriter(self.log_dir, purge_step=_steps_done(self.learn))
-            self.writer.add_text('settings', _as_table(settings), 0)
+        order,run_valid = 66,False # after the picture, and before the checkpoint
+        def _setup_writer(self): self.writer = None # not before it is known where the run goes on
+        def before_train(self):
+            if self.writer: return
+            self.writer = SummaryWriter(self.log_dir, purge_step=_steps_done(self.learn)+1)
+            self.writer.add_text('settings', _as_table(settings), self.train_iter)
+
+        def after_batch(self):
+            super().after_batch()
+            self.writer.flush() # a checkpoint may follow, and then a kill
 
         def after_epoch(self):
             super().after_epoch()
             if f := _picture(self.learn): self.writer.add_image(
                 'reconstructions', plt.imread(f), self.train_iter, dataformats='HWC')
             self.writer.flush()
+        def after_fit(self):
+            if self.writer: self.writer.close()
     return Board(out/'tensorboard', trace_model=False, log_preds=False)
 
 def _as_table(settings):
     rows = [f'| {k} | {str(v)[:200]} |' for k,v in settings.items()]
     return '\n'.join(['| setting | value |', '|---|---|', *rows])
 
-# %% ../nbs/49_watch.ipynb #da33e770
+# %% ../nbs/49_watch.ipynb #ad28ffd1
 def _wandb(out, settings):
     import wandb
     from fastai.callback.wandb import WandbCallback
     class Board(WandbCallback):
-        order = 76
-        def before_fit(self):
-            done,file = _steps_done(self.learn),out/'wandb_id.txt'
-            if not (done and file.exists()): write_whole(file, _write_id)
+        order = 66 # after the picture, and before the checkpoint
+        def before_fit(self): self.begun = False
+        def before_train(self):
+            if not self.begun: self.begun = True; self.begin(_steps_done(self.learn))
+
+        def begin(self, done):
+            "Once it is known where the run goes on"
             wandb.init(project='cellmae', name=out.name, dir=out, config=_known(settings),
-                       id=file.read_text(), resume='allow')
+                       id=_number(out/'wandb_id.txt', done), resume='allow')
             self.learn.gather_args = dict # fastai's asks for datasets that are not there
             super().before_fit()
+            del self.learn.gather_args
             self._wandb_step,self._wandb_epoch = done-1,done/len(self.dls.train)
 
         def after_epoch(self):
@@ -334,18 +347,22 @@ def _wandb(out, settings):
                 wandb.log({'reconstructions': wandb.Image(str(f))}, step=self._wandb_step)
 
         def after_fit(self):
+            if not self.begun: return
             super().after_fit()
-            del self.learn.gather_args
             wandb.finish()
     return Board(log=None, log_preds=False)
 
-def _write_id(f): f.write_text(secrets.token_hex(4))
+def _number(file, done):
+    "What W&B knows a run by: that in its folder, or a new one for one that begins"
+    if not (done and file.exists()):
+        write_whole(file, lambda f: f.write_text(secrets.token_hex(4)))
+    return file.read_text()
 
 def _known(settings): return {k:v for k,v in settings.items() if v is not None}
 
 _trackers = dict(tensorboard=_tensorboard, wandb=_wandb)
 
-# %% ../nbs/49_watch.ipynb #49ef3f1d
+# %% ../nbs/49_watch.ipynb #efd44ed5
 def in_jupyter()->bool: # Not in a terminal, and not in a test that runs a notebook without Jupyter
     "Is this a notebook whose outputs can be redrawn?"
     ipython = sys.modules.get('IPython')
@@ -378,7 +395,7 @@ class Live(Callback):
         else: self.handle = display(page, display_id=True)
         self.next = time.monotonic()+self.every
 
-# %% ../nbs/49_watch.ipynb #107a468c
+# %% ../nbs/49_watch.ipynb #9774aef6
 def _image(png): return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 @patch
