@@ -155,6 +155,7 @@ class CropLoader(DataLoader):
         **kwargs
     ):
         self.ids,self.per_batch = np.asarray(ids, dtype=int),max(1, bs//crops)
+        self.at_once = self.per_batch # sites of a batch, of validation those of a part
         self.epoch = self.start = 0
         self.rank,self.ranks = 0,1 # this process, and how many share each batch, see `share`
         store_attr('sites,size,crops,train,seed,apart')
@@ -168,7 +169,7 @@ class CropLoader(DataLoader):
         for g in np.unique(self.groups):
             ids = self.ids[self.groups==g]
             if self.train: ids = rng.permutation(ids)
-            batches += np.array_split(ids, ceil(len(ids)/self.per_batch))
+            batches += np.array_split(ids, ceil(len(ids)/self.at_once))
         order = rng.permutation(len(batches)) if self.train else range(len(batches))
         return [batches[i] for i in order]
 
@@ -313,10 +314,13 @@ def _at_cells(x, centres, size, n, rng):
 def share(self:CropLoader,
     rank:int, # This process, from 0
     ranks:int, # Processes that train together
+    parts:int=1, # Of what a process has of a batch, one after the other
 ):
-    "Take our sites of each batch, or of validation every `ranks`th batch"
+    "Take our sites of each batch; of validation, in batches as small as parts, every `ranks`th"
     self.rank,self.ranks = rank,ranks
-    if not self.train: self.n = ceil(len(self.epoch_batches(0))/ranks)
+    if self.train: return
+    self.at_once = ceil(self.per_batch/(ranks*parts))
+    self.n = ceil(len(self.epoch_batches(0))/ranks)
 
 @patch
 def shared(self:CropLoader, batches):

@@ -27,7 +27,7 @@ from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric, Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib, to_detach
 from fastcore.basics import listify, noop, patch
 from fastprogress.fastprogress import format_time
 from timm.optim.lion import Lion
@@ -191,6 +191,7 @@ def all_batches(self:SafeLearner):
             self.one_batch(i, b)
             if self.training and self.over: break
     finally: getattr(batches, 'close', noop)() # a traceback would keep them, and their threads
+    if num_distrib()>1 and not self.training: self.add_up()
 
 @patch
 def _do_fit(self:SafeLearner):
@@ -251,7 +252,7 @@ def _do_one_batch(self:SafeLearner):
         xb,yb = (tuple(o[self.part.rows] for o in b) for b in (self.xb,self.yb))
         with part_of(place.whole, self.part.first): self.one_part(xb, yb)
         loss = loss + self.part.weight*self.loss.detach()
-        self.loss_grad = self.loss_grad*(self.part.weight*ranks) # which are averaged
+        self.loss_grad = self.loss_grad*self.part.weight
         self._with_events(self._backward, 'backward', CancelBackwardException)
     self.loss = self.of_all(loss)
     self._with_events(self._step, 'step', CancelStepException)
@@ -280,6 +281,28 @@ def around(self:MixedPrecision):
     "Autocast for each part: fastai enters it before a batch, and leaves it after a loss"
     if self.training and self.part.rows.start: self.autocast.__enter__()
     yield
+
+# %% ../nbs/35_learner.ipynb #d24c08f7
+@patch
+def split(self:SafeLearner,
+    accumulate:int, # Parts of what each process has of a batch
+):
+    "Compute each batch in parts; batches of validation are as small"
+    self.accumulate = accumulate
+    for dl in self.dls:
+        if hasattr(dl, 'share'): dl.share(rank_distrib(), max(1, num_distrib()), accumulate)
+
+@patch
+def to_detach(self:SafeLearner, b, cpu=True, gather=True):
+    "Detached, and of this process alone: `add_up` has the others'"
+    return to_detach(b, cpu, gather=False)
+
+@patch
+def add_up(self:SafeLearner):
+    "Have the sums of validation be those of all processes"
+    for m in self.recorder._valid_mets:
+        if not hasattr(m, 'total'): continue
+        m.total,m.count = self.of_all(torch.tensor([m.total, m.count], dtype=float)).tolist()
 
 # %% ../nbs/35_learner.ipynb #8e186e59
 @patch

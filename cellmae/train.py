@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import rank_distrib
 from fastcore.meta import delegates
 from .checkpoint import Checkpoint, about_data, about_model, note_lineage
 from .data import check_names, check_options, given, screen_dls
@@ -24,7 +24,7 @@ from .device import in_bf16, memory_kept
 from .files import locked, moved, write_whole
 from .blocks import compile_blocks, set_recompute
 from .learner import Average, check_length, fit_cycle, mae_learner
-from .many_gpus import Together, join_processes
+from .many_gpus import join_processes, one_run, train_together
 from .scale import fit_parts
 from .watch import Live, Watch, report_to
 from .zoo import check_savable, create_model, recipe, save_model
@@ -42,14 +42,14 @@ def equip(
     n_watch:int=10, # How many times to do so
 ):
     "Give a learner what a long run asks for"
-    if num_distrib()>1: learn.add_cb(Together(shard))
+    train_together(learn, shard)
     if recompute: set_recompute(learn.model)
     if compile: compile_blocks(learn.model)
     if ema: learn.add_cb(Average(ema)); learn.settings['ema'] = ema # which makes it another run
     if watch is not None and watch is not False: learn.records.append(Watch(watch, n_watch))
     if tracker: learn.records.append(report_to(tracker, learn.path, learn.settings))
     learn.records.append(Live())
-    learn.accumulate = accumulate or fit_parts(learn)
+    learn.split(accumulate or fit_parts(learn))
     learn.about = dict(accumulate=learn.accumulate, recompute=recompute, compile=compile)
 
 
@@ -83,7 +83,7 @@ def run_whole(
     check_length(epochs, seconds)
     first,out = not rank_distrib(),learn.path
     if first: check_folder(out); check_savable(learn.model, out/'model')
-    with locked(out, 'training') if first else nullcontext(), memory_kept():
+    with one_run(), locked(out, 'training') if first else nullcontext(), memory_kept():
         keep = next(o for o in learn.records if isinstance(o, Checkpoint))
         keep.begin(settings, resume)
         try: fit_cycle(learn, epochs, learn.records, seconds)
@@ -203,7 +203,7 @@ def fit_mae(
     objective = given(alpha=alpha, mask_ratio=mask_ratio)
     long,kwargs = sort_options(fit_mae, kwargs, **asked, **objective, seed=seed, bf16=bf16,
         resume=resume, n_pictures=n_pictures, save_every=save_every)
-    device = device or join_processes()
+    device = join_processes(device)
     torch.manual_seed(seed)
     dls,r = make_loaders(data, asked_of(_recipe(model), **asked), dict(kwargs, crop=crop, bs=bs),
                          seed=seed, device=device, **kwargs)

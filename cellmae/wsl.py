@@ -236,7 +236,7 @@ def fit_wsl(
     asked = dict(epochs=epochs, seconds=seconds, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip)
     long,kwargs = sort_options(fit_wsl, kwargs, **asked, seed=seed, bf16=bf16, resume=resume,
         embed_dim=embed_dim, share=share, cutmix=cutmix, save_every=save_every)
-    device = device or join_processes()
+    device = join_processes(device)
     torch.manual_seed(seed)
     dls,r = make_loaders(data, asked_of(wsl_recipe(arch), **asked),
         dict(kwargs, crop=crop, bs=bs), seed=seed, apart=apart, device=device, **kwargs)

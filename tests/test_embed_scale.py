@@ -1,5 +1,5 @@
 "Embedding at scale: the same bits in whatever way, parts that are whole, processes that share, sites left out, disks that are full"
-import multiprocessing, os, resource, shutil, signal, socket, subprocess, sys, threading, time, warnings
+import os, resource, shutil, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from tifffile import imread, imwrite
@@ -10,6 +10,7 @@ from cellmae.imagenet import ImageNetEncoder
 from cellmae.profiles import read_profiles, to_parquet
 from cellmae.screen import Screen, open_screen
 from cellmae.zoo import create_model
+from processes import ended, in_processes
 
 def mean_of_tiles(x): return x.float().mean((2,3))
 
@@ -238,36 +239,6 @@ def test_a_full_disk_is_an_error_and_the_next_call_goes_on(screen, tmp_path, wha
     assert len(list((tmp_path/'b/parts').iterdir()))==(3 if what=='table' else 0) and not (tmp_path/'b/profiles.parquet').exists()
     assert not list((tmp_path/'b').rglob('.*.part*'))
     assert quiet(embed, f, screen, out=tmp_path/'b', **kw).read_bytes()==whole
-
-def free_port():
-    with socket.socket() as s: s.bind(('', 0)); return s.getsockname()[1]
-
-def in_processes(n, f, *args):
-    "Call `f` in `n` processes that know of each other as those of torchrun do; exit codes, and what they say"
-    port,fork,reads = free_port(),multiprocessing.get_context('fork'),[]
-    def one(rank, w):
-        os.dup2(w, 1); os.dup2(w, 2)
-        sys.stdout,sys.stderr = (os.fdopen(os.dup(w), 'w', buffering=1) for _ in range(2))
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=str(port))
-        torch.set_num_threads(1)
-        f(*args, rank)
-    ps = []
-    for rank in range(n):
-        r,w = os.pipe()
-        ps.append(fork.Process(target=one, args=(rank,w)))
-        ps[-1].start(); os.close(w); reads.append(r)
-    return ps,reads
-
-def ended(ps, reads, timeout=60):
-    end = time.monotonic()+timeout
-    for p in ps: p.join(max(.1, end-time.monotonic()))
-    stuck = [p for p in ps if p.is_alive()]
-    for p in stuck: p.kill()
-    said = []
-    for r in reads:
-        with os.fdopen(r) as o: said.append(o.read())
-    assert not stuck, said
-    return [p.exitcode for p in ps],said
 
 def content(folder): return {f.name: f.read_bytes() for f in folder.iterdir() if f.name!='.lock'}
 
