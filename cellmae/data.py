@@ -181,6 +181,20 @@ class CropLoader(DataLoader):
                        for k,_,first,count in mine]
         return [(self.epoch,k,ids,first) for k,ids,first,_ in mine][self.start:]
 
+# %% ../nbs/19_data.ipynb #e0b9d417
+@patch
+def shared(self:CropLoader, batches):
+    "What is ours: number of the batch, sites, place of the first, and how many count"
+    if self.train: return [(k,*self.ours(ids)) for k,ids in enumerate(batches)]
+    mine = [(k,ids,0,len(ids)) for k,ids in enumerate(batches)][self.rank::self.ranks]
+    return mine+[(0,ids,0,0) for ids in batches[:1]]*(self.n-len(mine)) # all have equally many
+
+@patch
+def ours(self:CropLoader, ids):
+    "Our sites of a batch; where there are none, the first one, which does not count"
+    a,b = (k*len(ids)//self.ranks for k in (self.rank,self.rank+1))
+    return (ids[a:b],a,b-a) if b>a else (ids[:1],0,0)
+
 # %% ../nbs/19_data.ipynb #a3caf3c4
 def streams(
     seed, # One or several whole numbers
@@ -321,19 +335,6 @@ def share(self:CropLoader,
     if self.train: return
     self.at_once = ceil(self.per_batch/(ranks*parts))
     self.n = ceil(len(self.epoch_batches(0))/ranks)
-
-@patch
-def shared(self:CropLoader, batches):
-    "What is ours: number of the batch, sites, place of the first, and how many count"
-    if self.train: return [(k,*self.ours(ids)) for k,ids in enumerate(batches)]
-    mine = [(k,ids,0,len(ids)) for k,ids in enumerate(batches)][self.rank::self.ranks]
-    return mine+[(0,batches[0],0,0)]*(self.n-len(mine)) # all have equally many
-
-@patch
-def ours(self:CropLoader, ids):
-    "Our sites of a batch; where there are none, the first one, which does not count"
-    a,b = (k*len(ids)//self.ranks for k in (self.rank,self.rank+1))
-    return (ids[a:b],a,b-a) if b>a else (ids[:1],0,0)
 
 # %% ../nbs/19_data.ipynb #0af1e882
 @patch

@@ -54,13 +54,13 @@ def test_batches_do_not_depend_on_who_reads_them(screen, cells, kind):
     assert not equal(one, batches(screen, 0, **{**options, 'epoch':2}))
 
 def test_batches_are_those_of_the_seed(screen):
-    "Place and flips of each crop, drawn as ever"
+    "Place and flips of each crop, from numbers that begin a million draws apart"
     dl = CropLoader(Sites(screen), range(24), size=16, bs=5, crops=2, seed=3, num_workers=2)
     dl.epoch = 1
     for k,(x,ids) in enumerate(dl):
-        rng = np.random.default_rng([3, 1, k])
-        for crop,i in zip(x, ids):
+        for place,(crop,i) in enumerate(zip(x, ids)):
             site = screen[int(i)]
+            if place%2==0: rng = np.random.Generator(np.random.PCG64([3, 1, k]).advance(2**20*(place//2)))
             r,c = rng.integers(site.shape[1]-15),rng.integers(site.shape[2]-15)
             up,left = 1-2*rng.integers(2, size=2)
             assert (crop.numpy()==site[:, r:r+16, c:c+16][:, ::up, ::left]).all()
@@ -74,6 +74,65 @@ def test_windows_of_all_widths_are_mirrored(size, turn):
     window,out = x[:, 5:5+size, 3:3+size][:, ::turn[0], ::turn[1]],np.zeros((3,size,size), np.uint8)
     put(out, window)
     assert (out==window).all()
+
+# --- shared by processes
+
+def shares(screen, ranks, parts=1, workers=0, start=0, **options):
+    "What each of some processes reads of training and of validation: batches, and their places"
+    out = []
+    for rank in range(ranks):
+        dls = screen_dls(screen, 16, valid=.3, num_workers=workers, device='cpu', **{**dict(bs=5), **options})
+        for dl in dls: dl.share(rank, ranks, parts); dl.epoch,dl.start = 1,start
+        out.append([([*dl],dl.places[start:]) for dl in dls])
+    return zip(*out)
+
+def joined(of, k):
+    "Batch `k` of all processes together, each crop at its place"
+    some = [(batches[k],places[k]) for batches,places in of if places[k].count]
+    assert sorted(p.first for _,p in some)==np.cumsum([0]+[p.count for _,p in some])[:-1].tolist(), 'side by side'
+    return [torch.cat([b[j][:p.count] for b,p in some]) for j in (0,1)]
+
+def panels(screen):
+    "The same sites with two stains, and with three"
+    return [screen, Screen(screen.table.drop(columns='file_mito'), root=screen.root, channels=stains[:2], ranges=screen.ranges[:2])]
+
+shared = dict(plain={}, crops=dict(crops=3), apart=dict(apart='batch'), panels={}, cells=dict(crops=2), one=dict(bs=1), threads=dict(workers=3), resumed=dict(start=2))
+
+@pytest.mark.parametrize('kind', shared)
+@pytest.mark.parametrize('ranks', [2, 3, 5, 7])
+def test_processes_share_each_batch(screen, cells, kind, ranks):
+    "Also batches with fewer sites than processes"
+    options = dict(shared[kind], **(dict(cells=cells) if kind=='cells' else {}))
+    of = panels(screen) if kind=='panels' else screen
+    (whole,),_ = shares(of, 1, **options)
+    train,_ = shares(of, ranks, **{'workers':1, **options})
+    assert len(whole[0])>1 and all(len(batches)==len(places)==len(whole[0]) for batches,places in train)
+    for k,want in enumerate(whole[0]):
+        assert equal([joined(train, k)], [want])
+        most = max(p.count for _,places in train for p in places[k:k+1])
+        assert all(len(b[k][0])<=most for b,_ in train) and all(p[k].whole==len(want[1]) for _,p in train)
+
+@pytest.mark.parametrize('ranks,parts', [(1,2), (2,1), (2,3), (3,1), (5,2), (9,1)])
+@pytest.mark.parametrize('kind', ['plain','panels'])
+def test_validation_is_shared_in_small_batches(screen, kind, ranks, parts):
+    "Every image counts once, in batches no larger than a part of training, as many in every process"
+    of = panels(screen) if kind=='panels' else screen
+    _,((whole,_),) = shares(of, 1)
+    _,held = shares(of, ranks, parts)
+    counted = [b for batches,places in held for b,p in zip(batches, places) if p.count]
+    assert len({len(batches) for batches,_ in held})==1 and max(len(i) for _,i in counted)<=-(-5//(ranks*parts))
+    crops = {int(i):x for b in counted for x,i in zip(*b)}
+    assert sum(len(i) for _,i in counted)==len(crops)==sum(len(i) for _,i in whole)
+    assert all(torch.equal(crops[int(i)], x) for b in whole for x,i in zip(*b))
+    one,_ = shares(of, 1)
+    _,alone = shares(of, 1, ranks*parts)
+    assert sorted(i.tolist() for _,i in counted)==sorted(i.tolist() for _,i in alone[0][0]), 'batches are those of one process'
+
+def test_nothing_held_out_is_shared_by_all(screen):
+    for rank in range(3):
+        dls = screen_dls(screen, 16, bs=4, valid=0, device='cpu')
+        dls.valid.share(rank, 3, 2)
+        assert len(dls.valid)==0 and [*dls.valid]==[]
 
 # --- several at a time, left early, small in memory
 
