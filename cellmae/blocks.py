@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['use_fused', 'attend', 'skipped', 'Attention', 'Block', 'ParallelBlock', 'Blocks', 'decoder_blocks', 'set_attention',
-           'set_recompute', 'compile_blocks']
+           'set_recompute', 'compile_blocks', 'check_compiler']
 
 # %% ../nbs/23_blocks.ipynb #a330c5d5
 from functools import partial
@@ -149,17 +149,37 @@ def set_recompute(
     model:nn.Module, # A model of this package
     on:bool=True, # Compute each block again in the backward pass, instead of keeping all of it?
 ):
-    "Trade a third more work for a fraction of the memory"
-    for m in model.modules():
-        if hasattr(m, 'set_grad_checkpointing'): m.set_grad_checkpointing(on)
+    "Trade a third more work in training for a fraction of the memory"
+    parts = [m for m in model.modules() if hasattr(m, 'set_grad_checkpointing')]
+    if on and not parts: raise ValueError(f'{type(model).__name__} has no blocks to compute twice.')
+    for m in parts:
+        try: m.set_grad_checkpointing(on)
+        except AssertionError as e: raise ValueError( # timm's way to say that it cannot
+            f'{type(m).__name__} cannot be computed twice ({e}): leave out `recompute`.') from e
 
+# %% ../nbs/23_blocks.ipynb #3aaa3107
 def compile_blocks(
-    model:nn.Module, # A model of this package
+    model:nn.Module, # A model of this package, on the device where it will run
     on:bool=True, # Compile, or go back?
 ):
     "Let `torch.compile` fuse each block, which takes seconds where a whole model takes minutes"
     kinds = vision_transformer.Block,vision_transformer.ParallelScalingBlock
     blocks = [m for m in model.modules() if isinstance(m, kinds)]
+    if on and not blocks: raise ValueError(f'{type(model).__name__} has no transformer blocks, and '
+                                           'only these are compiled: leave out `compile`.')
+    if on: check_compiler(next(model.parameters()).device)
     for m in blocks:
-        if on: m.compile(dynamic=True)
+        if on: m.compile(dynamic=True) # one program for any number of images and tokens
         else: m._compiled_call_impl = None
+
+def check_compiler(
+    device, # Where blocks will run
+):
+    "An error before the run, not in its first step, if nothing can be compiled here"
+    limits = torch._dynamo.config # all blocks count together, in training, validation, embedding
+    limits.cache_size_limit = max(limits.cache_size_limit, 64)
+    try: torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as e: raise RuntimeError(
+        f'Nothing can be compiled for {device} here ({str(e).strip().splitlines()[0]:.200}). '
+        'torch.compile needs a C++ compiler (g++), on a GPU triton, too: install them, or leave '
+        'out `compile`.') from e

@@ -6,6 +6,7 @@
 __all__ = ['CrossAttention', 'MultiDecoder', 'channel_means', 'SharedDecoder', 'CAMAE']
 
 # %% ../nbs/25_cavit.ipynb #12e13fc7
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -62,18 +63,25 @@ class MultiDecoder(nn.Module):
                                      for _ in range(in_chans)])
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, latent, mask, pos, c):
-        if c != len(self.stacks):
+    def forward(self, latent, mask, pos, c, channels=None):
+        if channels is None and c != len(self.stacks):
             raise ValueError(f"This decoder draws {len(self.stacks)} channels, the images have "
                              f"{c}. Embedding works with any channels; to train on other panels "
                              "use a shared decoder (camae_..._shared).")
         x = restore(self.embed(latent[:,1:]), mask.ids_restore, self.mask_token) # (B,C*N,d)
-        x = x.unflatten(1, (c,-1)) + pos + self.channel_tokens[:,None] # (B,C,N,d)
+        own = range(c) if channels is None else channels
+        names = torch.stack([self.channel_tokens[i] for i in own]) # (C,d)
+        x = x.unflatten(1, (c,-1)) + pos + names[:,None] # (B,C,N,d)
         x = x.flatten(1,2) # (B,C*N,d)
         z = self.cross(self.query_norm(x), self.context_norm(x))
         z = z + self.mlp(self.out_norm(z))
-        z = [stack(t) for stack,t in zip(self.stacks, z.chunk(c, 1))]
-        return self.head(torch.cat(z, 1)) # (B,C*N,P)
+        z = [self.stacks[i](t) for i,t in zip(own, z.chunk(c, 1))]
+        out = self.head(torch.cat(z, 1)) # (B,C*N,P)
+        return out if channels is None else out+self.rest(z[0], own)
+
+    def rest(self, t, own):
+        "Zero, by way of the stacks of other channels, which so have a gradient in each step"
+        return sum(0*s(t[:2,:2]).sum() for i,s in enumerate(self.stacks) if i not in own)
 
 # %% ../nbs/25_cavit.ipynb #2d27e8f1
 def channel_means(
@@ -105,7 +113,7 @@ class SharedDecoder(nn.Module):
         self.blocks = decoder_blocks(embed_dim, depth, num_heads, norm_eps)
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, latent, mask, pos, c):
+    def forward(self, latent, mask, pos, c, channels=None):
         v = self.embed(latent[:,1:]) # (B,K,d)
         x = restore(v, mask.ids_restore, self.mask_token).unflatten(1, (c,-1)) # (B,C,N,d)
         x = (x + pos + channel_means(v, mask, c)[:,:,None]).flatten(1,2) # (B,C*N,d)
@@ -123,10 +131,15 @@ class CAMAE(MAE):
         max_chans:int=16, # Images with more are refused: most likely their axes are mixed up
         decoder:dict|None=None, # `kind`, `multi` or `shared`, and arguments of that decoder
         local:bool=False, # Start with attention to places nearby?
+        few_channels:int|None=None, # Least number of channels in a step of training; None: all
         **kwargs, # Further arguments of `MAE`
     ):
         super().__init__(img_size, patch_size, in_chans, decoder=decoder, local=local, **kwargs)
         self.max_chans = self.config['max_chans'] = max_chans
+        self.few_channels = self.config['few_channels'] = few_channels
+        least = 2 if self.masking == 'channel' else 1
+        if few_channels is not None and not least <= few_channels <= in_chans:
+            raise ValueError(f'few_channels={few_channels}: give {least} to {in_chans}, or None.')
         if local: self.decoder.cross.start_local()
 
     @property
@@ -186,6 +199,32 @@ def draw_channels(self:CAMAE,
     m = random_mask(noise, len(channels)/c - .5/t.shape[1]) # half a token less: safe from rounding
     pred = self.decoder(self._encode(x, t, m.ids_keep), m, self._pos('dec_pos', x), c)
     return self.images(pred, *x.shape[-2:])[:,channels]
+
+# %% ../nbs/25_cavit.ipynb #eb016021
+@patch
+def forward(self:CAMAE,
+    x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
+    noise:Tensor|None=None, # Numbers `(B,L)` that fix the mask; None draws them
+): # `MAEOutput`; with `few_channels`, in training, of some channels
+    "Hide, encode, decode, compare"
+    if not (self.few_channels and self.training and noise is None):
+        return MAE.forward(self, x, noise)
+    own = self.some_channels(x.shape[1])
+    some = torch.stack([x[:,i] for i in own], 1)
+    return self._learn(some, None, partial(self._draw, channels=own))
+
+@patch
+def some_channels(self:CAMAE,
+    c:int, # Channels that there are
+)->list[int]: # Those of this step
+    "Draw the channels of a step of training"
+    n = int(torch.randint(min(self.few_channels, c), c+1, ()))
+    return torch.randperm(c)[:n].sort()[0].tolist()
+
+@patch
+def _draw(self:CAMAE, x, tokens, m, channels=None):
+    latent = self._encode(x, tokens, m.ids_keep)
+    return latent,self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1], channels)
 
 # %% ../nbs/25_cavit.ipynb #fc28faac
 def _stacks(images):

@@ -9,6 +9,8 @@ __all__ = ['rgb_kernels', 'ImageNetEncoder', 'PatchConv', 'start_from']
 import timm, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from fastcore.basics import patch
 from .images import standardise
 from .patching import patchify, from_conv, sincos_positions
@@ -39,12 +41,14 @@ class ImageNetEncoder(nn.Module):
         **sizes, # Sizes that differ from the named network's, as timm calls them: `embed_dim`, ..
     ):
         super().__init__()
+        _check_sizes(sizes)
         self.config = dict(arch=arch, in_chans=in_chans, img_size=img_size, rgb=rgb, **sizes)
         self.in_chans,self.channels = in_chans,None
         if arch.startswith('vit'): sizes = dict(img_size=img_size, dynamic_img_size=True, **sizes)
         self.net = timm.create_model(arch, pretrained=pretrained, num_classes=0, **sizes)
         self.embed_dim = self.net.num_features
         _recolour(self.net, in_chans, rgb)
+        _throw_no_dice(self.net)
 
 # %% ../nbs/27_imagenet.ipynb #d386cf6b
 class PatchConv(nn.Conv2d):
@@ -53,6 +57,21 @@ class PatchConv(nn.Conv2d):
         p = self.stride[0]
         t = F.linear(patchify(x, p), from_conv(self.weight), self.bias) # (B,h*w,D)
         return t.transpose(1,2).unflatten(2, (x.shape[2]//p, x.shape[3]//p))
+
+def _check_sizes(sizes):
+    "Refuse what would make a network other than an encoder, or a random one"
+    if 'features_only' in sizes: raise ValueError(
+        'An encoder gives one vector for an image. For feature maps use timm itself.')
+    if dice := [k for k,v in sizes.items() if 'drop' in k and v]: raise ValueError(
+        f'{dice[0]}={sizes[dice[0]]}: what a network of timm draws at random would depend on how '
+        'a batch is cut into parts. Leave it out.')
+
+def _throw_no_dice(net):
+    "Turn off what is random in some networks of timm unless one asks for less"
+    for m in net.modules():
+        if isinstance(m, _DropoutNd): m.p = 0.
+        for k,v in [*vars(m).items()]:
+            if 'drop' in k and isinstance(v, float): setattr(m, k, 0.)
 
 def _recolour(net, in_chans, rgb):
     "Replace the first convolution by one for `in_chans` channels"
@@ -63,6 +82,23 @@ def _recolour(net, in_chans, rgb):
     kernels = rgb_kernels(old.weight.data, in_chans, rgb)
     new.load_state_dict({**old.state_dict(), 'weight': kernels})
     net.set_submodule(name, new)
+
+# %% ../nbs/27_imagenet.ipynb #e0ed40e7
+def _on_a_copy(norm, _):
+    if torch._C._current_graph_task_id() == -1: return # no backward pass is running
+    norm.kept = dict(norm._buffers)
+    norm._buffers.update({k: v.clone() for k,v in norm.kept.items() if v is not None})
+
+def _as_before(norm, *_): norm._buffers.update(norm.__dict__.pop('kept', {}))
+
+@patch
+def set_grad_checkpointing(self:ImageNetEncoder, enable=True):
+    "timm's way to compute twice, in which batch norms measure what comes in the forward pass only"
+    self.net.set_grad_checkpointing(enable)
+    for m in self.net.modules():
+        if isinstance(m, _BatchNorm) and not m._forward_pre_hooks:
+            m.register_forward_pre_hook(_on_a_copy)
+            m.register_forward_hook(_as_before, always_call=True)
 
 # %% ../nbs/27_imagenet.ipynb #9d47d371
 @patch

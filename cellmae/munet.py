@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch, store_attr
+from .blocks import Blocks
 from .vit import MAE, config_of, pool_tokens
 
 # %% ../nbs/26_munet.ipynb #5139cf7d
@@ -31,7 +32,7 @@ class ConvBlock(nn.Module):
 # %% ../nbs/26_munet.ipynb #225d4821
 def _scale(c_in, width, depth):
     first = nn.Conv2d(c_in, width, 3, padding=1)
-    return nn.Sequential(first, *[ConvBlock(width) for _ in range(depth)])
+    return Blocks(first, *[ConvBlock(width) for _ in range(depth)])
 
 class UNetEncoder(nn.Module):
     "Images to feature maps, one per scale"
@@ -135,3 +136,8 @@ def encode(self:MUNet,
                                        "Use pool='mean' or 'meanstd'.")
     z = self.features(x, blocks)
     return [pool_tokens(o, pool) for o in z] if isinstance(z, list) else pool_tokens(z, pool)
+
+@patch
+def attention_maps(self:MUNet, x, block=None):
+    "Says that there are none"
+    raise ValueError('A convolutional network has no attention.')

@@ -176,15 +176,22 @@ def argument_names(
         if params[-1:] and params[-1].kind != params[-1].VAR_KEYWORD: break
     return names
 
+_habits = dict(
+    pretrained='Published weights come with `pull_model` or `load_model`.',
+    features_only='Every model gives what its blocks make: `features(x, blocks=[3,6])`.',
+    num_classes='A model names perturbations as part of a `Classifier`.',
+    drop_path_rate='It is called `drop_path`.', drop_rate='There is `drop_path`, and no dropout.')
+
 def check_arguments(
     cls, # A class
     args, # Names of arguments for it
 ):
-    "Refuse names that `cls` does not know, with the nearest that it does"
+    "Refuse names that `cls` does not know, with what users of timm look for or the nearest known"
     known = argument_names(cls)
     for k in args:
         if k in known: continue
-        hint = did_you_mean(k, known) or f" There are {', '.join(known)}."
+        hint = f' {_habits[k]}' if k in _habits else did_you_mean(k, known)
+        hint = hint or f" There are {', '.join(known)}."
         raise TypeError(f"{cls.__name__} has no argument {k!r}.{hint}")
 
 # %% ../nbs/24_vit.ipynb #595bd4c7
@@ -270,9 +277,13 @@ def forward(self:MAE,
     noise:Tensor|None=None, # Numbers `(B,L)` that fix the mask; None draws them
 )->MAEOutput: # Named tuple; `.loss` is what to minimise
     "Hide, encode, decode, compare"
+    return self._learn(x, noise, self._draw)
+
+@patch
+def _learn(self:MAE, x, noise, draw):
     target = self.tokens(x)
     m = random_mask(self._noise(noise, target, x), self.mask_ratio)
-    latent,pred = self._draw(x, target, m)
+    latent,pred = draw(x, target, m)
     if self.norm_pix: mean,std = token_stats(target)
     loss,parts = self.compare(pred, (target-mean)/std if self.norm_pix else target, m, x.shape)
     if self.norm_pix: pred = pred*std + mean
@@ -393,6 +404,11 @@ def features(self:MAE,
     return z[0] if isinstance(blocks, int) else z
 
 @patch
+def forward_features(self:MAE, x):
+    "timm's name for `features`"
+    return self.features(x)
+
+@patch
 def _check_blocks(self:MAE, blocks):
     bad = [k for k in blocks if not 1 <= k <= len(self.encoder.blocks)]
     if bad or not blocks:
@@ -406,6 +422,19 @@ def latent(self:MAE,
 )->Tensor: # Tokens after the encoder, class token first `(B,1+K,D)`
     "Encode some tokens of images"
     return self._encode(x, self.tokens(x), ids_keep)
+
+# %% ../nbs/24_vit.ipynb #dba49da1
+@patch
+def attention_maps(self:MAE,
+    x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
+    block:int|None=None, # Which of 1 to depth; None: the last
+)->Tensor: # How much each token looks at each, class token first `(B,heads,1+L,1+L)`
+    "Attention weights of a block"
+    block = len(self.encoder.blocks) if block is None else block
+    self._check_blocks([block])
+    [z] = self._encode(x, self.tokens(x), blocks=[block-1])
+    q,k = [t.transpose(1,2).float() for t in self.encoder.blocks[block-1].project(z)[:2]]
+    return (q@k.transpose(-2,-1)/q.shape[-1]**.5).softmax(-1)
 
 # %% ../nbs/24_vit.ipynb #0b5fee1e
 @patch

@@ -185,6 +185,7 @@ def ghost(
         with fake, FakeCopyMode(fake): model = copy.deepcopy(model)
     with fake: model = model.to_empty(device='cpu')
     set_attention(model, True)
+    if hasattr(model, 'few_channels'): model.few_channels = None # the work with all of them
     return model.train()
 
 def _two_images(model, crop, kwargs):

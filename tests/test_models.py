@@ -1,10 +1,17 @@
 "What no reader wants to see of the models: copies, compilation, odd shapes and types"
 import copy, pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 import pytest, torch
+from torch._dynamo.utils import counters
+from cellmae.blocks import compile_blocks, set_recompute
+from cellmae.classifier import Classifier, batch_norms
+from cellmae.imagenet import ImageNetEncoder
 from cellmae.images import standardise
+from cellmae.masking import part_of
 from cellmae.patching import PatchEmbed, from_conv, patchify
 from cellmae.vit import MAE
-from cellmae.zoo import create_model, list_models
+from cellmae.zoo import cost, create_model, list_models
 
 names = [n for n in list_models() if 'vitt8' in n]
 small = dict(img_size=16, in_chans=3, embed_dim=32, depth=2, num_heads=2, patch_size=4, decoder=dict(embed_dim=32, depth=1, num_heads=4))
@@ -151,3 +158,176 @@ def test_every_name_builds_without_memory():
         for n in list_models():
             kw = dict(pretrained=False) if 'imagenet' in n else {}
             assert all(p.is_meta for p in create_model(n, **kw).parameters())
+
+# Random numbers by place, blocks computed twice, compiled blocks, some channels at a time
+
+def with_masks(model, x, seed=0, part=None):
+    "Output of a model with the random numbers of a seed, as part `(n,first)` of a batch or as all of it"
+    torch.manual_seed(seed)
+    with part_of(*(part or (len(x),0))): return model(x)
+
+def step(model, x, cuts=(), bf16=False):
+    "Loss and gradients of a batch that is computed in parts"
+    model.zero_grad()
+    ends,total = [0,*cuts,len(x)],0.
+    for a,b in zip(ends, ends[1:]):
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = with_masks(model, x[a:b], part=(len(x),a)).loss*(b-a)/len(x)
+        loss.backward()
+        total += loss.item()
+    return total,[p.grad.clone() for p in model.parameters()]
+
+shapes = [dict(name=n, parallel=p, drop_path=.5) for n in names for p in (True,False)]
+
+@pytest.mark.parametrize('kw', shapes)
+@pytest.mark.parametrize('cuts', [(4,), (1,), (2,3,6)])
+def test_parts_are_the_batch(kw, cuts):
+    "Masks and skipped blocks of an image do not depend on how a batch is cut"
+    model,x = make(**kw),images(7,3,16,16)
+    (a,ga),(b,gb) = step(model, x),step(model, x, cuts)
+    assert abs(a-b) < 1e-5
+    for p,q in zip(ga, gb): torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize('parallel', [True,False])
+def test_drop_path_skips_and_keeps_the_mean(parallel):
+    model = make(names[0], depth=4, drop_path=.6, parallel=parallel)
+    [scales] = model.encoder.blocks.scales(torch.zeros(20_000,1))
+    assert torch.allclose((scales==0).float().mean((1,2,3,4)), torch.tensor([0.,.2,.4,.6]), atol=.01)
+    assert torch.allclose(scales.mean((1,2,3,4)), torch.ones(4), atol=.03)
+    assert not torch.equal(scales[3,0], scales[3,1]) # each branch by itself
+    assert model.eval().encoder.blocks.scales(torch.zeros(2,1)) == () == make(names[0], drop_path=0.).encoder.blocks.scales(torch.zeros(2,1))
+
+def test_nothing_is_drawn_in_evaluation():
+    model,x = make(names[0], drop_path=.9).eval(),images(2,3,16,16)
+    before = torch.random.get_rng_state()
+    with torch.no_grad(): assert torch.equal(model.encode(x), model.encode(x))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+@pytest.mark.parametrize('bf16', [False,True])
+@pytest.mark.parametrize('kw', shapes)
+def test_recomputed_to_the_bit(kw, bf16):
+    model,x = make(**kw),images(5,3,16,16)
+    (a,ga) = step(model, x, (3,), bf16)
+    set_recompute(model)
+    (b,gb) = step(model, x, (3,), bf16)
+    assert a == b and all(map(torch.equal, ga, gb))
+    assert 'recompute' not in model.config and not [m for m in model.trim(1).modules() if getattr(m, 'recompute', False)]
+
+def kept(model, x):
+    "Bytes that a step keeps for its backward pass"
+    sizes = {}
+    def keep(t): sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes(); return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): out = model(x)
+    return sum(sizes.values())
+
+@pytest.mark.parametrize('make_it', [lambda: make(names[0], depth=6), lambda: create_model('munet_m', in_chans=3, img_size=32, widths=(8,16), depth=4),
+    lambda: Classifier(make(names[0], depth=6), 4, 8)])
+def test_recompute_keeps_less_and_rests_in_evaluation(make_it):
+    model,x = make_it(),images(4,3,32,32)
+    whole = kept(model, x)
+    set_recompute(model)
+    assert kept(model, x) < .5*whole
+    set_recompute(model, False)
+    assert kept(model, x) == whole
+
+def test_munet_recomputed_to_the_bit():
+    model,x = create_model('munet_m', in_chans=2, img_size=32, widths=(8,16), depth=2),images(3,2,32,32)
+    a,ga = step(model, x)
+    set_recompute(model)
+    b,gb = step(model, x)
+    assert a == b and all(map(torch.equal, ga, gb))
+
+@pytest.mark.parametrize('arch,kw', [('densenet121', dict(block_config=(2,2), growth_rate=8)), ('resnet18', {}),
+    ('vit_tiny_patch16_224', dict(depth=2, embed_dim=48, num_heads=2)), ('convnext_atto', dict(depths=(1,1,1,1), dims=(8,8,8,8)))])
+def test_batch_norms_measure_once(arch, kw):
+    "Weights, gradients and running statistics after two steps are those without recomputation"
+    out = []
+    for again in (False,True):
+        torch.manual_seed(0)
+        model,x = Classifier(ImageNetEncoder(arch, 3, 64, pretrained=False, **kw), 4, 8),images(6,3,64,64)
+        if again: set_recompute(model); model = copy.deepcopy(model)
+        for _ in range(2): torch.nn.functional.cross_entropy(model(x).logits, torch.arange(6)%4).backward()
+        out.append([*model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert all(m.track_running_stats for m in batch_norms(model))
+    assert len(out[0]) == len(out[1]) and all(map(torch.equal, *out))
+
+def test_networks_of_timm_throw_no_dice():
+    with pytest.raises(ValueError, match='drop_path_rate=0.1.*Leave it out'): ImageNetEncoder('vit_tiny_patch16_224', pretrained=False, drop_path_rate=.1)
+    with pytest.raises(ValueError, match='feature maps'): ImageNetEncoder('resnet18', pretrained=False, features_only=True)
+    net = ImageNetEncoder('mobilevitv2_050', 3, 64, pretrained=False).train() # a network whose makers left dice in it
+    before = torch.random.get_rng_state()
+    net.encode(images(2,3,64,64))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+@pytest.fixture
+def quick(monkeypatch):
+    "Compile without making machine code: what is traced, how often and why is the same"
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+    torch._dynamo.reset(); counters.clear()
+    yield
+    torch._dynamo.reset()
+
+@pytest.mark.parametrize('kw,bf16,again', [(shapes[0],False,False), (shapes[2],True,True), (shapes[5],False,True)])
+def test_compiled_blocks(quick, kw, bf16, again):
+    "Same losses; everything is compiled in the first steps, whatever the sizes of parts; no breaks"
+    model,x = make(**kw, depth=3),images(7,3,16,16)
+    twin = copy.deepcopy(model)
+    compile_blocks(model); set_recompute(model, again)
+    graphs = []
+    for cuts in [(4,), (3,5), (2,), ()]:
+        (a,ga),(b,gb) = step(model, x, cuts, bf16),step(twin, x, cuts, bf16)
+        assert abs(a-b) < (1e-3 if bf16 else 1e-5)
+        if not bf16: [torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-3) for p,q in zip(ga, gb)]
+        with torch.no_grad():
+            assert abs(with_masks(model.eval(), x[:4]).loss-with_masks(twin.eval(), x[:4]).loss) < 1e-5
+            torch.testing.assert_close(model.encode(x), twin.encode(x), atol=1e-5, rtol=1e-4)
+        model.train(); twin.train()
+        graphs.append(counters['stats']['unique_graphs'])
+    assert not counters['graph_break'] and graphs[0] == graphs[-1] <= 8
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    for o in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))): assert abs(with_masks(o, x).loss-with_masks(twin, x).loss) < 1e-5
+    compile_blocks(model, False)
+    assert with_masks(model, x).loss == with_masks(twin, x).loss
+
+def test_compiled_blocks_in_threads(quick):
+    "As `embed` calls a model"
+    model,x = make(names[-1]).eval(),images(32,3,16,16)
+    whole = model.encode(x).detach()
+    compile_blocks(model)
+    def one(i):
+        with torch.inference_mode(): return model.encode(x[i:i+2+i%3])
+    with ThreadPoolExecutor(4) as pool: out = list(pool.map(one, range(28)))
+    for i,o in enumerate(out): torch.testing.assert_close(o, whole[i:i+2+i%3], atol=1e-5, rtol=1e-4)
+
+def test_what_cannot_be_compiled_says_so(monkeypatch):
+    with pytest.raises(ValueError, match='no transformer blocks'): compile_blocks(create_model('munet_m', in_chans=2, img_size=32, widths=(8,16), depth=1))
+    with pytest.raises(ValueError, match='no transformer blocks'): compile_blocks(ImageNetEncoder('resnet18', pretrained=False))
+    def fails(*a, **k): raise RuntimeError('No working C++ compiler found')
+    monkeypatch.setattr(torch, 'compile', lambda f, **kw: fails)
+    with pytest.raises(RuntimeError, match=r'No working.*g\+\+.*leave out `compile`'): compile_blocks(make(names[0]))
+    with pytest.raises(ValueError, match='nothing|no blocks'): set_recompute(torch.nn.Linear(2,2))
+
+@pytest.mark.parametrize('name', ['camae_vitt8','camae_vitt8_shared'])
+def test_some_channels_at_a_time(name):
+    "Each step has channels of its own, the same in all parts; every weight has a gradient in each, and learns over some"
+    model,x = make(name, few_channels=1, drop_path=.3),images(6,3,16,16)
+    moved,sizes = [0]*len(list(model.parameters())),set()
+    for seed in range(12):
+        out = with_masks(model, x, seed)
+        sizes.add(out.pred.shape[1])
+        out.loss.backward()
+        a,b = [with_masks(model, x[s], seed, (6,s.start)) for s in (slice(0,2),slice(2,6))]
+        assert torch.equal(torch.cat([a.mask, b.mask]), out.mask) and abs(a.loss*2/6+b.loss*4/6-out.loss) < 1e-5
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        moved = [m+p.grad.abs().sum() for m,p in zip(moved, model.parameters())]
+        model.zero_grad()
+    assert sizes == {16,32,48} and all(m > 0 for m in moved)
+    model.eval()
+    for c in (1,2,3,5): assert model.encode(images(2,c,16,16)).isfinite().all()
+    assert cost(model, 16)['tokens'] == 48
+    again = type(model)(**model.config)
+    assert again.few_channels == 1
+
+def test_habits_of_timm():
+    for word,answer in dict(pretrained='pull_model', features_only='features', num_classes='Classifier', drop_path_rate='drop_path').items():
+        with pytest.raises(TypeError, match=answer): create_model('mae_vitt8', **{word: True})
+    assert list_models('camae*') and all(n.startswith('camae') for n in list_models('camae*'))
