@@ -454,7 +454,8 @@ def _named(sites, i):
     return f'{sites.name(i)}'+f' ({", ".join(files.astype(str))})'*bool(len(files))
 
 # %% ../nbs/34_checkpoint.ipynb #695bfdf9
-_words = dict(images='other images', ranges='other ranges of intensity', labels='other labels',
+_words = dict(images='other images, or some are missing, which `screen.check()` names',
+    ranges='other ranges of intensity', labels='other labels',
     start='other starting weights', split='other sites for validation', cells='other cells',
     processes='begun by several processes in an earlier version, whose batches were others')
 _make_pixels = 'panels','z','t','illum' # other ones make other images

@@ -5,8 +5,8 @@ Numbers are those of the findings. Tested elsewhere are, in `test_border_trainin
 2.3 (`test_two_processes_in_one_folder`), 2.4 (`test_out_cannot_be_written`, `test_other_things_in_the_way_are_found_at_once`), 2.6 (`test_clock_set_back`,
 `test_values_out_of_range_are_refused_by_name`); part files of their own names in `nbs/00_files.ipynb` (2.3); kills in `test_kill.py`.
 """
-import json, os, re, shutil, signal, subprocess, sys, time
-from contextlib import suppress
+import io, os, re, shutil, signal, sys, time
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -242,80 +242,98 @@ def test_a_file_in_the_place_of_the_folder(screen, tmp_path, kind):
     with pytest.raises(OSError, match='run'): kinds[kind](screen, tmp_path/'run', cbs=At(7, swap))
     assert (tmp_path/'run').read_text()=='mine'
 
-def steps_on(screen, out, fit=mae, **kw):
-    "How many steps are taken before it ends, and the words it ends with"
-    taken = []
+def told(screen, out, fit=mae, **kw):
+    "How many steps are taken before it ends, and what is said on the way and at the end"
+    taken,said = [],io.StringIO()
     class Taken(Callback):
         run_valid = False
         def after_step(self): taken.append(self.iter)
-    try: fit(screen, out, cbs=[Taken(), *kw.pop('cbs', [])], **kw)
-    except OSError as e: return len(taken),str(e)
-    return len(taken),''
+    try:
+        with redirect_stdout(said): fit(screen, out, cbs=[Taken(), *kw.pop('cbs', [])], **kw)
+    except OSError as e: return len(taken),said.getvalue(),str(e)
+    return len(taken),said.getvalue(),''
 
-def filled(disk):
+def fill(disk):
     "Leave no room"
     with suppress(OSError): (disk/'others').write_bytes(bytes(10**8))
 
-def trains_on_a_full_disk(screen, disk):
-    "Too small from the start: no step is taken; full on the way: what is there is whole, and the same call goes on"
-    mae(screen, disk.with_name('want'))
-    want = content(disk.with_name('want'))
-    mounted(disk, '100k')
-    taken,words = steps_on(screen, disk/'run')
-    assert taken==0 and re.search('could not be written.*MB (are )?free|[Nn]o room', words), (taken, words)
-    size(disk, 'size=64m')
-    for at in (3, 5, 8): # in an epoch, at its first step, in the next
-        taken,words = steps_on(screen, disk/'run', cbs=[At(at, lambda out: filled(disk))])
-        assert re.search('could not be written.*make room', words), words
-        assert not list(disk.rglob('.*part*')) and torch.load(disk/'run/checkpoint.pth', weights_only=True)['at']
-        (disk/'others').unlink()
-    taken,words = steps_on(screen, disk/'run')
-    assert 0<taken<=3 and not words and like(disk/'run', want)
+def room_again(disk): (disk/'others').unlink()
+
+def undisturbed(screen, disk, fit=mae, **kw):
+    fit(screen, out := disk.with_name(f'{disk.name} undisturbed'), **kw)
+    return content(out)
+
+def trains_where_nothing_fits(screen, disk):
+    "Refused before the first step"
+    mounted(disk, '200k')
+    taken,_,words = told(screen, disk/'run')
+    assert taken==0 and re.search('needs up to .* MB .*make room, or choose another `out`', words), (taken, words)
+
+def trains_on_a_disk_that_is_full_for_a_while(screen, disk):
+    "It goes on, says so, and says when it writes again"
+    want = undisturbed(screen, disk)
+    mounted(disk, '64m')
+    taken,said,words = told(screen, disk/'run', cbs=[At(2, lambda out: fill(disk)), At(4, lambda out: room_again(disk))])
+    assert not words and taken==10 and said.count('could not be written')==1 and 'Training goes on' in said and 'is written again' in said, said
+    assert like(disk/'run', want) and not list(disk.rglob('.*part*'))
+
+def trains_on_a_disk_that_becomes_full(screen, disk, fit=mae):
+    "What is there is whole, and the same call goes on"
+    want = undisturbed(screen, disk, fit)
+    mounted(disk, '64m')
+    for at in (2, 6): # in the first epoch, in the second
+        taken,said,words = told(screen, disk/'run', fit, cbs=[At(at, lambda out: fill(disk))])
+        assert 'could not be written' in said and re.search('[Nn]o room', words) and str(disk) in words, (said, words)
+        assert 'make' in words and not list(disk.rglob('.*part*')) and torch.load(disk/'run/checkpoint.pth', weights_only=True)['at']
+        room_again(disk)
+    taken,_,words = told(screen, disk/'run', fit)
+    assert 0<=taken<=5 and not words and like(disk/'run', want), (taken, words)
+
+def classifies_on_a_disk_that_becomes_full(screen, disk): trains_on_a_disk_that_becomes_full(screen, disk, wsl)
 
 def trains_where_the_model_does_not_fit(screen, disk):
-    "The checkpoint of the end is there: only the model is to be written"
+    "The checkpoint of the end is there: only the model is to be written, in the place of the checkpoint before or another time"
+    want = undisturbed(screen, disk)
     mounted(disk, '64m')
     class Last(Callback):
         order = 100
-        def after_fit(self): filled(disk)
-    taken,words = steps_on(screen, disk/'run', cbs=[Last()])
-    assert taken==10 and re.search('[Nn]o room', words) and f'{disk}/run/model' in words, words
-    (disk/'others').unlink()
-    taken,words = steps_on(screen, disk/'run')
-    assert taken==0 and not words and (disk/'run/model/model.safetensors').exists()
+        def after_fit(self):
+            fill(disk)
+            if self.gone: (self.learn.path/'checkpoint.old.pth').unlink(); fill(disk)
+    first,then = Last(),Last()
+    first.gone,then.gone = True,False
+    taken,_,words = told(screen, disk/'run', cbs=[first])
+    if words: # the room of the checkpoint before was taken, too
+        assert taken==10 and re.search('[Nn]o room', words) and f'{disk}/run' in words and 'make' in words, words
+        room_again(disk)
+        taken,_,words = told(screen, disk/'run')
+        assert taken==0
+    assert not words and like(disk/'run', want)
 
 def trains_where_history_or_pictures_do_not_fit(screen, disk):
+    want = undisturbed(screen, disk, n_pictures=2)
     mounted(disk, '64m')
     class Full(Callback):
         order = 50
-        def after_epoch(self): filled(disk)
-    taken,words = steps_on(screen, disk/'run', cbs=[Full()], n_pictures=2)
+        def after_epoch(self): fill(disk)
+    _,_,words = told(screen, disk/'run', cbs=[Full()], n_pictures=2)
     assert re.search('[Nn]o room.*history.csv', words), words
-    (disk/'others').unlink()
-    assert not steps_on(screen, disk/'run', n_pictures=2)[1] and len(list(disk.glob('run/reconstructions/*.png')))==2
+    room_again(disk)
+    assert not told(screen, disk/'run', n_pictures=2)[2] and len(list(disk.glob('run/reconstructions/*.png')))==2 and like(disk/'run', want)
 
 def trains_on_a_disk_that_became_read_only(screen, disk):
     mounted(disk, '64m')
-    with suppress(KeyboardInterrupt): steps_on(screen, disk/'run', cbs=[Stop(4)])
+    with suppress(KeyboardInterrupt): told(screen, disk/'run', cbs=[Stop(4)])
     size(disk, 'ro')
-    taken,words = steps_on(screen, disk/'run')
+    taken,_,words = told(screen, disk/'run')
     assert taken==0 and re.search('cannot be written.*choose another `out`', words), words
-    taken,words = steps_on(screen, disk/'other')
+    taken,_,words = told(screen, disk/'other')
     assert taken==0 and re.search('(cannot be written|Read-only).*', words), words
     size(disk, 'rw')
-    assert not steps_on(screen, disk/'run')[1]
+    assert not told(screen, disk/'run')[2]
 
-def classifies_on_a_full_disk(screen, disk):
-    mounted(disk, '64m')
-    taken,words = steps_on(screen, disk/'run', wsl, cbs=[At(5, lambda out: filled(disk))])
-    assert re.search('could not be written.*make room', words), words
-    (disk/'others').unlink()
-    wsl(screen, disk.with_name('want wsl'))
-    taken,words = steps_on(screen, disk/'run', wsl)
-    assert 0<taken<=6 and not words and like(disk/'run', content(disk.with_name('want wsl')))
-
-on_disks = ['trains_on_a_full_disk','trains_where_the_model_does_not_fit','trains_where_history_or_pictures_do_not_fit',
-            'trains_on_a_disk_that_became_read_only','classifies_on_a_full_disk']
+on_disks = ['trains_where_nothing_fits','trains_on_a_disk_that_is_full_for_a_while','trains_on_a_disk_that_becomes_full','trains_where_the_model_does_not_fit',
+            'trains_where_history_or_pictures_do_not_fit','trains_on_a_disk_that_became_read_only','classifies_on_a_disk_that_becomes_full']
 
 @pytest.mark.skipif(not own_disks(), reason='needs disks of its own')
 def test_disks(tmp_path):
@@ -346,7 +364,7 @@ def test_an_image_deleted_in_mid_run(tmp_path, kind, workers):
     real = tmp_path/'s/3.tif'
     raw = real.read_bytes()
     with pytest.raises(ImageError, match='3.tif: missing.*plate P1, well A04'): fit('run', cbs=At(2, lambda out: real.unlink()))
-    with pytest.raises(ValueError, match='other images, or some that are missing.*check'): fit('run')
+    with pytest.raises(ValueError, match='other images, or some are missing.*check'): fit('run')
     real.write_bytes(raw)
     fit('run')
     assert like(tmp_path/'run', content(tmp_path/'whole'))
