@@ -72,3 +72,151 @@ def test_a_step_in_parts_is_the_step(screen, tmp_path, kind, k, bs, crops):
     for x,y in zip(a.grads, b.grads): assert (x-y).norm()<1e-3*x.norm()
     assert losses(one)==pytest.approx(losses(some), rel=1e-4)
     assert torch.equal(torch.cat(a.masks), torch.cat(b.masks))
+
+def test_steps_and_history_in_parts(screen, tmp_path):
+    one,some = fit(screen, tmp_path/'one'),fit(screen, tmp_path/'some', accumulate=4)
+    assert losses(one)==pytest.approx(losses(some), rel=1e-3)
+    a,b = (pd.read_csv(tmp_path/k/'history.csv') for k in ('one','some'))
+    assert a.shape==b.shape and abs(a/b-1).max().max()<1e-3
+    assert load_model(tmp_path/'some/model').provenance['accumulate']==4
+
+everything = dict(accumulate=3, ema=.9, bf16=True, clip=.1)
+
+@pytest.mark.parametrize('at', [1, 2, 3])
+def test_all_together_goes_on_exactly(screen, tmp_path, at):
+    model = lambda: kinds['shared']()
+    straight = fit(screen, tmp_path/'a', model(), **everything)
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/'b', model(), cbs=Stop(at), **everything)
+    torch.manual_seed(0)
+    again = fit(screen, tmp_path/'b', model(), **everything)
+    for k in ('model','last'):
+        a,b = (load_model(tmp_path/n/'model', average=k=='model') for n in 'ab')
+        assert same(a.state_dict().values(), b.state_dict().values())
+    assert losses(straight)==losses(again)
+
+def test_another_number_of_parts_goes_on(screen, tmp_path):
+    with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/'a', cbs=Stop(1), accumulate=2)
+    parts = losses(fit(screen, tmp_path/'a', accumulate=3))
+    assert parts==pytest.approx(losses(fit(screen, tmp_path/'b')), rel=1e-3)
+
+ready = dict(log=lambda: CSVLogger('log.csv'), best=lambda: SaveModelCallback(fname='best'), graph=lambda: ShowGraphCallback(),
+             stop=lambda: EarlyStoppingCallback(patience=1, min_delta=9), add=lambda: GradientAccumulation(9))
+
+@pytest.mark.parametrize('name', ready)
+def test_callbacks_of_fastai_in_parts(screen, tmp_path, name, monkeypatch):
+    monkeypatch.setattr('cellmae.learner.watched', lambda: name=='graph') # which draws beside a bar
+    one,some = (fit(screen, tmp_path/str(k), cbs=ready[name](), accumulate=k, ema=.9) for k in (1,3))
+    assert losses(one)==pytest.approx(losses(some), rel=1e-3)
+    assert len(one.recorder.values)==len(some.recorder.values)
+
+def test_sweep_in_parts(screen, tmp_path):
+    learn = mae_learner(screen_dls(screen, 32, 6, device='cpu'), tiny(), tmp_path/'run', dict(seed=0), cbs=Average(.9))
+    before,learn.accumulate = weights(learn),3
+    learn.lr_find(num_it=6, show_plot=False)
+    assert same(weights(learn), before) and not learn.path.exists() and learn.averaged_model is None
+
+# An average
+
+class Watching(Callback):
+    "The average by hand"
+    order,run_valid = -4,False
+    def before_fit(self): self.ema = ModelEmaV3(self.model, .9, use_warmup=True); self.n = 0
+    def after_step(self): self.n += 1; self.ema.update(self.model, self.n)
+
+def test_the_average_is_timms(screen, tmp_path):
+    learn = fit(screen, tmp_path/'a', ema=.9, cbs=(own := Watching()))
+    plain = fit(screen, tmp_path/'b')
+    assert same(weights(learn), own.ema.module.state_dict().values()) and not same(weights(learn), weights(plain))
+    bundle = lambda **k: load_model(tmp_path/'a/model', **k).state_dict().values()
+    assert same(bundle(), weights(learn)) and same(bundle(average=False), weights(plain))
+    assert load_model(tmp_path/'a/model').provenance['ema']==.9
+    assert same(weights(fit(screen, tmp_path/'a', ema=.9)), weights(learn)), 'the cell run again'
+    with pytest.raises(ValueError, match='ema=.9 there and .99 now'.replace('.9','0.9')): fit(screen, tmp_path/'a', ema=.99)
+
+def test_what_is_measured_is_the_average(screen, tmp_path):
+    class Seen(Callback):
+        def before_validate(self): self.learn.seen = self.learn.model
+        def before_epoch(self): self.own = self.learn.model
+        def after_epoch(self): assert self.learn.model is self.own
+    learn = fit(screen, tmp_path/'a', ema=.9, cbs=Seen())
+    assert learn.seen is not learn.model
+    last = learn.recorder.values[-1][1]
+    assert learn.validate()[0]==pytest.approx(last, rel=1e-6)
+
+def test_a_step_that_is_not_taken_does_not_count(screen, tmp_path):
+    from fastai.callback.core import CancelStepException
+    class Skip(Callback):
+        order,run_valid = 30,False
+        def before_step(self):
+            if self.train_iter%2: raise CancelStepException
+    learn = fit(screen, tmp_path/'a', ema=.9, cbs=Skip())
+    assert learn.average.steps==(len(losses(learn))+1)//2
+
+def test_an_error_in_validation_gives_the_model_back(screen, tmp_path):
+    class Bad(Callback):
+        run_train = False
+        def after_pred(self): raise ValueError('in validation')
+    model = tiny()
+    learn = mae_learner(screen_dls(screen, 32, 6, device='cpu'), model, tmp_path, dict(seed=0), cbs=[Bad(), Average(.9)])
+    with pytest.raises(ValueError, match='in validation'): learn.fit(1)
+    assert learn.model is model and learn.averaged_model is None
+
+# A given time
+
+class Clock:
+    "Time that passes by steps and by itself never"
+    def __init__(self, monkeypatch, step=1.):
+        self.now,self.step = 100.,step
+        monkeypatch.setattr('cellmae.learner.time', self)
+    def monotonic(self): return self.now
+    def time(self): return self.now
+
+class Step(Callback):
+    run_valid,order = False,80
+    def __init__(self, clock): self.clock = clock
+    def after_batch(self): self.clock.now += self.clock.step
+
+timed = dict(epochs=None, seconds=10)
+
+def test_a_run_ends_when_its_time_is_over(screen, tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    learn = fit(screen, tmp_path/'a', cbs=Step(clock), **timed)
+    steps = learn.recorder.lrs
+    assert len(steps)==10 and max(steps)==steps[1] and steps[-1]<.05*max(steps)
+    about = load_model(tmp_path/'a/model').provenance
+    assert (about['seconds'],about['steps'],about['epochs'])==(10, 10, len(pd.read_csv(tmp_path/'a/history.csv')))
+
+def test_a_killed_run_has_what_is_left_of_its_time(screen, tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    straight = fit(screen, tmp_path/'a', cbs=Step(clock), **timed)
+    for at in (1, 3, 8):
+        with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/f'b{at}', cbs=[Step(clock), Stop(at)], **timed)
+        clock.now += 1e6 # dead meanwhile
+        again = fit(screen, tmp_path/f'b{at}', cbs=Step(clock), **timed)
+        assert same(weights(again), weights(straight)) and losses(again)==losses(straight)
+    clock.now += 1e6
+    assert same(weights(fit(screen, tmp_path/'a', cbs=Step(clock), **timed)), weights(straight)), 'the cell run again'
+
+@pytest.mark.parametrize('seconds,steps', [(1e-9, 1), (1, 1), (2.5, 3)])
+def test_times_that_are_short(screen, tmp_path, monkeypatch, seconds, steps):
+    learn = fit(screen, tmp_path, cbs=Step(Clock(monkeypatch)), epochs=None, seconds=seconds)
+    assert len(losses(learn))==steps and load_model(tmp_path/'model')
+
+def test_pictures_are_spread_over_the_time(screen, tmp_path, monkeypatch):
+    fit(screen, tmp_path, cbs=Step(Clock(monkeypatch, .6)), n_pictures=3, **timed)
+    epochs = len(pd.read_csv(tmp_path/'history.csv'))
+    drawn = sorted(int(f.stem[-3:]) for f in (tmp_path/'reconstructions').iterdir())
+    assert len(drawn)==3 and drawn[-1]==epochs and abs(drawn[0]-epochs/3)<=1.5
+
+def test_how_long_is_said_once(screen, tmp_path):
+    for wrong in (dict(epochs=2, seconds=5), dict(seconds=float('inf'), epochs=None), dict(seconds=0, epochs=None), dict(seconds='1h', epochs=None)):
+        with pytest.raises(ValueError, match='seconds'): fit(screen, tmp_path/'no', **wrong)
+    assert not (tmp_path/'no').exists()
+
+@pytest.mark.parametrize('wrong', [dict(accumulate=0), dict(accumulate=1.5), dict(ema=1), dict(ema=0), dict(n_watch=0), dict(recompute=1), dict(valid=2),
+                                   dict(compile='yes'), dict(n_pictures=-1), dict(save_every=-1), dict(crops=0)])
+def test_options_are_checked_before_images_are_read(screen, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr(Screen, '__getitem__', lambda *a: pytest.fail('an image was read'))
+    monkeypatch.setattr('cellmae.train.screen_dls', lambda *a, **k: pytest.fail('loaders were made'))
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))}='): fit(screen, tmp_path/'no', **wrong)
