@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, distributed as dist, nn
 from fastai.callback.core import (Callback, CancelBackwardException, CancelEpochException,
                                   CancelFitException, CancelStepException)
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, sched_cos
 from fastai.callback.training import GradientClip
@@ -150,7 +149,7 @@ class Waits(Callback):
 # %% ../nbs/35_learner.ipynb #a7785698
 class SafeLearner(Learner):
     "A fastai `Learner` that can start in the middle, and leaves what it entered whatever happens"
-    first_epoch,accumulate,over,mean = 0,1,False,None
+    first_epoch,accumulate,time_over,averaged_model = 0,1,False,None
     def __init__(self, *args, settings=None, records=None, **kwargs):
         self.settings,self.records = settings or {},listify(records)
         super().__init__(*args, **kwargs)
@@ -162,7 +161,7 @@ class SafeLearner(Learner):
         except BaseException: self.leave(was, logger); raise
         finally:
             self.first_epoch = self.dls.train.start = 0
-            self.over,self.mean = False,None
+            self.time_over,self.averaged_model = False,None
 
     def leave(self, training, logger):
         "Be after an error as before the fit, but for the weights"
@@ -189,7 +188,7 @@ def all_batches(self:SafeLearner):
     try:
         for i,b in enumerate(batches, start):
             self.one_batch(i, b)
-            if self.training and self.over: break
+            if self.training and self.time_over: break
     finally: getattr(batches, 'close', noop)() # a traceback would keep them, and their threads
     if num_distrib()>1 and not self.training: self.add_up()
 
@@ -274,13 +273,6 @@ def of_all(self:SafeLearner, x):
     "The sum of a tensor over all processes"
     if num_distrib()>1: dist.all_reduce(x)
     return x
-
-@patch
-@contextmanager
-def around(self:MixedPrecision):
-    "Autocast for each part: fastai enters it before a batch, and leaves it after a loss"
-    if self.training and self.part.rows.start: self.autocast.__enter__()
-    yield
 
 # %% ../nbs/35_learner.ipynb #d24c08f7
 @patch
@@ -416,14 +408,16 @@ class Average(Callback):
 
     def before_fit(self):
         self.ema,self.steps = ModelEmaV3(self.model, self.decay, use_warmup=True),0
-        self.learn.mean = self.ema.module
+        self.learn.averaged_model = self.ema.module
+    def before_step(self): self.taken = True
+    def after_cancel_step(self): self.taken = False
     def after_step(self):
-        self.steps += 1
-        self.ema.update(self.model, self.steps)
+        self.steps += self.taken
+        if self.taken: self.ema.update(self.model, self.steps)
     def after_fit(self):
         self.last = {k:v.clone() for k,v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.learn.mean.state_dict())
-        self.learn.mean = None
+        self.model.load_state_dict(self.learn.averaged_model.state_dict())
+        self.learn.averaged_model = None
 
     def state_dict(self): return dict(steps=self.steps, mean=self.ema.module.state_dict())
     def load_state_dict(self, state):
@@ -436,7 +430,7 @@ class Average(Callback):
 def averaged(self:SafeLearner):
     "Inside, the model is the average of the weights, if one is kept"
     own = self.model
-    if self.mean is not None: self.model = self.mean
+    if self.averaged_model is not None: self.model = self.averaged_model
     try: yield self.model
     finally: self.model = own
 
@@ -457,9 +451,9 @@ class Budget(Callback):
         seconds:float, # How long the run takes, times of all its processes' lives together
     ):
         check_options(seconds=seconds)
-        self.seconds,self.spent,self.before = seconds,0.,0.
+        self.seconds,self.spent,self.before,self.since = seconds,0.,0.,time.monotonic()
 
-    def state_dict(self): return dict(spent=self.spent, before=self.before)
+    def state_dict(self): return dict(spent=time.monotonic()-self.since, before=self.before)
     def load_state_dict(self, state):
         self.spent,self.before = state['spent'],state['before']
         self.since = time.monotonic()-self.spent
@@ -474,7 +468,7 @@ class Budget(Callback):
         if self.training: self.tick()
     def after_validate(self): self.tick()
     def after_epoch(self):
-        if self.learn.over: raise CancelFitException
+        if self.learn.time_over: raise CancelFitException
 
 # %% ../nbs/35_learner.ipynb #139bb5e8
 @patch
@@ -482,7 +476,7 @@ def tick(self:Budget):
     "Look at the clock: that of the first process counts"
     self.spent = self.learn.of_all(self.clock()).item()
     self.learn.pct_train = min(self.spent/self.seconds, 1.)
-    self.learn.over = self.spent>=self.seconds
+    self.learn.time_over = self.spent>=self.seconds
     self.show()
 
 @patch
