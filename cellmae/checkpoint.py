@@ -487,7 +487,9 @@ def short_hash(*parts)->str:
     for p in parts: h.update(_bytes(p) if isinstance(p, Tensor) else repr(p).encode())
     return h.hexdigest()[:12]
 
-def _bytes(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+def _bytes(t):
+    if hasattr(t, 'to_local'): t = t.to_local() # of a tensor that is split, what is here
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 def _weights(model): return short_hash(*model.state_dict().values())
 
