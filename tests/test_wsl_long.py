@@ -87,8 +87,8 @@ def test_one_part_is_the_batch(screen, tmp_path):
 
 def test_parts_are_mixed_within(screen, tmp_path):
     plain,mixed = Seen(),Seen()
-    fit(screen, tmp_path/'plain', cutmix=0., cbs=plain, accumulate=2, epochs=1)
-    fit(screen, tmp_path/'mixed', cbs=mixed, accumulate=2, epochs=1)
+    fit(screen, tmp_path/'plain', cutmix=0., cbs=plain, accumulate=2, crops=2, epochs=1)
+    fit(screen, tmp_path/'mixed', cbs=mixed, accumulate=2, crops=2, epochs=1)
     boxes = {}
     for (i,part,x,_),(_,_,y,_) in zip(plain.parts, mixed.parts, strict=True):
         changed = (x!=y).any(1) # (B,H,W)
