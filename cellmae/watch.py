@@ -30,7 +30,7 @@ from .retrieval import match
 from .sites import WELL
 from .tvn import TVN, CenterScale
 
-# %% ../nbs/49_watch.ipynb #1eaf714a
+# %% ../nbs/49_watch.ipynb #662cc05e
 def effective_rank(
     x, # Profiles: AnnData, `(X, obs)`, array `(n,D)`
 )->float: # From 0, if all are the same, to `min(n-1,D)`
@@ -41,7 +41,7 @@ def effective_rank(
     p = s/s.sum()
     return float(np.exp(-(p*np.log(p)).sum())) if len(s) else 0.
 
-# %% ../nbs/49_watch.ipynb #a2db85f8
+# %% ../nbs/49_watch.ipynb #1616e957
 def nn_accuracy(
     x, # Profiles: AnnData or `(X, obs)` with `batch` and `perturbation`
     asked=None, # `(n)` mask of wells whose neighbour is looked for; default: all that are treated
@@ -64,7 +64,7 @@ def _many_controls(obs, control):
     "Has each batch two controls or more?"
     return pd.Series(control).groupby(obs['batch'].to_numpy(), observed=True).sum()>1
 
-# %% ../nbs/49_watch.ipynb #d517267d
+# %% ../nbs/49_watch.ipynb #51eee189
 def recall_of(
     x, # Profiles of wells with `batch`, `perturbation` and `control`
     relationships, # As in `recall`
@@ -74,7 +74,7 @@ def recall_of(
     if t['recall'].notna().any(): return float(t['recall'].mean())
     raise ValueError(f'no known pair is among the {t.n_genes[0]} genes that are watched')
 
-# %% ../nbs/49_watch.ipynb #bf3a3a8a
+# %% ../nbs/49_watch.ipynb #868c9056
 _controls,_enough = 4,40 # control wells of a batch; perturbations, or wells that have none
 
 def choose_wells(
@@ -108,7 +108,7 @@ def _first_few(kind, late, n):
     "The first `n` perturbations, those that are not `late` before others"
     return pd.unique(kind[late[kind.index].sort_values(kind='stable').index])[:max(n, 0)]
 
-# %% ../nbs/49_watch.ipynb #52033d8b
+# %% ../nbs/49_watch.ipynb #0f869edd
 def tiles_at_a_time(
     images:float, # That a process trains on between two looks
     part:float=.03, # Of them that a look may cost
@@ -137,7 +137,7 @@ def _sites_of(wells, n):
     turns = sorted((k,i,s) for i,ss in enumerate(wells['sites']) for k,s in enumerate(ss))
     return np.sort([s for *_,s in turns[:max(n, len(wells))]])
 
-# %% ../nbs/49_watch.ipynb #b907da1d
+# %% ../nbs/49_watch.ipynb #707d9129
 @contextmanager
 def untouched(
     model:nn.Module, # On any device
@@ -152,7 +152,7 @@ def untouched(
         finally:
             for b,was in zip(model.buffers(), kept): b.copy_(was)
 
-# %% ../nbs/49_watch.ipynb #814a3b38
+# %% ../nbs/49_watch.ipynb #193f83f7
 class Measured(Metric):
     "A column of the history whose value someone else sets"
     name = value = None # plain attributes, where fastai computes
@@ -190,7 +190,7 @@ class Watch(Callback):
         if text not in self.said and not rank_distrib(): print(text, flush=True)
         self.said.add(text)
 
-# %% ../nbs/49_watch.ipynb #96f70992
+# %% ../nbs/49_watch.ipynb #4c6b15b8
 @patch
 def look(self:Watch):
     "What the wells tell now, NaN where they do not"
@@ -232,7 +232,7 @@ def shared(self:Watch, values):
     v = torch.tensor(here, dtype=torch.float64, device=self.dls.device)
     return dict(zip(self.names, self.learn.of_all(v).tolist()))
 
-# %% ../nbs/49_watch.ipynb #8b675154
+# %% ../nbs/49_watch.ipynb #7bd9072f
 @patch
 def choose(self:Watch):
     "Which sites are embedded, and how many at a time"
@@ -264,11 +264,11 @@ def _cost(part):
 def embedded(self:Watch, model):
     "The wells as the model sees them now"
     encoder = as_encoder(model)
-    how = dict(size=self.dls.train.size, bs=min(self.at_once, encoder.bs), middle=True, progress=False)
-    found = [embed(encoder, s, **how) for s in self.screens if len(s)]
+    how = dict(size=self.dls.train.size, bs=min(self.at_once, encoder.bs), middle=True)
+    found = [embed(encoder, s, progress=False, **how) for s in self.screens if len(s)]
     return ad.concat(found) if len(found)>1 else found[0]
 
-# %% ../nbs/49_watch.ipynb #724d097c
+# %% ../nbs/49_watch.ipynb #e78bbe4b
 def _missing(package):
     return ImportError(f'`tracker={package!r}` needs the package {package}, which is not '
                        f'installed: `pip install {package}`.')
@@ -284,7 +284,7 @@ def report_to(
     if not find_spec(name): raise _missing(name)
     return Callback() if rank_distrib() else _trackers[name](Path(out), settings)
 
-# %% ../nbs/49_watch.ipynb #c369efc3
+# %% ../nbs/49_watch.ipynb #ee48cb23
 def _steps_done(learn):
     "Steps of a run that were taken before this fit"
     return learn.first_epoch*len(learn.dls.train)+learn.dls.train.start
@@ -322,7 +322,7 @@ def _as_table(settings):
     rows = [f'| {k} | {str(v)[:200]} |' for k,v in settings.items()]
     return '\n'.join(['| setting | value |', '|---|---|', *rows])
 
-# %% ../nbs/49_watch.ipynb #ad28ffd1
+# %% ../nbs/49_watch.ipynb #c9f38a41
 def _wandb(out, settings):
     import wandb
     from fastai.callback.wandb import WandbCallback
@@ -362,7 +362,7 @@ def _known(settings): return {k:v for k,v in settings.items() if v is not None}
 
 _trackers = dict(tensorboard=_tensorboard, wandb=_wandb)
 
-# %% ../nbs/49_watch.ipynb #efd44ed5
+# %% ../nbs/49_watch.ipynb #7eeeeaa7
 def in_jupyter()->bool: # Not in a terminal, and not in a test that runs a notebook without Jupyter
     "Is this a notebook whose outputs can be redrawn?"
     ipython = sys.modules.get('IPython')
@@ -395,7 +395,7 @@ class Live(Callback):
         else: self.handle = display(page, display_id=True)
         self.next = time.monotonic()+self.every
 
-# %% ../nbs/49_watch.ipynb #9774aef6
+# %% ../nbs/49_watch.ipynb #28fac0e5
 def _image(png): return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 @patch

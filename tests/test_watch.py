@@ -166,8 +166,8 @@ def test_wandb(screen, tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'offline'); monkeypatch.setenv('WANDB_SILENT', 'true')
     run = dict(tracker='wandb', watch=True, n_pictures=1)
     logged = []
-    true = wandb.log
-    monkeypatch.setattr(wandb, 'log', lambda o, **k: (logged.append(o), true(o, **k)))
+    true = wandb.Run.log
+    monkeypatch.setattr(wandb.Run, 'log', lambda self, o, **k: (logged.append(o), true(self, o, **k)))
     with pytest.raises(KeyboardInterrupt): fit(screen, tmp_path/'run', **run, cbs=Stops(1, 1))
     kept = (tmp_path/'run/wandb_id.txt').read_text()
     learn = fit(screen, tmp_path/'run', **run, cbs=Stops(9, 9))
