@@ -56,15 +56,15 @@ class Checkpoint(Callback):
     ):
         self.file,self.old = Path(file),Path(file).with_suffix('.old.pth')
         self.seconds,self.users = seconds,listify(users)
-        self.settings,self.state,self.intact = {},None,True
+        self.settings,self.found,self.intact = {},None,True
 
     def before_fit(self):
         self.saved_at,self.begun = time.monotonic(),_memory(self.remembering())
         self.at,self.took,self.missed = None,0.,False
         if not rank_distrib(): self.say_what_is_lost()
-        if self.state: self.go_on(self.state)
+        if self.found: self.go_on(self.found)
         else: self.save(0, 0)
-        self.state = None
+        self.found = None
 
     def before_train(self):
         start,n = self.dls.train.start,len(self.dls.train)
@@ -247,7 +247,7 @@ def read(self:Checkpoint,
         if damage: warnings.warn(f'{self.file} is damaged ({damage[self.file]}). '
                                  f'The run goes on from the one before, {f.name}.')
         check_same(self.file.parent, state['settings'], settings)
-        self.state,self.intact = state,not damage
+        self.found,self.intact = state,not damage
         return
     if damage: raise ValueError('; '.join(f'{f} is damaged ({e})' for f,e in damage.items())+
                                 '. Copy it again, or start over with `resume=False`.')
@@ -283,9 +283,9 @@ def _sent(o):
 @patch
 def read_for_all(self:Checkpoint):
     "Have all processes go on with the run that the first one finds"
-    self.state = None
+    self.found = None
     if not rank_distrib(): self.read(self.settings)
-    self.state = of_first(self.state)
+    self.found = of_first(self.found)
 
 # %% ../nbs/34_checkpoint.ipynb #2fa091a9
 @patch
@@ -322,9 +322,9 @@ def go_back(self:Checkpoint):
     "In the middle of training, return to the last checkpoint that is whole"
     self.opt.zero_grad()
     self.read_for_all()
-    if not self.state: raise FileNotFoundError(f'{self.file} is gone, and with it the way back.')
-    self.take_up(self.state)
-    self.state = None
+    if not self.found: raise FileNotFoundError(f'{self.file} is gone, and with it the way back.')
+    self.take_up(self.found)
+    self.found = None
 
 # %% ../nbs/34_checkpoint.ipynb #a83e3cbb
 @patch
@@ -333,7 +333,7 @@ def begin(self:Checkpoint,
     resume:bool, # Go on where a run in the folder stopped?
 ):
     "Take up the run of these `settings`, or remove what was there"
-    self.settings,self.state = settings,None
+    self.settings,self.found = settings,None
     if resume: return self.read_for_all()
     if rank_distrib(): return
     for f in (self.file, self.old): f.unlink(missing_ok=True)
@@ -421,7 +421,8 @@ def refuse(self:Guard, why):
 @patch
 def leave_out(self:Guard):
     "No step and no entry in the curves for this batch"
-    self.learn.yb,self.learn.smooth_loss = (),self.recorder.smooth_loss.value
+    self.learn.yb = ()
+    self.learn.loss = self.learn.smooth_loss = self.recorder.smooth_loss.value # as they were
     raise CancelBatchException
 
 @patch

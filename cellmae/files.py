@@ -184,6 +184,14 @@ def on_full_disk(why, *file):
         if e.errno not in _no_room: raise
         raise OSError(e.errno, why, *file) from e
 
+# %% ../nbs/00_files.ipynb #b81a43e7
+@contextmanager
+def spared(file):
+    "Go on, and say so, where something cannot be written that will be written again"
+    try: yield
+    except OSError as e:
+        print(f'{file} could not be written ({e.strerror or e}): the next time, maybe.', flush=True)
+
 # %% ../nbs/00_files.ipynb #d9da64fd
 _packers = {b'\x1f\x8b': gzip.decompress, b'BZh': bz2.decompress, b'\xfd7zXZ': lzma.decompress}
 

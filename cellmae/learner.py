@@ -36,7 +36,7 @@ from .checkpoint import Checkpoint, GoBack, Guard, SeedSteps
 from .classifier import Classifier
 from .data import CropLoader, Place, check_options
 from .device import BF16, in_bf16
-from .files import watched, write_whole
+from .files import spared, watched, write_whole
 from .masking import part_of
 from .plots import show_channels, show_reconstruction
 
@@ -77,7 +77,7 @@ class History(Callback):
     def after_epoch(self):
         values,names = self.recorder.values,self.recorder.metric_names[1:]
         rows = pd.DataFrame([list(r) for r in values], columns=names[:len(values[0])])
-        write_whole(self.file, rows.rename_axis('epoch').to_csv)
+        with spared(self.file): write_whole(self.file, rows.rename_axis('epoch').to_csv)
 
 # %% ../nbs/35_learner.ipynb #834f2c39
 class Reconstructions(Callback):
@@ -87,7 +87,8 @@ class Reconstructions(Callback):
     def after_epoch(self):
         if not self.learn.due(self.n) or not len(self.dls.valid): return
         fig,name = self.learn.show_results(),f'epoch_{self.epoch+1:03d}.png'
-        write_whole(self.folder/name, partial(fig.savefig, dpi=80, bbox_inches='tight'))
+        save = partial(fig.savefig, dpi=80, bbox_inches='tight')
+        with spared(self.folder/name): write_whole(self.folder/name, save)
         plt.close(fig)
 
 # %% ../nbs/35_learner.ipynb #9cefb06a

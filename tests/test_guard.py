@@ -64,16 +64,16 @@ def curves(learn):
 @pytest.mark.parametrize('step', [0, 3, last])
 def test_a_spoilt_batch_is_as_if_it_were_not_there(screen, tmp_path, capsys, step):
     without = fit(screen, tmp_path/'without', cbs=Without(step))
-    for what,value in (('loss',nan), ('loss',inf), ('gradient',nan), ('gradient',-inf), ('both',nan)):
-        for every in (0, 1000): # the last checkpoint is one step back, or an epoch
-            out = tmp_path/f'{what}{value}{every}'
-            learn = fit(screen, out, cbs=Spoil(what, value, step), save_every=every)
-            assert same(weights(learn), weights(without)) and curves(learn)==curves(without)
-            assert (out/'history.csv').read_bytes()==(without.path/'history.csv').read_bytes()
-            said = capsys.readouterr().out
-            assert f'at step {step} on plate P' in said and '.tif' in said and 'left out' in said
-            noted = load_model(out/'model').provenance
-            assert [o['step'] for o in noted['skipped']]==skipped(learn)==[step] and noted['steps']==last
+    # the last checkpoint is one step back, or an epoch
+    for what,value,every in (('loss',inf,0), ('gradient',nan,1000), ('both',nan,1000), ('gradient',-inf,0)):
+        out = tmp_path/f'{what}{value}{every}'
+        learn = fit(screen, out, cbs=Spoil(what, value, step), save_every=every)
+        assert same(weights(learn), weights(without)) and curves(learn)==curves(without)
+        assert (out/'history.csv').read_bytes()==(without.path/'history.csv').read_bytes()
+        said = capsys.readouterr().out
+        assert f'at step {step} on plate P' in said and '.tif' in said and 'left out' in said
+        noted = load_model(out/'model').provenance
+        assert [o['step'] for o in noted['skipped']]==skipped(learn)==[step] and noted['steps']==last
 
 def test_running_statistics_of_batch_norm_do_not_see_it(tmp_path):
     s = make_screen(tmp_path/'s')
@@ -130,18 +130,16 @@ def test_a_jump_is_left_out(screen, tmp_path):
     with pytest.raises(FloatingPointError, match='became .* after .*third'):
         fit(screen, tmp_path/'b', lr=.5, epochs=12)
 
-@pytest.mark.parametrize('lr', [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize('lr', [1e-4, 2e-3])
 def test_sound_runs_of_autoencoders(screen, tmp_path, lr):
-    for i,bs in enumerate((1, 4)):
-        assert not skipped(fit(screen, tmp_path/f'{i}', lr=lr, bs=bs, epochs=8))
+    for bs in (1, 4): assert not skipped(fit(screen, tmp_path/f'{bs}', lr=lr, bs=bs, epochs=6))
     camae = create_model('camae_vitt8', in_chans=2, img_size=32, depth=1, embed_dim=48)
     assert not skipped(fit(screen, tmp_path/'c', camae, lr=lr, bs=2))
 
 @pytest.mark.parametrize('cutmix', [0, 1.])
 def test_sound_runs_of_classifiers(tmp_path, cutmix):
     s = make_screen(tmp_path/'s')
-    for lr in (1e-3, 3e-2):
-        assert not skipped(classify(s, out=tmp_path/f'{lr}', epochs=12, cutmix=cutmix, lr=lr, bs=2))
+    assert not skipped(classify(s, out=tmp_path/'run', epochs=8, cutmix=cutmix, lr=3e-2, bs=2))
 
 # A Learner without a folder
 
@@ -150,7 +148,7 @@ def learn(screen, tmp_path): return mae_learner(screen_dls(screen, 32, 4), tiny(
 
 def test_a_bare_fit_leaves_the_batch_out(learn, capsys):
     learn.model.register_buffer('seen', torch.zeros(()))
-    learn.model.register_forward_hook(lambda m, *a: m.seen.add_(1.*m.training))
+    learn.model.register_forward_hook(lambda m, *a: (m.seen.add_(1.*m.training), None)[1])
     learn.add_cb(Spoil('gradient', nan, 1, 2))
     learn.fit(2)
     assert skipped(learn)==[1,2] and learn.model.seen==2 and len(learn.recorder.losses)==2
@@ -164,8 +162,8 @@ def test_the_third_ends_a_bare_fit(learn):
 
 def test_a_sweep_may_diverge(learn):
     before = weights(learn)
-    learn.add_cb(Spoil('both', nan, 4))
-    learn.lr_find(end_lr=1e3, num_it=12, show_plot=False)
+    learn.add_cb(Spoil('both', nan, 30))
+    learn.lr_find(num_it=40, show_plot=False)
     assert same(weights(learn), before) and not skipped(learn)
 
 # Disks
