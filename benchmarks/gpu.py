@@ -60,11 +60,13 @@ class Case:
         from cellmae.scale import plan
         return plan(self.name, 1e6, memory_gb, bs=bs, crop=self.size, **self.kw)
 
-    def built(self, kind): return copy.deepcopy(self.models[kind]).to(self.device)
+    def built(self, kind):
+        from cellmae.blocks import compile_blocks
+        model = copy.deepcopy(self.models[kind]).to(self.device)
+        if self.compiled: compile_blocks(model, backend='eager' if self.tiny else 'inductor')
+        return model
 
     def images(self, bs): return torch.randint(0, 256, (bs,6,self.size,self.size), dtype=torch.uint8, device=self.device)
-
-    def net(self, f): return torch.compile(f, backend='eager' if self.tiny else 'inductor') if self.compiled else f
 
     def say(self, kind, what, bs, secs, **more):
         "Keep the rate of a case"
@@ -94,7 +96,7 @@ def steps(case, kind, bs):
     "A training step of a case that has run twice, and seconds of that"
     import train_step
     model,x = case.built(kind).train(),case.images(bs)
-    step = train_step.stepper(kind, case.net(model), x, case.tokens, True, False)
+    step = train_step.stepper(kind, model, x, case.tokens, True, False)
     t = time.perf_counter()
     step(); step()
     if x.is_cuda: torch.cuda.synchronize()
@@ -104,11 +106,10 @@ def embedding(case, kind, bs):
     "Embedding by a case that has run once, and seconds of that"
     import embed
     model,x = case.built(kind).eval(),case.images(bs)
-    class Net: encode = staticmethod(case.net(model.encode))
     t = time.perf_counter()
-    embed.embed(Net, x, True)
+    embed.embed(model, x, True)
     if x.is_cuda: torch.cuda.synchronize()
-    return lambda: embed.embed(Net, x, True),time.perf_counter()-t
+    return lambda: embed.embed(model, x, True),time.perf_counter()-t
 
 def measured(case, kind, what, made, bs):
     "Time what was made, with the device to oneself"

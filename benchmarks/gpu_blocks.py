@@ -7,7 +7,7 @@ import torch, torch._dynamo.utils
 import embed as embedding, timing, train_step
 from gpu import alone, out, write
 from gpu_profile import images, make, seconds
-from cellmae.blocks import Block, ParallelBlock
+from cellmae.blocks import compile_blocks
 
 CASES = dict(full={'mae_vits16': dict(size=256, train=296, embed=256), 'mae_vitl8': dict(size=256, train=24, embed=64), 'camae_vits16': dict(size=256, train=40, embed=64)},
              tiny={'mae_vitt4': dict(size=16, train=2, embed=2)})
@@ -16,10 +16,9 @@ STUCK = 45 # seconds after which it is told where a case is
 
 
 def by_blocks(model, backend):
-    "A copy of a model, each of its blocks compiled by itself for one size of batch"
+    "A copy of a model, its blocks compiled one by one"
     model = copy.deepcopy(model)
-    for m in model.modules():
-        if isinstance(m, (Block,ParallelBlock)): m.compile(backend=backend, dynamic=False)
+    compile_blocks(model, backend=backend)
     return model
 
 def clocked(f, device):
