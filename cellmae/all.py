@@ -27,7 +27,6 @@ from .cavit import *
 from .munet import *
 from .imagenet import *
 from .classifier import *
-from .export import *
 from .zoo import *
 from .released import *
 from .device import *
@@ -49,3 +48,4 @@ from .rxrx3 import *
 from .watch import *
 from .train import *
 from .wsl import *
+from .export import *
