@@ -106,14 +106,14 @@ def launch(name, of, out, last):
     if '2 processes' not in name: return do(name, of, out, last)
     with socket.socket() as o: o.bind(('', 0)); port = o.getsockname()[1]
     os.environ.update(MASTER_ADDR='localhost', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
-    ranks = [fork(rank, r, name, of, out) for r in '01']
+    ranks = [fork(rank, r, name, of, out, last) for r in '01']
     for _ in ranks:
         pid,end = os.wait()
         if end: time.sleep(.5); [os.kill(o, signal.SIGKILL) for o in ranks if o!=pid]; os._exit(1)
 
-def rank(r, name, of, out):
+def rank(r, name, of, out, last):
     os.environ.update(RANK=r, LOCAL_RANK=r)
-    do(name, of, out)
+    do(name, of, out, last)
 
 def begin(name, of, out, last=None):
     "The process of a job, when its clock runs"
