@@ -74,3 +74,34 @@ def test_another_number_of_processes_goes_on(tmp_path):
     "One goes on where two were killed, and two where one was; sums of floats may differ in their last digits"
     lines = [o.split() for o in python('-c', 'from safetensors.torch import load_file\n'+others, tmp_path/'of').splitlines() if o.startswith('farthest')]
     assert len(lines)==2 and all(float(far)<1e-3 and 0<int(steps)<12 for _,far,steps in lines)
+
+dead = '''
+import socket, sys, time
+from kills_train import *
+
+def member(r, port, of, out):
+    here = dict(RANK=r, LOCAL_RANK=r, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR='localhost', MASTER_PORT=port)
+    os.environ.update({k: str(v) for k,v in here.items()})
+    log = os.open(beside(out, f'log{r}'), os.O_WRONLY|os.O_CREAT)
+    os.dup2(log, 1); os.dup2(log, 2)
+    JOBS['fit_mae, 2 processes, plain'](of, out)
+
+of = Path(sys.argv[1])
+os.waitpid(fork(sources, of), 0)
+for lost in (0, 1):
+    out = of/str(lost)
+    with socket.socket() as o: o.bind(('', 0)); port = o.getsockname()[1]
+    pids = [fork(member, r, port, of, out) for r in (0, 1)]
+    while not (out/'history.csv').exists(): time.sleep(.005)
+    os.kill(pids[lost], 9); since = time.monotonic()
+    ends = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
+    print('ended', ends[lost], ends[1-lost], time.monotonic()-since<30, beside(out, f'log{1-lost}').read_text().splitlines()[-1])
+'''
+
+@forks
+def test_a_process_that_dies_ends_all(tmp_path):
+    "The other one does not wait for ever, and its last words say which was lost, and what to do"
+    lines = [o for o in python('-c', dead, tmp_path/'of').splitlines() if o.startswith('ended')]
+    assert len(lines)==2
+    for lost,line in enumerate(lines):
+        assert line.startswith('ended -9 1 True') and f'Process {lost} of 2 ended without a word' in line and 'start again to go on' in line
