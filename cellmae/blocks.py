@@ -86,7 +86,8 @@ class ParallelBlock(vision_transformer.ParallelScalingBlock):
 
     def forward(self, x, scales=(None,None)):
         *qkv,hidden = self.project(x)
-        both = self.attn_out_proj(attend(*qkv, self.fused)) + self.mlp_out_proj(self.mlp_act(hidden))
+        attended = self.attn_out_proj(attend(*qkv, self.fused))
+        both = attended + self.mlp_out_proj(self.mlp_act(hidden))
         return x + skipped(self.ls(both), scales[0])
 
 # %% ../nbs/23_blocks.ipynb #53d202fe
@@ -109,7 +110,7 @@ class Blocks(nn.Sequential):
         return x if blocks is None else [after[i] for i in blocks]
 
     def scales(self, x):
-        "What to multiply the branches of each block by, for each image `(depth,2,B,1,1)`; or nothing"
+        "What branches of each block are multiplied by `(depth,2,B,1,1)`; or nothing"
         if not (self.training and self.drop_path): return ()
         keep = 1-torch.linspace(0, self.drop_path, len(self), device=x.device)[:,None]
         scales = (draw(x.shape[0], len(self), 2, device=x.device)<keep)/keep # (B,depth,2)
