@@ -181,12 +181,21 @@ def ghost(
     "A copy of a module, or a new named model, that has shapes and no numbers"
     if isinstance(model, str):
         with torch.device('meta'): model = create_model(model, **kwargs)
+        with fake: model = model.to_empty(device='cpu')
     else:
-        with fake, FakeCopyMode(fake): model = copy.deepcopy(model)
-    with fake: model = model.to_empty(device='cpu')
+        with fake, FakeCopyMode(fake): model = _on_cpu(copy.deepcopy(model))
     set_attention(model, True)
     if hasattr(model, 'few_channels'): model.few_channels = None # the work with all of them
     return model.train()
+
+def _on_cpu(model):
+    "Let tensors without numbers live on the CPU; `to` would not take them"
+    for m in model.modules():
+        for k,p in m.named_parameters(recurse=False):
+            setattr(m, k, nn.Parameter(torch.empty_like(p, device='cpu'), p.requires_grad))
+        for k,b in m.named_buffers(recurse=False):
+            m._buffers[k] = torch.empty_like(b, device='cpu')
+    return model
 
 def _two_images(model, crop, kwargs):
     "Images for a model; two, because batch norm needs them"
