@@ -35,7 +35,7 @@ from timm.utils import ModelEmaV3
 from .checkpoint import Checkpoint, GoBack, Guard, SeedSteps
 from .classifier import Classifier
 from .data import CropLoader, Place, check_options
-from .device import BF16, in_bf16
+from .device import BF16, in_bf16, memory_told
 from .files import spared, watched, write_whole
 from .masking import part_of
 from .plots import show_channels, show_reconstruction
@@ -189,7 +189,8 @@ def all_batches(self:SafeLearner):
     batches = iter(self.dl)
     try:
         for i,b in enumerate(batches, start):
-            self.one_batch(i, b)
+            with memory_told(self.dls.device, partial(self.at, i, b), self.cure):
+                self.one_batch(i, b)
             if self.training and self.time_over: break
     finally: getattr(batches, 'close', noop)() # a traceback would keep them, and their threads
     if num_distrib()>1 and not self.training: self.add_up()
@@ -213,6 +214,23 @@ def _do_epoch(self:SafeLearner):
     self._do_epoch_train()
     if len(self.dls.valid): return self._do_epoch_validate()
     self.recorder.log += [float('nan')]*len(self.recorder._valid_mets) # nothing to validate on
+
+# %% ../nbs/35_learner.ipynb #3a72583d
+@patch
+def at(self:SafeLearner, i, b):
+    "What is being computed, in words"
+    shape = ' x '.join(str(n) for n in b[0].shape[1:])
+    parts = f' in {self.accumulate} parts' if self.accumulate>1 and self.training else ''
+    where = 'training' if self.training else 'validation'
+    return (f'{where}, epoch {self.epoch+1}, step {i+1}, a batch of {len(b[0])} images '
+            f'of {shape}{parts}')
+
+@patch
+def cure(self:SafeLearner):
+    "What to change where memory runs out"
+    return (f'Start again, and the run goes on, with `accumulate={2*self.accumulate}`; '
+            '`recompute=True` needs a fraction of the memory; a smaller `crop` or `bs` is '
+            'another run.')
 
 # %% ../nbs/35_learner.ipynb #ac7eafbf
 class Part(NamedTuple):
