@@ -272,16 +272,18 @@ def measure_speed(
     return flops/float(np.median(secs[1:]))
 
 # %% ../nbs/38_scale.ipynb #c42a4424
+def _device(learn): return torch.device(learn.dls.device or 'cpu')
+
 def _how(learn):
     "How a learner computes its steps"
     has = lambda kind: any(isinstance(cb, kind) for cb in learn.cbs)
     shard = getattr(getattr(learn, 'together', None), 'shard', False)
-    return How(has(BF16), learn.dls.device.type=='cuda', False, has(Average), num_distrib(), shard)
+    return How(has(BF16), _device(learn).type=='cuda', False, has(Average), max(1, num_distrib()), shard)
 
 def _shape(learn):
     "Images that a process has of a batch, their channels and side, at most"
     dl = learn.dls.train
-    share = math.ceil(dl.per_batch/num_distrib())*dl.crops
+    share = math.ceil(dl.per_batch/max(1, num_distrib()))*dl.crops
     return share,max(map(len, dl.sites.panels)),dl.size
 
 def _asked(learn, gb):
@@ -296,7 +298,7 @@ def _asked(learn, gb):
 # %% ../nbs/38_scale.ipynb #70c41d23
 def _trial(learn, n):
     "A step with `n` random images, of which nothing stays"
-    model,device = learn.model,learn.dls.device
+    model,device = learn.model,_device(learn)
     buffers,was = [b.clone() for b in model.buffers()],model.training
     grads = [p.grad for p in model.parameters()]
     _,c,size = _shape(learn)
@@ -366,7 +368,7 @@ def fit_parts(
     memory_gb:float=None, # Free memory; default: `free_memory` of the device
 )->int: # Parts in which each process computes its share of a batch
     "How many parts a batch must have to fit the device: as planned, then tried"
-    device = learn.dls.device
+    device = _device(learn)
     gb = memory_gb or free_memory(device)
     if gb is None: return 1
     how = _how(learn)
