@@ -278,7 +278,8 @@ def _how(learn):
     "How a learner computes its steps"
     has = lambda kind: any(isinstance(cb, kind) for cb in learn.cbs)
     shard = getattr(getattr(learn, 'together', None), 'shard', False)
-    return How(has(BF16), _device(learn).type=='cuda', False, has(Average), max(1, num_distrib()), shard)
+    gpu = _device(learn).type=='cuda'
+    return How(has(BF16), gpu, False, has(Average), max(1, num_distrib()), shard)
 
 def _shape(learn):
     "Images that a process has of a batch, their channels and side, at most"
@@ -359,7 +360,7 @@ def _say(learn, parts, gb):
     norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learn.model.modules())
     whole,ranks = learn.dls.train.per_batch*learn.dls.train.crops,num_distrib()
     print(f'A batch of {whole} is computed in {parts} parts of {math.ceil(n/parts)}'
-          f'{f" by each of {ranks} processes" if ranks>1 else ""}, as {gb:.0f} GB ask for.'
+          f'{f" by each of {ranks} processes" if ranks>1 else ""}, as {gb:.3g} GB ask for.'
           f'{" Batch norm sees a part at a time." if norm else ""}', flush=True)
 
 # %% ../nbs/38_scale.ipynb #d27adf6e
