@@ -303,6 +303,7 @@ def _trial(learn, n):
     buffers,was = [b.clone() for b in model.buffers()],model.training
     grads = [p.grad for p in model.parameters()]
     _,c,size = _shape(learn)
+    for p in model.parameters(): p.grad = None
     try:
         with torch.random.fork_rng([device] if device.type=='cuda' else []):
             x = torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, device=device)
