@@ -373,10 +373,10 @@ def test_an_image_deleted_in_mid_run(tmp_path, kind, workers):
 signals = '''
 from test_habits15 import *
 from cellmae.cli import cellmae_fit
-import atexit
+from commands import start
+import atexit, traceback
 root = Path(sys.argv[1])
 make_screen(root/'s', n=12).save(root/'s')
-def job(out, **kw): cellmae_fit(str(root/'s'), str(root/out), model='mae_vitt8', epochs=3, crop=32, bs=4, workers=2)
 def command(out): start(cellmae_fit, root/'s', '--out', root/out, '--model', 'mae_vitt8', '--epochs', 3, '--crop', 32, '--bs', 4, '--workers', 2)
 def ready(out):
     "The first epoch is done"
@@ -395,8 +395,6 @@ def forked(out):
     sys.stderr.flush()
     if code: atexit._run_exitfuncs()
     os._exit(code)
-import traceback
-from commands import start
 os.waitpid(forked('whole'), 0)
 for name,sent in dict(term=signal.SIGTERM, int=signal.SIGINT).items():
     pid = forked(name)
@@ -404,9 +402,7 @@ for name,sent in dict(term=signal.SIGTERM, int=signal.SIGINT).items():
     os.kill(pid, sent); since = time.monotonic()
     end = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     took = time.monotonic()-since
-    os.waitpid(forked(f'{name}'), 0) if False else None
-    words = (root/f'{name}.log').read_text()
-    open(root/f'{name}.said', 'w').write(words)
+    shutil.copy(root/f'{name}.log', root/f'{name}.said')
     os.waitpid(forked(name), 0)
     print('ended', name, end, round(took, 2), flush=True)
 '''
