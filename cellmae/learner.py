@@ -339,7 +339,9 @@ def _for_first(t):
 @patch
 def state(self:SafeLearner):
     "Weights and optimiser, whole; of a model that is split, in the first process"
-    return apply(_for_first, dict(model=dict(self.model.state_dict()), opt=self.opt.state_dict()))
+    model,opt = self.model.state_dict(),self.opt.state_dict()
+    of = {i:{k:_for_first(v) for k,v in o.items()} for i,o in opt['state'].items()}
+    return dict(model={k:_for_first(v) for k,v in model.items()}, opt={**opt, 'state':of})
 
 @patch
 def set_state(self:SafeLearner, state):
