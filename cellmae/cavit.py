@@ -71,8 +71,7 @@ class MultiDecoder(nn.Module):
         x = restore(self.embed(latent[:,1:]), mask.ids_restore, self.mask_token) # (B,C*N,d)
         own = range(c) if channels is None else channels
         names = torch.stack([self.channel_tokens[i] for i in own]) # (C,d)
-        x = x.unflatten(1, (c,-1)) + pos + names[:,None] # (B,C,N,d)
-        x = x.flatten(1,2) # (B,C*N,d)
+        x = (x.unflatten(1, (c,-1)) + pos + names[:,None]).flatten(1,2) # (B,C*N,d)
         z = self.cross(self.query_norm(x), self.context_norm(x))
         z = z + self.mlp(self.out_norm(z))
         z = [self.stacks[i](t) for i,t in zip(own, z.chunk(c, 1))]

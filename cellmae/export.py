@@ -48,7 +48,7 @@ def _step(net):
     "Height and width are multiples of this many pixels"
     if isinstance(net, MUNet): return lcm(net.patch_size, 2**(len(net.encoder.blocks)-1))
     if isinstance(net, MAE): return net.patch_size
-    return net.net.patch_embed.patch_size[0] if hasattr(net.net, 'dynamic_img_size') else 1
+    return net.net.patch_embed.patch_size[0] if getattr(net.net, 'dynamic_img_size', False) else 1
 
 def _side(name, step): return step*Dim(name) if step>1 else Dim(name, min=32)
 
@@ -75,7 +75,10 @@ def _program(embedding, net):
     free = _free(net)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
-        try: return write((_images(net, 2, more=1),), dynamic_shapes=[free]),True
+        try:
+            x = _images(net, 2, more=1)
+            embedding(x) # says no sooner than `write` would
+            return write((x,), dynamic_shapes=[free]),True
         except Exception: pass # bound to a size
         bound = {k:v for k,v in free.items() if k<2}
         return write((_images(net, 2),), dynamic_shapes=[bound]),False

@@ -12,6 +12,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from fastcore.basics import patch
+from timm.models import is_model_in_modules
 from .images import standardise
 from .patching import patchify, from_conv, sincos_positions
 from .vit import MAE, pool_tokens
@@ -44,7 +45,7 @@ class ImageNetEncoder(nn.Module):
         _check_sizes(sizes)
         self.config = dict(arch=arch, in_chans=in_chans, img_size=img_size, rgb=rgb, **sizes)
         self.in_chans,self.channels = in_chans,None
-        if arch.startswith('vit'): sizes = dict(img_size=img_size, dynamic_img_size=True, **sizes)
+        sizes = _for_size(arch, img_size)|sizes
         self.net = timm.create_model(arch, pretrained=pretrained, num_classes=0, **sizes)
         self.embed_dim = self.net.num_features
         _recolour(self.net, in_chans, rgb)
@@ -57,6 +58,14 @@ class PatchConv(nn.Conv2d):
         p = self.stride[0]
         t = F.linear(patchify(x, p), from_conv(self.weight), self.bias) # (B,h*w,D)
         return t.transpose(1,2).unflatten(2, (x.shape[2]//p, x.shape[3]//p))
+
+def _for_size(arch, img_size):
+    "What networks of timm have to be told that otherwise take images of one size"
+    if not getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False): return {}
+    return dict(img_size=img_size)|({'dynamic_img_size': True} if _takes_any(arch) else {})
+
+def _takes_any(arch): return is_model_in_modules(arch, (
+    'vision_transformer','vision_transformer_hybrid','deit','eva','vitamin'))
 
 def _check_sizes(sizes):
     "Refuse what would make a network other than an encoder, or a random one"
@@ -100,22 +109,34 @@ def set_grad_checkpointing(self:ImageNetEncoder, enable=True):
             m.register_forward_pre_hook(_on_a_copy)
             m.register_forward_hook(_as_before, always_call=True)
 
+# %% ../nbs/27_imagenet.ipynb #b371ba77
+def _has_class_token(net):
+    return any(k.startswith('cls_token') for k,_ in net.named_parameters(recurse=False))
+
+def _as_tokens(net, z):
+    "What a network gives, as tokens, class token first or none of use `(B,1+N,D)`"
+    if isinstance(z, Tensor) and z.ndim==4: # a map of places
+        last = getattr(net, 'output_fmt', 'NCHW')=='NHWC'
+        z,n = (z if last else z.movedim(1, -1)).flatten(1,2),0
+    else: n = getattr(net, 'num_prefix_tokens', int(_has_class_token(net)))
+    if not isinstance(z, Tensor) or z.shape[1]==n:
+        raise ValueError(f'A {type(net).__name__} gives no features of single places, which '
+                         'would be pooled here. Choose another network.')
+    return torch.cat([z[:,:1], z[:,n:]], 1)
+
 # %% ../nbs/27_imagenet.ipynb #9d47d371
 @patch
 def encode(self:ImageNetEncoder,
     x:Tensor, # Images `(B,C,H,W)`, uint8 or float in 0..255
-    pool:str='mean', # `mean` of the tokens, `meanstd`: and deviation, or a ViT's `cls` token
+    pool:str='mean', # `mean` of the places, `meanstd`: and deviation, or a ViT's `cls` token
 )->Tensor: # Embeddings `(B,D)`, twice as wide for `meanstd`
     "Embed images"
     if x.ndim == 4 and x.shape[1] != self.in_chans:
         raise ValueError(f"Images have {x.shape[1]} channels, the encoder was made for "
                          f"{self.in_chans}.")
-    z = self.net.forward_features(standardise(x)) # (B,1+N,D) or (B,D,h,w)
-    if z.ndim == 3: return pool_tokens(z, pool)
-    if pool == 'cls': raise ValueError("A convolutional network has no class token. "
-                                       "Use pool='mean' or 'meanstd'.")
-    z = F.pad(z.flatten(2).transpose(1,2), (0,0,1,0)) # an empty place for the class token
-    return pool_tokens(z, pool)
+    if pool == 'cls' and not _has_class_token(self.net):
+        raise ValueError(f"{self.config['arch']} has no class token. Use pool='mean' or 'meanstd'.")
+    return pool_tokens(_as_tokens(self.net, self.net.forward_features(standardise(x))), pool)
 
 # %% ../nbs/27_imagenet.ipynb #2ae690fd
 def _swap_halves(k, v):

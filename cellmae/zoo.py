@@ -260,6 +260,10 @@ def _fews(v):
     "a list of whole numbers from 0 to 1,024"
     return _wholes(v) and max(v)<=1024
 
+def _some_few(v):
+    "a whole number from 0 to 1,024, or a list of them"
+    return _few(v) or _fews(v)
+
 def _is_plain(v):
     "a number, True, False, None, a word, or a list of these"
     if isinstance(v, list): return all(_is_plain(o) for o in v)
@@ -279,11 +283,10 @@ _decoder = dict(kind=_word, embed_dim=_whole, depth=_few, num_heads=_few, norm_e
 _special = dict(decoder=_decoder, backbone=_backbone, depth=_few, in_chans=_few)
 _timm = dict(
     arch=_arch, in_chans=_few, img_size=_whole, rgb=_word, patch_size=_whole, embed_dim=_whole,
-    depth=_few, num_heads=_few, mlp_ratio=_number, init_values=_number, depths=_fews, dims=_wholes,
-    layers=_fews, channels=_wholes, block_config=_fews, growth_rate=_whole, bn_size=_whole,
-    base_width=_whole, cardinality=_whole, reg_tokens=_few, window_size=_whole, class_token=_truth,
-    qkv_bias=_truth, qk_norm=_truth, drop_rate=_number, drop_path_rate=_number,
-    proj_drop_rate=_number, attn_drop_rate=_number)
+    depth=_few, num_heads=_some_few, mlp_ratio=_number, init_values=_number, depths=_fews,
+    dims=_wholes, layers=_fews, channels=_wholes, block_config=_fews, growth_rate=_whole,
+    bn_size=_whole, base_width=_whole, cardinality=_whole, reg_tokens=_few, window_size=_whole,
+    class_token=_truth, qkv_bias=_truth, qk_norm=_truth)
 _classes = {c.__name__: c for c in (MAE, CAMAE, MUNet, ImageNetEncoder, Classifier)}
 
 def _allowed(cls):
@@ -578,7 +581,14 @@ def _read_about(folder):
     for k,kind in _fields.items():
         if not isinstance(about.get(k), kind):
             raise ValueError(f'{where}: {k!r} is {about.get(k)!r:.60}. Copy the bundle again.')
-    return about
+    return about|dict(args=_without_dice(about['args']))
+
+_dice = 'drop_rate','drop_path_rate','proj_drop_rate','attn_drop_rate'
+
+def _without_dice(args):
+    "Arguments without those of timm for training, which bundles from before may have"
+    args = {k: _without_dice(v) if isinstance(v, dict) else v for k,v in args.items()}
+    return {k: v for k,v in args.items() if k not in _dice} if 'arch' in args else args
 
 def _check_files(folder):
     "Refuse a folder that is no bundle"

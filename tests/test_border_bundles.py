@@ -86,7 +86,7 @@ def test_a_small_file_does_not_take_all_memory(bundle, change):
     dict(pretrained=True), dict(pretrained=False), dict(checkpoint_path='x.pth'),
     dict(pretrained_cfg=dict(url='http://x')), dict(pretrained_cfg_overlay=dict(file='x.pth')),
     dict(cache_dir='.'), dict(features_only=True), dict(act_layer='relu'), dict(norm_layer='x'),
-    dict(weight_init='jax'), dict(drop_rate=nan), dict(depth='1'), dict(arch=''),
+    dict(weight_init='jax'), dict(mlp_ratio=nan), dict(depth='1'), dict(arch=''),
     dict(arch=None), dict(arch=['resnet18']), dict(arch='no_such_net'), dict(arch='../resnet18'),
     dict(arch='timm/resnet18'), dict(arch='hf-hub:timm/resnet18'),
     dict(arch='hf_hub:timm/resnet18'), dict(arch='local-dir:.')])
@@ -98,6 +98,18 @@ def test_nothing_in_a_bundle_reaches_a_file_or_the_network(tmp_path, no_network,
     if inside: args = dict(backbone=dict(model='ImageNetEncoder', args=args))
     reargue(folder, **args)
     with pytest.raises(ValueError, match='config.json'): load_model(folder)
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_dice_of_old_bundles_are_left_out(tmp_path, inside):
+    "Networks of timm could have drop path once, which was for training only"
+    net = ImageNetEncoder(**eyes, pretrained=False)
+    folder = save_model(Classifier(net, 3, 8) if inside else net, tmp_path/'model', stains)
+    args = {**eyes, 'drop_path_rate': .1, 'drop_rate': .2}
+    if inside: args = dict(backbone=dict(model='ImageNetEncoder', args=args))
+    reargue(folder, **args)
+    again = load_model(folder)
+    assert 'drop' not in str(again.config)
+    assert load_model(save_model(again, tmp_path/'again')).config == again.config
 
 @pytest.mark.parametrize('backbone', [
     None, 'MAE', {}, dict(model='Classifier', args={}), dict(model='os.system', args={}),
