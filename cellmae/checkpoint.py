@@ -430,6 +430,7 @@ def buffers(self:Guard):
     "What a forward pass may change: the running statistics of batch norm"
     return list(self.model.buffers())
 
+# %% ../nbs/34_checkpoint.ipynb #8ce14af7
 @patch
 def last_words(self:Guard, why, images):
     "Why the run ends, and the cure"

@@ -78,6 +78,7 @@ def _settle(part):
         if rights!=mode: f.chmod(rights)
         _sync(f)
 
+# %% ../nbs/00_files.ipynb #c2a3e9f9
 _no_room = errno.ENOSPC,errno.EDQUOT,errno.EFBIG
 
 def _is_full(e, folder):

@@ -189,12 +189,13 @@ def all_batches(self:SafeLearner):
     batches = iter(self.dl)
     try:
         for i,b in enumerate(batches, start):
-            with memory_told(self.dls.device, partial(self.at, i, b), self.cure):
+            with memory_told(self.dls.device, partial(self.doing, i, b), self.cure):
                 self.one_batch(i, b)
             if self.training and self.time_over: break
     finally: getattr(batches, 'close', noop)() # a traceback would keep them, and their threads
     if num_distrib()>1 and not self.training: self.add_up()
 
+# %% ../nbs/35_learner.ipynb #1f77fbf1
 @patch
 def _do_fit(self:SafeLearner):
     "All epochs, going back where `Guard` asks for it"
@@ -217,7 +218,7 @@ def _do_epoch(self:SafeLearner):
 
 # %% ../nbs/35_learner.ipynb #3a72583d
 @patch
-def at(self:SafeLearner, i, b):
+def doing(self:SafeLearner, i, b):
     "What is being computed, in words"
     shape = ' x '.join(str(n) for n in b[0].shape[1:])
     parts = f' in {self.accumulate} parts' if self.accumulate>1 and self.training else ''
@@ -351,9 +352,6 @@ def set_state(self:SafeLearner, state):
     ps = [p for group in self.opt.param_groups for p in group['params']]
     of = {i:{k:split_as(v, ps[i]) for k,v in o.items()} for i,o in opt['state'].items()}
     self.opt.load_state_dict({**opt, 'state':of})
-
-# %% ../nbs/35_learner.ipynb #8e186e59
-#| export
 
 # %% ../nbs/35_learner.ipynb #25308bc1
 @patch

@@ -26,7 +26,7 @@ from .blocks import compile_blocks, set_recompute
 from .learner import Average, check_length, fit_cycle, mae_learner
 from .many_gpus import join_processes, one_run, train_together
 from .scale import fit_parts
-from .watch import Live, Watch, report_to
+from .watch import Live, Watch, check_tracker, report_to
 from .zoo import check_savable, create_model, recipe, save_model
 
 # %% ../nbs/50_train.ipynb #a5fb6fb5
@@ -42,16 +42,18 @@ def equip(
     n_watch:int=10, # How many times to do so
 ):
     "Give a learner what a long run asks for"
+    learn.model.to(learn.dls.device) # where blocks are compiled, and a step is tried
     train_together(learn, shard)
     if recompute: set_recompute(learn.model)
     if compile: compile_blocks(learn.model)
     if ema: learn.add_cb(Average(ema)); learn.settings['ema'] = ema # which makes it another run
-    if watch is not None and watch is not False: learn.records.append(Watch(watch, n_watch))
-    if tracker: learn.records.append(report_to(tracker, learn.path, learn.settings))
+    if _on(watch): learn.records.append(Watch(watch, n_watch))
+    if _on(tracker): learn.records.append(report_to(tracker, learn.path, learn.settings))
     learn.records.append(Live())
     learn.split(accumulate or fit_parts(learn))
     learn.about = dict(accumulate=learn.accumulate, recompute=recompute, compile=compile)
 
+def _on(option): return option is not None and option is not False
 
 # %% ../nbs/50_train.ipynb #af1543ed
 def check_folder(
@@ -155,6 +157,8 @@ def sort_options(
     check_names(f, kwargs)
     check_length(own['epochs'], own['seconds'])
     check_options(**own, **{k:v for k,v in kwargs.items() if k not in _free})
+    if _on(name := kwargs.get('tracker')): check_tracker(name)
+    if _on(known := kwargs.get('watch')): Watch(known) # reads the table
     return options_of(equip, kwargs)
 
 # %% ../nbs/50_train.ipynb #e4cbf04f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['effective_rank', 'nn_accuracy', 'recall_of', 'choose_wells', 'tiles_at_a_time', 'wells_of_run', 'untouched',
-           'Measured', 'Watch', 'report_to', 'in_jupyter', 'Live']
+           'Measured', 'Watch', 'check_tracker', 'report_to', 'in_jupyter', 'Live']
 
 # %% ../nbs/49_watch.ipynb #3f12a500
 import base64, io, secrets, sys, time, warnings
@@ -273,15 +273,21 @@ def _missing(package):
     return ImportError(f'`tracker={package!r}` needs the package {package}, which is not '
                        f'installed: `pip install {package}`.')
 
+def check_tracker(
+    name:str, # `tensorboard` or `wandb`
+):
+    "Refuse a tracker that is not known, or not installed"
+    if name not in [*_trackers]:
+        raise ValueError(f'tracker={name!r}: it must be {" or ".join(_trackers)}.')
+    if not find_spec(name): raise _missing(name)
+
 def report_to(
     name:str, # `tensorboard` or `wandb`
     out, # Folder of the run
     settings:dict, # What makes this run this run
 )->Callback: # fastai's own
     "Report a run to a tracker; of several processes the first does"
-    if name not in _trackers:
-        raise ValueError(f'tracker={name!r}: it must be {" or ".join(_trackers)}.')
-    if not find_spec(name): raise _missing(name)
+    check_tracker(name)
     return Callback() if rank_distrib() else _trackers[name](Path(out), settings)
 
 # %% ../nbs/49_watch.ipynb #ee48cb23

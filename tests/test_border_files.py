@@ -415,9 +415,15 @@ def test_another_kind_is_not_replaced(tmp_path):
 def test_what_is_written_reaches_the_disk(tmp_path, monkeypatch):
     synced,fsync = [],os.fsync
     monkeypatch.setattr(os, 'fsync', lambda o: synced.append(os.readlink(f'/proc/self/fd/{o}')) or fsync(o))
+    replace = os.replace
+    monkeypatch.setattr(os, 'replace', lambda a, b: synced.append(f'{b} has its name') or replace(a, b))
+    write_whole(tmp_path/'f', Path.touch)
+    part,*after = synced
+    assert Path(part).name.startswith('.f.') and after==[f"{tmp_path/'f'} has its name", str(tmp_path)]
+    (tmp_path/'f').unlink(); synced.clear()
     write_whole(tmp_path/'d', folder('new'))
     names = [Path(o).name for o in synced]
-    assert 'a' in names and 'sub' in names and names[-2].startswith('.d.') and synced[-1] == str(tmp_path)
+    assert 'a' in names and 'sub' in names and names[-3].startswith('.d.') and synced[-1] == str(tmp_path)
     monkeypatch.setattr(os, 'fsync', Mock(side_effect=OSError('no space')))
     with pytest.raises(OSError, match='no space'): write_whole(tmp_path/'f', Path.touch)
     assert not (tmp_path/'f').exists() and len(list(tmp_path.iterdir())) == 1

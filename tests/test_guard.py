@@ -3,11 +3,13 @@ import errno, shutil, time
 from collections import namedtuple
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.training import GradientAccumulation
+from tifffile import imwrite
 
 from cellmae import checkpoint as room
 from cellmae.checkpoint import Checkpoint, Guard
@@ -78,9 +80,8 @@ def test_a_spoilt_batch_is_as_if_it_were_not_there(screen, tmp_path, capsys, ste
 def test_running_statistics_of_batch_norm_do_not_see_it(tmp_path):
     s = make_screen(tmp_path/'s')
     without = classify(s, out=tmp_path/'a', cbs=Without(2))
-    for every in (0, 1000):
-        learn = classify(s, out=tmp_path/f'b{every}', cbs=Spoil('both', nan, 2), save_every=every)
-        assert skipped(learn)==[2] and same(weights(learn), weights(without))
+    learn = classify(s, out=tmp_path/'b', cbs=Spoil('both', nan, 2), save_every=1000)
+    assert skipped(learn)==[2] and same(weights(learn), weights(without))
 
 @pytest.mark.parametrize('more', [dict(accumulate=2), dict(ema=.9), dict(bf16=True), dict(cbs=GradientAccumulation(6))], ids=str)
 def test_it_goes_with(screen, tmp_path, more):
@@ -130,11 +131,15 @@ def test_a_jump_is_left_out(screen, tmp_path):
     with pytest.raises(FloatingPointError, match='became .* after .*third'):
         fit(screen, tmp_path/'b', lr=.5, epochs=12)
 
-@pytest.mark.parametrize('lr', [1e-4, 2e-3])
-def test_sound_runs_of_autoencoders(screen, tmp_path, lr):
-    for bs in (1, 4): assert not skipped(fit(screen, tmp_path/f'{bs}', lr=lr, bs=bs, epochs=6))
-    camae = create_model('camae_vitt8', in_chans=2, img_size=32, depth=1, embed_dim=48)
-    assert not skipped(fit(screen, tmp_path/'c', camae, lr=lr, bs=2))
+@pytest.mark.parametrize('lr,bs', [(1e-4,1), (2e-3,4)])
+def test_sound_runs_of_autoencoders(screen, tmp_path, lr, bs):
+    assert not skipped(fit(screen, tmp_path/'run', lr=lr, bs=bs, epochs=6))
+
+def test_a_sound_run_of_two_panels(screen, tmp_path):
+    other = make_screen(tmp_path/'s', n=4, channels=['mito','ER']) # rare, and almost black
+    for f in other.root.glob('*.tif'): x = np.full((2,40,40), 100, 'u2'); x[:,3,5] = 60000; imwrite(f, x, photometric='minisblack')
+    camae = create_model('camae_vitt8_shared', in_chans=3, img_size=32, depth=1, embed_dim=48)
+    assert not skipped(fit([screen,other], tmp_path/'run', camae, bs=1))
 
 @pytest.mark.parametrize('cutmix', [0, 1.])
 def test_sound_runs_of_classifiers(tmp_path, cutmix):
@@ -264,8 +269,7 @@ def test_there_is_one_before_the_first_step(screen, tmp_path):
     assert seen==[(0,0)]
 
 def folder(f): f.unlink(); f.mkdir()
-damage = dict(empty=lambda f: f.write_bytes(b''), garbage=lambda f: f.write_bytes(b'\7'*999),
-    last=lambda f: f.write_bytes(f.read_bytes()[:-1]),
+damage = dict(garbage=lambda f: f.write_bytes(b'\7'*999),
     keys=lambda f: torch.save({'model':{}}, f), newer=lambda f: torch.save(dict(torch.load(f), version=99), f))
 
 @pytest.mark.parametrize('kind', damage)

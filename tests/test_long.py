@@ -14,7 +14,9 @@ from timm.utils import ModelEmaV3
 from cellmae.data import Place, screen_dls
 from cellmae.learner import Average, parts_of
 from cellmae.screen import Screen
+from cellmae import train, wsl
 from cellmae.train import fit_mae, mae_learner
+from cellmae.wsl import fit_wsl
 from cellmae.zoo import create_model, load_model
 from test_border_training import Stop, make_screen, same, stains, tiny, weights
 
@@ -116,14 +118,14 @@ def test_sweep_in_parts(screen, tmp_path):
 
 # An average
 
-class Watching(Callback):
+class Mean(Callback):
     "The average by hand"
     order,run_valid = -4,False
     def before_fit(self): self.ema = ModelEmaV3(self.model, .9, use_warmup=True); self.n = 0
     def after_step(self): self.n += 1; self.ema.update(self.model, self.n)
 
 def test_the_average_is_timms(screen, tmp_path):
-    learn = fit(screen, tmp_path/'a', ema=.9, cbs=(own := Watching()))
+    learn = fit(screen, tmp_path/'a', ema=.9, cbs=(own := Mean()))
     plain = fit(screen, tmp_path/'b')
     assert same(weights(learn), own.ema.module.state_dict().values()) and not same(weights(learn), weights(plain))
     bundle = lambda **k: load_model(tmp_path/'a/model', **k).state_dict().values()
@@ -218,3 +220,15 @@ def test_options_are_checked_before_images_are_read(screen, tmp_path, monkeypatc
     monkeypatch.setattr(Screen, '__getitem__', lambda *a: pytest.fail('an image was read'))
     monkeypatch.setattr('cellmae.train.screen_dls', lambda *a, **k: pytest.fail('loaders were made'))
     with pytest.raises(ValueError, match=f'{next(iter(wrong))}='): fit(screen, tmp_path/'no', **wrong)
+
+@pytest.mark.parametrize('f', [fit_mae, fit_wsl])
+def test_what_watches_is_there_before_images_are_read(screen, tmp_path, monkeypatch, f):
+    monkeypatch.setattr('cellmae.watch.find_spec', lambda name: None)
+    for room in (train,wsl): monkeypatch.setattr(room, 'make_loaders', lambda *a, **k: pytest.fail('loaders were made'))
+    pd.DataFrame(dict(gene=['TP53'])).to_csv(tmp_path/'one.csv', index=False)
+    for error,says,wrong in [(ValueError, 'tracker=.mlflow.', dict(tracker='mlflow')), (ImportError, 'pip install wandb', dict(tracker='wandb')),
+                             (ValueError, "tracker=''", dict(tracker='')), (FileNotFoundError, 'no.csv', dict(watch=tmp_path/'no.csv')),
+                             (ValueError, 'one.csv', dict(watch=tmp_path/'one.csv')), (TypeError, 'not int', dict(watch=3)),
+                             (ValueError, '', dict(watch=pd.DataFrame())), (ValueError, 'n_watch=0', dict(watch=True, n_watch=0))]:
+        with pytest.raises(error, match=says): f(screen, out=tmp_path/'no', **wrong)
+    assert not (tmp_path/'no').exists()
