@@ -260,6 +260,7 @@ def _fews(v):
     "a list of whole numbers from 0 to 1,024"
     return _wholes(v) and max(v)<=1024
 
+# %% ../nbs/30_zoo.ipynb #3712b8de
 def _some_few(v):
     "a whole number from 0 to 1,024, or a list of them"
     return _few(v) or _fews(v)
@@ -604,6 +605,7 @@ def _read_json(path):
     except (ValueError, AttributeError, RecursionError) as e:
         raise ValueError(f'{path} is damaged ({e}). Copy the bundle again.') from e
 
+# %% ../nbs/30_zoo.ipynb #fd528d75
 def _check_format(found, where):
     "Refuse what is no description of a model, or one of the future"
     n = re.fullmatch(r'cellmae model (\d+)', str(found))
