@@ -84,9 +84,9 @@ BACKBONES = dict(MAE=MAE, CAMAE=CAMAE, ImageNetEncoder=partial(ImageNetEncoder, 
 # %% ../nbs/28_classifier.ipynb #c5b05977
 def batch_norms(
     model:nn.Module, # Any module
-)->list[nn.Module]: # All batch norms in it
+)->list[nn.Module]: # Those of its batch norms that keep running statistics
     "Batch norms of a model"
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 # %% ../nbs/28_classifier.ipynb #018bc44e
 @patch

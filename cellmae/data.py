@@ -163,23 +163,26 @@ class CropLoader(DataLoader):
         super().__init__(sites, bs=None, n=len(self.epoch_batches(0)), shuffle=False, **kwargs)
         self.fake_l.num_workers = num_workers
 
-    def epoch_batches(self, epoch):
-        "Site numbers of each batch of an epoch; all of one panel and one value of `apart`"
-        rng,batches = np.random.default_rng([self.seed, epoch]),[]
-        for g in np.unique(self.groups):
-            ids = self.ids[self.groups==g]
-            if self.train: ids = rng.permutation(ids)
-            batches += np.array_split(ids, ceil(len(ids)/self.at_once))
-        order = rng.permutation(len(batches)) if self.train else range(len(batches))
-        return [batches[i] for i in order]
+# %% ../nbs/19_data.ipynb #4d0ba76a
+@patch
+def epoch_batches(self:CropLoader, epoch):
+    "Site numbers of each batch of an epoch; all of one panel and one value of `apart`"
+    rng,batches = np.random.default_rng([self.seed, epoch]),[]
+    for g in np.unique(self.groups):
+        ids = self.ids[self.groups==g]
+        if self.train: ids = rng.permutation(ids)
+        batches += np.array_split(ids, ceil(len(ids)/self.at_once))
+    order = rng.permutation(len(batches)) if self.train else range(len(batches))
+    return [batches[i] for i in order]
 
-    def get_idxs(self):
-        "Epoch, number, sites and first place of what is ours of each batch that is still to come"
-        batches = self.epoch_batches(self.epoch)
-        mine = self.shared(batches)
-        self.places = [Place(*(n*self.crops for n in (len(batches[k]),first,count)))
-                       for k,_,first,count in mine]
-        return [(self.epoch,k,ids,first) for k,ids,first,_ in mine][self.start:]
+@patch
+def get_idxs(self:CropLoader):
+    "Epoch, number, sites and first place of what is ours of each batch that is still to come"
+    batches = self.epoch_batches(self.epoch)
+    mine = self.shared(batches)
+    self.places = [Place(*(n*self.crops for n in (len(batches[k]),first,count)))
+                   for k,_,first,count in mine]
+    return [(self.epoch,k,ids,first) for k,ids,first,_ in mine][self.start:]
 
 # %% ../nbs/19_data.ipynb #e0b9d417
 @patch

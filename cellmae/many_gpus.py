@@ -24,7 +24,6 @@ from fastai.metrics import AccumMetric
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop, patch
 from .blocks import Blocks
-from .classifier import batch_norms
 from .learner import History, Reconstructions, whole
 
 # %% ../nbs/37_many_gpus.ipynb #7df4b4ec
@@ -83,7 +82,6 @@ class Together(Callback):
         "Once the last part is done, wait for the sums"
         if self.ranks==1 or not self.learn.part.last: return
         while self.sent: self.sent.pop().wait()
-        self.average_norms()
 
     def after_loss(self):
         if not (self.training or self.place.count): self.learn.yb = () # counts for nothing
@@ -93,15 +91,6 @@ class Together(Callback):
 
 # %% ../nbs/37_many_gpus.ipynb #3c9e51d8
 @patch
-def average_norms(self:Together):
-    "Let running statistics of batch norms be the mean of those of the processes"
-    stats = [t for m in batch_norms(self.model) for t in (m.running_mean,m.running_var)]
-    if not stats: return
-    flat = torch.cat(stats)
-    dist.all_reduce(flat)
-    for t,mean in zip(stats, (flat/self.ranks).split([len(t) for t in stats])): t.copy_(mean)
-
-@patch
 def check(self:Together):
     "Refuse what would go wrong in many processes"
     for m in self.learn.metrics:
@@ -109,11 +98,6 @@ def check(self:Together):
             'in one process: give it to `learn.validate()` after the run, or use `AvgMetric`.')
     if hasattr(self.learn, 'average') and isinstance(self, Shards): raise ValueError(
         'An average needs the whole model, which `shard` splits: leave out `ema` or `shard`.')
-    if not batch_norms(self.model): return
-    n = self.ranks*self.learn.accumulate
-    least = min(len(ids) for ids in self.dls.train.epoch_batches(0))*self.dls.train.crops
-    if least<2*n: raise ValueError(f'Batch norm needs two images in each of {n} parts, and a batch '
-        f'has {least}: use a larger `bs` or more `crops`, fewer processes or less `accumulate`.')
 
 # %% ../nbs/37_many_gpus.ipynb #b61f7e93
 class Shards(Together):
@@ -141,9 +125,6 @@ class Shards(Together):
         self.model.set_requires_gradient_sync(self.learn.part.last)
         self.learn.loss_grad = self.loss_grad*self.ranks # FSDP takes the mean
 
-    def after_backward(self):
-        if self.ranks>1 and self.learn.part.last: self.average_norms()
-
     def after_fit(self):
         "The trained model is an ordinary one"
         if self.ranks==1: return
@@ -151,6 +132,7 @@ class Shards(Together):
         self.plain.load_state_dict({k:whole(v) for k,v in self.model.state_dict().items()})
         self.learn.model,self.learn.opt = self.plain.to(self.dls.device),None
 
+# %% ../nbs/37_many_gpus.ipynb #475908f7
 def shard_model(model, device, ranks):
     "Split blocks, and what else there is; returns what is split by itself"
     try: from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -95,6 +95,7 @@ def _stage(model, fake, how, kwargs):
 
 def _play(model, bs, crop, how, kwargs):
     "Bytes at most in the passes of a step and in its update, bytes moved, and bytes of weights"
+    torch.ones((), requires_grad=True).backward() # if the first were fake, nobody could fork
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model,opt,there = _stage(model, fake, how, kwargs)
     shape = bs,kwargs.get('in_chans') or model.in_chans,crop,crop

@@ -1,5 +1,5 @@
 "Processes that know of each other as those of torchrun do, forked, so that they need not import anything"
-import multiprocessing, os, socket, sys, time
+import multiprocessing, os, socket, sys, time, warnings
 import torch
 
 def free_port():
@@ -13,6 +13,7 @@ def in_processes(n, f, *args):
         sys.stdout,sys.stderr = (os.fdopen(os.dup(w), 'w', buffering=1) for _ in range(2))
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=str(port))
         torch.set_num_threads(1)
+        warnings.showwarning = lambda said, *args: print(said, file=sys.stderr) # pytest would collect it
         f(*args, rank)
     ps = []
     for rank in range(n):
