@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"The planner against this machine: memory and time of an epoch of six models, each in a process of its own"
-import argparse, ctypes, json, os, re, subprocess, sys, time
+"The planner against this machine: memory and time of a short epoch of six models, each in a process of its own"
+import argparse, ctypes, json, re, subprocess, sys, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -8,9 +8,7 @@ from threading import Event, Thread
 import torch
 import timing
 
-CASES = {'mae_vitt8': 64, 'camae_vitt8_shared': 32, 'mae_vits16': 8, 'mae_vitb16': 4, 'camae_vits16': 2, 'munet_m': 2} # images in a batch
-STEPS = 3 # of an epoch
-out = Path(__file__).parent/'planner'
+CASES = {'mae_vitt8': (64,8), 'camae_vitt8_shared': (32,6), 'mae_vits16': (8,3), 'mae_vitb16': (6,3), 'camae_vits16': (2,3), 'munet_m': (2,3)} # images of a batch, steps
 
 class Heap(ctypes.Structure):
     "What glibc says of its heap"
@@ -39,77 +37,76 @@ class Watched:
         self.done.set(); self.thread.join()
         self.used,self.held = (self.most-self.before)/2**30,(resident('VmHWM')-self.begin)/2**30
 
-def learner(name, bs, folder):
-    "A learner on a simulated screen with enough sites for some steps"
+def learner(name, bs, steps, folder):
+    "A learner as `fit_mae` makes it, on a simulated screen of one site in each well"
     from cellmae.data import screen_dls
     from cellmae.learner import mae_learner
     from cellmae.synth import synth_screen
     from cellmae.zoo import create_model, recipe
-    size,wells = recipe(name).crop,-(-bs*STEPS//2)
-    screen = synth_screen(f'{folder}/screen', n_pathways=1, genes_per_pathway=1, n_inactive=0, n_batches=1, controls_per_batch=wells, size=size, n_workers=0)
+    size = recipe(name).crop
+    screen = synth_screen(f'{folder}/screen', n_pathways=1, genes_per_pathway=1, n_inactive=0, n_batches=1, controls_per_batch=bs*steps-1, size=size, n_workers=0)
     dls = screen_dls(screen, size, bs, valid=0., device='cpu')
     return mae_learner(dls, create_model(name), folder, {}, bf16=False, n_pictures=0)
 
+def epochs(learn, n):
+    "Seconds of each of some epochs"
+    secs = []
+    with learn.no_bar(), learn.no_logging():
+        for _ in range(n): t = time.perf_counter(); learn.fit(1); secs.append(time.perf_counter()-t)
+    return secs
+
 def measure(name):
-    "Print memory, and seconds of an epoch after one that warms up"
+    "Print memory and seconds of an epoch, after one that warms up, and the speed that `measure_speed` finds then"
     from cellmae.device import memory_kept
-    bs = CASES[name]
+    from cellmae.scale import measure_speed
+    bs,steps = CASES[name]
     with TemporaryDirectory() as folder, memory_kept():
-        warm = learner('mae_vitt8', 8, f'{folder}/warm')
-        with warm.no_bar(), warm.no_logging(): warm.fit(1)
-        del warm
+        epochs(learner('mae_vitt8', 4, 1, f'{folder}/warm'), 1) # libraries take what they need
         with Watched() as seen:
-            learn = learner(name, bs, folder)
-            images,secs = len(learn.dls.train.ids),[]
-            with learn.no_bar(), learn.no_logging():
-                for _ in range(2):
-                    t = time.perf_counter(); learn.fit(1); secs.append(time.perf_counter()-t)
-    largest = max(len(b) for b in learn.dls.train.epoch_batches(0))
-    print(json.dumps(dict(model=name, bs=largest, images=images, used=seen.used, held=seen.held, seconds=secs[1])))
+            learn = learner(name, bs, steps, folder)
+            secs = epochs(learn, 2)[1]
+        sizes = [len(b) for b in learn.dls.train.epoch_batches(0)]
+        speed = measure_speed(name, 'cpu', max(sizes), 3, bf16=False)
+    print(json.dumps(dict(model=name, bs=max(sizes), images=sum(sizes), used=seen.used, held=seen.held, seconds=secs, speed=speed)))
 
-def guessed(row, speeds):
-    "What the planner says of the same epoch"
+def run(name, threads, out):
+    "Measure a model in a process of its own, plan the same, and keep both"
     from cellmae.scale import plan
-    p = plan(row['model'], row['images'], bs=row['bs'], bf16=False, device='cpu', flops_per_s=speeds[0], bytes_per_s=speeds[1]).iloc[0]
-    return p.memory_gb,p.epoch_h*3600
+    res = subprocess.run([sys.executable, __file__, '--model', name, '--threads', str(threads)], capture_output=True, text=True)
+    if res.returncode: return print(name, 'failed:', res.stderr[-400:], flush=True)
+    row = json.loads(res.stdout.splitlines()[-1])
+    p = plan(name, row['images'], bs=row['bs'], bf16=False, device='cpu', flops_per_s=row['speed']).iloc[0]
+    row.update(planned_gb=p.memory_gb, planned_s=p.epoch_h*3600, where=timing.machine(torch.device('cpu'), ('torch','timm')))
+    (out/f'{name}.json').write_text(json.dumps(row, indent=1)+'\n')
+    print(line(row), flush=True)
 
-def speeds():
-    "Operations and bytes per second: what explains the step of a large and that of a small model"
-    from cellmae.scale import How, measure_speed, needs
-    from cellmae.zoo import cost, recipe
-    rows,secs = [],[]
-    for name,bs in dict(mae_vits16=8, camae_vitt8_shared=32).items():
-        work,need = cost(name)['train']*1e9,needs(name, recipe(name).crop, How(bf16=False, gpu=False))
-        rows.append([work, need.moved]); secs.append(work/measure_speed(name, 'cpu', bs, 3, bf16=False))
-    a,b = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(secs, dtype=torch.float64)).tolist()
-    return (1/a,1/b) if min(a, b)>0 else (sum(r[0] for r in rows)/sum(secs),None)
+def off(planned, measured): return f'{planned/measured-1:+.0%}'
 
-def report(rows, rates, where):
-    table = []
-    for r in rows:
-        gb,secs = guessed(r, rates)
-        table.append({'model': r['model'], 'batch': r['bs'], 'planned, GB': f'{gb:.2f}', 'in use, GB': f"{r['used']:.2f}", 'off': f"{gb/r['used']-1:+.0%}",
-                      'resident, GB': f"{r['held']:.2f}", 'resident / in use': f"{r['held']/r['used']:.2f}",
-                      'planned, s': f'{secs:.1f}', 'measured, s': f"{r['seconds']:.1f}", 'off ': f"{secs/r['seconds']-1:+.0%}"})
-    by = f'{rates[0]/1e9:.0f} GFLOP/s'+(f' and {rates[1]/1e9:.1f} GB/s' if rates[1] else '')
-    return (f'`python benchmarks/planner.py`\n\n{json.dumps(where)}\n\nThe most memory that two epochs took, model, images and optimiser, and seconds of the second, in float32. In use: handed out by the C library '
-            f'at the worst moment; resident: with the holes in its heap. Time planned from {by}, measured once on steps of mae_vits16 and camae_vitt8_shared.\n\n{timing.markdown(table)}\n')
+def line(r):
+    "A row of the table"
+    return {'model': r['model'], 'batch': r['bs'], 'planned, GB': f"{r['planned_gb']:.2f}", 'in use, GB': f"{r['used']:.2f}", 'off': off(r['planned_gb'], r['used']),
+            'resident, GB': f"{r['held']:.2f}", 'GFLOP/s': f"{r['speed']/1e9:.0f}", 'images': r['images'],
+            'planned, s': f"{r['planned_s']:.1f}", 'epoch, s': f"{r['seconds']:.1f}", 'off ': off(r['planned_s'], r['seconds'])}
+
+def report(rows):
+    "The page of all that was measured so far"
+    return (f"`python benchmarks/planner.py`\n\n{json.dumps(rows[-1]['where'])}\n\nThe most memory that two epochs took (model, images, optimiser), in float32, and the seconds of the second, a training epoch "
+            "through the learner of `fit_mae`. In use: handed out by the C library at the worst moment. Resident: what the system counts, which is more, since blocks that were freed and not used again stay with the "
+            "process, and gaps between blocks of other sizes. Seconds are planned from the speed that `measure_speed` finds for the model in three steps with random images.\n\n"
+            f"{timing.markdown([line(r) for r in rows])}\n")
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--model', choices=list(CASES), help='(used by the script itself) measure one')
-    p.add_argument('--models', nargs='*', default=list(CASES))
+    p.add_argument('--models', nargs='*', choices=list(CASES), default=list(CASES))
     p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--out', type=Path, default=Path(__file__).parent/'planner', help='folder for a file per model and `results.md`')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if a.model: return measure(a.model)
-    rates,rows = speeds(),[]
-    for name in a.models:
-        res = subprocess.run([sys.executable,__file__,'--model',name,'--threads',str(a.threads)], capture_output=True, text=True)
-        if res.returncode: print(name, 'failed:', res.stderr[-400:]); continue
-        rows.append(json.loads(res.stdout.splitlines()[-1])); print(rows[-1], flush=True)
-    out.mkdir(exist_ok=True)
-    text = report(rows, rates, timing.machine(torch.device('cpu'), ('torch','timm')))
-    (out/'results.md').write_text(text); print(text)
+    a.out.mkdir(parents=True, exist_ok=True)
+    for name in a.models: run(name, a.threads, a.out)
+    rows = [json.loads(f.read_text()) for name in CASES if (f := a.out/f'{name}.json').exists()]
+    if rows: (a.out/'results.md').write_text(report(rows)); print(report(rows))
 
 if __name__ == '__main__': main()

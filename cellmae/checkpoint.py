@@ -103,9 +103,11 @@ def snapshot(self:Checkpoint, epoch, batch):
     "All there is to know of the run before a batch of an epoch"
     grads,whole = [p.grad for p in self.model.parameters()],self.learn.state()
     return dict(version=_version, settings=self.settings, at=(epoch,batch), model=whole['model'],
-        opt=_plain(whole['opt']), curve=_curve(self.recorder),
+        opt=_plain(whole['opt']), curve=_curve(self.recorder), parts=_parts(self.learn),
         waiting=grads if any(g is not None for g in grads) else [],
         memory=_news(self.remembering(), self.begun))
+
+def _parts(learn): return getattr(learn, 'accumulate', 1)*max(1, num_distrib()) # of a batch
 
 def _curve(rec):
     smooth = rec.smooth_loss.count,rec.smooth_loss.val

@@ -26,7 +26,7 @@ from .files import progress as show_progress
 from .images import tile_views
 from .cells import as_cells, cell_crop, with_cells
 from .data import centre_crop, how_read
-from .device import memory_kept
+from .device import memory_kept, memory_told
 from .encoders import as_encoder, evaluating, match_channels
 from .many_gpus import Team
 from .profiles import Wells, as_rows, merged_rows, said_of, write_rows
@@ -122,13 +122,20 @@ def _encoded(encoder, batches, workers, threads):
     "Batches and what the encoder makes of each, None where it holds nothing, in order"
     on_gpu = encoder.device is not None and encoder.device.type=='cuda'
     pixels = lambda b: b.pixels(on_gpu) if b.windows else None
-    encode = lambda x: None if x is None else encoder.encode(x)
+    encode = lambda x: None if x is None else _told(encoder, x)
     if threads: yield from ahead(lambda b: encode(pixels(b)), batches, threads); return
     waiting = deque()
     for b,x in ahead(pixels, batches, min(workers, 2)):
         waiting.append((b, *_fetching(encode(x))))
         while len(waiting)>on_gpu: yield _fetched(*waiting.popleft())
     for o in waiting: yield _fetched(*o)
+
+def _told(encoder, x):
+    "Vectors of images `(B,C,H,W)`; where memory runs out, what to change"
+    at = f'embedding, a batch of {len(x)} images of {" x ".join(map(str, x.shape[1:]))}'
+    less = f'`bs={len(x)//2}`' if len(x)>1 else 'a smaller `size`'
+    with memory_told(encoder.device or 'cpu', lambda: at, lambda: f'Start again with {less}.'):
+        return encoder.encode(x)
 
 def _fetching(v):
     "Vectors on their way from a GPU, and the event of their arrival"

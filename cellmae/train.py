@@ -25,7 +25,7 @@ from .files import locked, moved, write_whole
 from .blocks import compile_blocks, set_recompute
 from .learner import Average, check_length, fit_cycle, mae_learner
 from .many_gpus import join_processes, one_run, train_together
-from .scale import fit_parts
+from .scale import FitParts
 from .watch import Live, Watch, check_tracker, report_to
 from .zoo import check_savable, create_model, recipe, save_model
 
@@ -50,8 +50,9 @@ def equip(
     if _on(watch): learn.records.append(Watch(watch, n_watch))
     if _on(tracker): learn.records.append(report_to(tracker, learn.path, learn.settings))
     learn.records.append(Live())
-    learn.split(accumulate or fit_parts(learn))
-    learn.about = dict(accumulate=learn.accumulate, recompute=recompute, compile=compile)
+    if accumulate: learn.split(accumulate)
+    else: learn.add_cb(FitParts())
+    learn.about = dict(recompute=recompute, compile=compile)
 
 def _on(option): return option is not None and option is not False
 
@@ -99,8 +100,8 @@ def run_whole(
 def _done(learn):
     "What came out: epochs, the last of them maybe cut short, and steps"
     rec,skipped = learn.recorder,learn.guard.skipped
-    return dict(getattr(learn, 'about', {}), epochs=len(rec.values), steps=len(rec.losses),
-                **dict(skipped=skipped) if skipped else {})
+    return dict(getattr(learn, 'about', {}), accumulate=learn.accumulate, epochs=len(rec.values),
+                steps=len(rec.losses), **dict(skipped=skipped) if skipped else {})
 
 # %% ../nbs/50_train.ipynb #b556023a
 def make_model(
