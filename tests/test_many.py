@@ -112,7 +112,7 @@ class Poison(Callback):
     "Spoil the loss of a step in the last part of the last process"
     def after_loss(self):
         last = rank_distrib()==max(1, num_distrib())-1
-        if not (self.training and last and self.part.last and self.train_iter==4): return
+        if not (self.training and last and self.part.last and self.train_iter==3): return
         self.learn.loss_grad,self.learn.loss = (o*float('nan') for o in (self.loss_grad,self.loss))
 
 def dense():
@@ -120,7 +120,7 @@ def dense():
     return ImageNetEncoder('densenet121', in_chans=2, img_size=32, pretrained=False, growth_rate=4, block_config=(1,1))
 
 long = dict(ema=.9, watch=True, n_watch=1, num_workers=2)
-in_all = dict(mae=dict(kw=long), wsl=dict(fit=fit_wsl, model=dense, kw=dict(long, bs=9, apart=None)), shard=dict(kw=dict(shard=True)))
+in_all = dict(mae=dict(kw=long), wsl=dict(fit=fit_wsl, model=dense, plain=False, kw=dict(long, bs=9, lr=1e-3, apart=None)), shard=dict(kw=dict(shard=True)))
 
 @pytest.mark.parametrize('kind', in_all)
 def test_a_batch_that_spoils_one_process_is_left_out_in_all(screen, tmp_path, kind):
@@ -133,9 +133,9 @@ def test_a_batch_that_spoils_one_process_is_left_out_in_all(screen, tmp_path, ki
     said = all_well(2, train, screen, out, dict(options, kw=dict(how['kw'], accumulate=2)))
     two = [torch.load(out/f'{r}.pth') for r in range(2)]
     assert [o.count('This batch is left out') for o in said]==[1,0], said
-    assert alike(*two) and all([s['step'] for s in o['skipped']]==[4] for o in (one,*two))
+    assert alike(*two) and all([s['step'] for s in o['skipped']]==[3] for o in (one,*two))
     assert close(one['weights'], two[0]['weights'], 2e-4 if kind=='wsl' else 1e-5)
-    np.testing.assert_allclose(history(out/'run'), history(tmp_path/'run'), rtol=1e-3)
+    np.testing.assert_allclose(history(out/'run'), history(tmp_path/'run'), rtol=5e-3)
 
 def hurried(screen, out, how, rank):
     "The second process has a clock that runs far ahead"
@@ -220,7 +220,7 @@ def cannot_write(screen, out, rank):
 class Ruins(Poison):
     "Spoil a step, and the way back"
     def after_loss(self):
-        if self.training and self.train_iter==4 and not rank_distrib():
+        if self.training and self.train_iter==3 and not rank_distrib():
             for f in (self.learn.checkpoint.file,self.learn.checkpoint.old): damage(f)
         super().after_loss()
 
