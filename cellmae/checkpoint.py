@@ -347,7 +347,8 @@ class GoBack(CancelFitException):
 class Guard(Callback):
     "Take no step that would spoil the run: go back and leave its batch out; the third ends the run"
     order,most = 5,2 # before a gradient is clipped, or waits
-    def before_fit(self): self.skipped,self.recent,self.high = [],[],0.
+    ignorant = 1. # what a masked autoencoder loses that knows nothing; a classifier loses more
+    def before_fit(self): self.skipped,self.recent,self.high = [],[],self.ignorant
     def before_validate(self): self.doubt = None
 
     def before_batch(self):

@@ -135,9 +135,19 @@ def test_a_jump_is_left_out(screen, tmp_path):
 def test_sound_runs_of_autoencoders(screen, tmp_path, lr, bs):
     assert not skipped(fit(screen, tmp_path/'run', lr=lr, bs=bs, epochs=6))
 
+def dark(f, light=100):
+    x = np.full((2,40,40), 100, 'u2')
+    x[:,3,5] = light
+    imwrite(f, x, photometric='minisblack')
+
+def test_a_sound_run_on_empty_wells(tmp_path):
+    s = make_screen(tmp_path/'s', n=24)
+    for i in {*range(24)}-{5}: dark(s.root/f'{i}.tif') # which comes in step 4
+    assert not skipped(fit(s, tmp_path/'run', bs=1, valid=0, epochs=2))
+
 def test_a_sound_run_of_two_panels(screen, tmp_path):
     other = make_screen(tmp_path/'s', n=4, channels=['mito','ER']) # rare, and almost black
-    for f in other.root.glob('*.tif'): x = np.full((2,40,40), 100, 'u2'); x[:,3,5] = 60000; imwrite(f, x, photometric='minisblack')
+    for f in other.root.glob('*.tif'): dark(f, 60000)
     camae = create_model('camae_vitt8_shared', in_chans=3, img_size=32, depth=1, embed_dim=48)
     assert not skipped(fit([screen,other], tmp_path/'run', camae, bs=1))
 
