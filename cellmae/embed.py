@@ -58,7 +58,7 @@ class Cut:
         try:
             if self.cells: return [cell_crop(x, c, self.size) for c in self.cells.of(i)]
             tiles = tile_views(x, self.size) if self.size else [x]
-            return [centre_crop(x, self.size)] if self.middle and self.size else tiles
+            return [centre_crop(x, self.size)] if self.middle else tiles
         except ValueError as e: raise ValueError(f'{e} ({place_of_site(self.screen, i)})') from e
 
 # %% ../nbs/41_embed.ipynb #ca63c6d6
@@ -487,12 +487,9 @@ def _sites_to_embed(screen, level, size, cells, middle):
     sites = _metadata(screen, cells)
     return _agreed(sites) if level=='well' else sites
 
-def _cells_to_embed(screen, cells, size):
-    "The cells of the screen, if crops can be cut at them"
-    if not size: raise ValueError('Crops at cells have a size: `size=`, in pixels.')
-    return as_cells(screen, cells)
-
 # %% ../nbs/41_embed.ipynb #b447f2e0
+_no_size = 'Crops cut at `{}` have a size: `size=`, in pixels.'
+
 def _prepared(model, data, pool, channelwise, level, size, bs, device, cells, leave_out, workers,
               middle=False):
     "The job, and what is said of its results"
@@ -501,15 +498,17 @@ def _prepared(model, data, pool, channelwise, level, size, bs, device, cells, le
     sites = _sites_to_embed(screen, level, size, cells, middle)
     encoder = as_encoder(model, screen.channels, pool, device, channelwise=channelwise)
     order,size = match_channels(encoder.channels, screen.channels),size or encoder.size
+    cut_at = 'middle' if middle else 'tiles' if cells is None else 'cells'
+    if cut_at!='tiles' and not size: raise ValueError(_no_size.format(cut_at))
     _check_reading(encoder, screen)
-    cells = None if cells is None else _cells_to_embed(screen, cells, size)
+    cells = None if cells is None else as_cells(screen, cells)
     rows = Rows(sites, level, cells)
     job = Job(encoder, rows, Cut(screen, order, size, cells, middle), bs, leave_out, workers)
     made = dict(encoder=encoder.name, weights=encoder.weights, channelwise=encoder.channelwise,
                 pool=pool or 'default', tile=size or 0,
                 channels=[screen.channels[i] for i in order],
                 versions=dict(cellmae=__version__, **{p:version(p) for p in ('torch','timm')}),
-                cut_at='middle' if middle else 'tiles' if cells is None else 'cells', **how_read([screen]),
+                cut_at=cut_at, **how_read([screen]),
                 left_out=[c for c in sites if c not in rows.obs and c!='site'])
     return job,made
 

@@ -15,6 +15,7 @@ from torch import nn
 from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .device import has_bf16
+from .learner import whole
 from .stats import intensity_stats, spectrum_stats
 from .zoo import bare_model, create_model, list_models, load_model
 
@@ -161,5 +162,5 @@ def weights_hash(
     for k,v in sorted(model.state_dict().items()):
         if hasattr(model, 'adapt') and k.endswith(_measured): continue
         h.update(k.encode())
-        h.update(v.detach().cpu().float().numpy().tobytes())
+        h.update(whole(v.detach()).cpu().float().numpy().tobytes())
     return h.hexdigest()[:12]

@@ -99,7 +99,7 @@ def _warn_of_dates(names, where):
 # %% ../nbs/44_recall.ipynb #4ee99c7b
 def relationship_sets(
     relationships, # A table of pairs or its path, a dict of them by name, or a folder of such files
-): # Yields name and pairs of each, as from `read_relationships`
+)->dict: # The pairs of each by its name, as from `read_relationships`
     "The sets of known pairs that are given in any of these ways"
     is_path = isinstance(relationships, (str,Path))
     if is_path and Path(relationships).is_dir(): relationships = _sets_in(Path(relationships))
@@ -108,10 +108,9 @@ def relationship_sets(
         raise TypeError('relationships are a file, a folder, a table, or a dict of them by name, '
                         f'not {type(relationships).__name__}')
     if not relationships: raise ValueError('there are no relationships in an empty dict')
-    for k,v in relationships.items():
-        rel = read_relationships(v)
-        rel.attrs['source'] = k or rel.attrs['source']
-        yield rel.attrs['source'],rel
+    read = {k: read_relationships(v) for k,v in relationships.items()}
+    for k,rel in read.items(): rel.attrs['source'] = k or rel.attrs['source']
+    return {rel.attrs['source']:rel for rel in read.values()}
 
 def _sets_in(folder):
     "Files of pairs in a folder by the name of their set; what is left out is said"
@@ -392,7 +391,7 @@ def recall(
     if np.ndim(thresholds)!=2: raise ValueError(f'thresholds are pairs, such as [(.05,.95)], '
                                                 f'not {thresholds!r}')
     Z,names = gene_map(x)
-    sets = [_Set(names, *o) for o in relationship_sets(relationships)]
+    sets = [_Set(names, *o) for o in relationship_sets(relationships).items()]
     rng,cos = np.random.default_rng(seed),_Pairs(Z, max_pairs)
     W = rng.multinomial(len(Z), np.full(len(Z), 1/len(Z)), size=n_boot).astype(np.float32)
     tails = _boot_tails(cos, W, thresholds, rng)
@@ -433,7 +432,7 @@ def check_names(
     "Genes that a set does not know under this name but under another, and names made into dates"
     A = dict(aliases.map(label).itertuples(index=False)) if aliases is not None else {}
     ids,rows = pd.Index(clean(names)).unique(),[]
-    for k,rel in relationship_sets(relationships):
+    for k,rel in relationship_sets(relationships).items():
         known = sorted({*rel.entity1, *rel.entity2})
         other = {a:('alias', s) for a,s in A.items() if s in known}
         other |= {o:('case', s) for s in known for o in ids[ids.str.upper()==s.upper()]}
@@ -460,7 +459,7 @@ def compare_recall(
     "Recall of two models on the genes that both have, its difference, and a paired test"
     maps = [gene_map(o) for o in (a,b)]
     names = _common(*(n for _,n in maps))
-    sets = {k: _ids_of(rel, names) for k,rel in relationship_sets(relationships)}
+    sets = {k: _ids_of(rel, names) for k,rel in relationship_sets(relationships).items()}
     sets = {k: P for k,P in sets.items() if len(P)>=min_pairs}
     if not sets: raise ValueError(f'no set relates {min_pairs} pairs of the {len(names)} genes '
                                   'that both maps have')

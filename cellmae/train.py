@@ -39,7 +39,7 @@ def equip(
     shard:bool=False, # Split weights over processes, where a device cannot hold them?
     tracker:str=None, # Where to report to, beside `history.csv`: `tensorboard` or `wandb`
     watch=None, # Known relationships, or True: embed held-out wells during the run
-    n_watch:int=10, # How many times to do so
+    n_watch:int=None, # How many times to do so; default: ten, fewer in a short run
 ):
     "Give a learner what a long run asks for"
     learn.model.to(learn.dls.device) # where blocks are compiled, and a step is tried
