@@ -301,7 +301,6 @@ def _most_parts(learn):
     if not batch_norms(learn.model): return _images(learn, 1)
     return max(1, _sites(learn)[0]*learn.dls.train.crops//(2*max(1, num_distrib())))
 
-
 # %% ../nbs/38_scale.ipynb #25e5d170
 def _room(learn, gb):
     "What a part may take, in GB: some is left for workspace, on a CPU for holes in the heap"
@@ -351,6 +350,7 @@ def _still(opt, model):
         if p.grad is not None: p.grad.zero_()
     opt.step()
 
+# %% ../nbs/38_scale.ipynb #95f56c67
 def _holds(learn, parts):
     "Does memory suffice for these parts?"
     try: _trial(learn, _images(learn, parts))
