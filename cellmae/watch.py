@@ -244,6 +244,7 @@ def recalled(self:Watch, x):
     "Share of the known pairs that are found"
     return recall_of(x, self.sets)
 
+# %% ../nbs/49_watch.ipynb #6eb8ff2e
 @patch
 def shared(self:Watch, values):
     "What the first process says, in all"
