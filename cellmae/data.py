@@ -231,6 +231,7 @@ def room(self:CropLoader, ids):
     if self.gpu: return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
     return torch.from_numpy(np.empty(shape, np.uint8))
 
+# %% ../nbs/19_data.ipynb #838a1edd
 @patch
 def cut(self:CropLoader, i, rng=None):
     "Windows of site `i`, as many as `crops`: where `rng` says, or in the middle"
