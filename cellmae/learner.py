@@ -8,7 +8,7 @@ __all__ = ['one_cycle', 'FixedMasks', 'History', 'Reconstructions', 'Lines', 'Wa
            'mae_loss', 'mse', 'fourier', 'mae_learner', 'check_length', 'fit_cycle']
 
 # %% ../nbs/35_learner.ipynb #ee2bdd25
-import shutil, sys, time
+import re, shutil, sys, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -160,7 +160,7 @@ class SafeLearner(Learner):
         "Train `n_epoch` more epochs from the current weights, as fastai does"
         was,logger = self.model.training,self.logger
         try: return super().fit(*args, **kwargs)
-        except BaseException: self.leave(was, logger); raise
+        except BaseException as e: self.leave(was, logger); _in_own_words(e); raise
         finally:
             self.first_epoch = self.dls.train.start = 0
             self.time_over,self.averaged_model = False,None
@@ -171,6 +171,12 @@ class SafeLearner(Learner):
         self.model.train(training)
         self.logger = logger
         self._end_cleanup()
+
+_of_callback = re.compile(r'^(Exception occured in `\w+` when calling event `\w+`:\n\t)+')
+
+def _in_own_words(e):
+    "Without what fastai says before an error about the callback it came from"
+    if e.args and isinstance(e.args[0], str): e.args = (_of_callback.sub('', e.args[0]),*e.args[1:])
 
 # %% ../nbs/35_learner.ipynb #22c11955
 @patch

@@ -228,7 +228,7 @@ def _listen(self:Team, k, link):
             if kind=='lost': return self._lose(what)
             if kind=='ended': self.ended.add(k)
             else: (self.said if kind=='said' else self.counted).put(what)
-    except (EOFError, OSError):
+    except (EOFError, OSError, TypeError): # of the last, where the line was closed here
         if k not in self.ended: self._lose(f'Process {k} of {self.n} ended without a word: it was '
                                            'killed, maybe for lack of memory.')
 

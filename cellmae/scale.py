@@ -276,9 +276,9 @@ def _device(learn): return torch.device(learn.dls.device or 'cpu')
 def _how(learn):
     "How a learner computes its steps"
     has = lambda kind: any(isinstance(cb, kind) for cb in learn.cbs)
-    shard = getattr(getattr(learn, 'together', None), 'shard', False)
     gpu = _device(learn).type=='cuda'
-    return How(has(BF16), gpu, False, has(Average), max(1, num_distrib()), shard)
+    return How(has(BF16), gpu, False, has(Average), max(1, num_distrib()),
+               hasattr(learn, 'shards'))
 
 def _shape(learn):
     "Channels and side of the images"

@@ -51,7 +51,7 @@ def equip(
     if _on(tracker): learn.records.append(report_to(tracker, learn.path, learn.settings))
     learn.records.append(Live())
     if accumulate: learn.split(accumulate)
-    else: learn.add_cb(FitParts())
+    else: learn.records.append(FitParts())
     learn.about = dict(recompute=recompute, compile=compile)
 
 def _on(option): return option is not None and option is not False

@@ -457,3 +457,10 @@ def test_memory_is_given_back_after_an_error():
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', faults], capture_output=True, text=True, check=True).stdout
     usual,kept,after = map(int, out.split())
     if usual > 3*2**26/2**12/2: assert kept < usual/10 and after > usual/4
+
+def test_errors_of_callbacks_in_their_own_words(screen, tmp_path):
+    class Bad(Callback):
+        def __init__(self, error): self.error = error
+        def before_batch(self): raise self.error
+    for error,says in ((ValueError('of its own'), '^of its own$'), (OSError(28, 'full'), r'^\[Errno 28\] full$')):
+        with pytest.raises(type(error), match=says): fit(screen, tmp_path/'run', cbs=Bad(error))
