@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'History', 'Reconstructions', 'Lines', 'Waits', 'SafeLearner', 'Part', 'parts_of',
-           'BatchStats', 'whole', 'split_as', 'as_list', 'guards', 'NumbersOnly', 'records', 'Average', 'Budget',
-           'mae_loss', 'mse', 'fourier', 'mae_learner', 'check_length', 'fit_cycle']
+           'BatchStats', 'as_list', 'guards', 'NumbersOnly', 'records', 'Average', 'Budget', 'mae_loss', 'mse',
+           'fourier', 'mae_learner', 'check_length', 'fit_cycle']
 
 # %% ../nbs/35_learner.ipynb #ee2bdd25
 import re, shutil, sys, time
