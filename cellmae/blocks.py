@@ -162,24 +162,26 @@ def set_recompute(
 def compile_blocks(
     model:nn.Module, # A model of this package, on the device where it will run
     on:bool=True, # Compile, or go back?
+    **how, # Arguments of `torch.compile`, such as `mode` or `backend`
 ):
     "Let `torch.compile` fuse each block, which takes seconds where a whole model takes minutes"
     kinds = vision_transformer.Block,vision_transformer.ParallelScalingBlock
     blocks = [m for m in model.modules() if isinstance(m, kinds)]
     if on and not blocks: raise ValueError(f'{type(model).__name__} has no transformer blocks, and '
                                            'only these are compiled: leave out `compile`.')
-    if on: check_compiler(next(model.parameters()).device)
+    if on: check_compiler(next(model.parameters()).device, **how)
     for m in blocks:
-        if on: m.compile(dynamic=True) # one program for any number of images and tokens
+        if on: m.compile(dynamic=True, **how) # one program for any number of images and tokens
         else: m._compiled_call_impl = None
 
 def check_compiler(
     device, # Where blocks will run
+    **how, # Arguments of `torch.compile`
 ):
     "An error before the run, not in its first step, if nothing can be compiled here"
     limits = torch._dynamo.config # all blocks count together, in training, validation, embedding
     limits.cache_size_limit = max(limits.cache_size_limit, 64)
-    try: torch.compile(torch.sin)(torch.zeros(2, device=device))
+    try: torch.compile(torch.sin, **how)(torch.zeros(2, device=device))
     except Exception as e: raise RuntimeError(
         f'Nothing can be compiled for {device} here ({str(e).strip().splitlines()[0]:.200}). '
         'torch.compile needs a C++ compiler (g++), on a GPU triton, too: install them, or leave '

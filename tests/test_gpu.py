@@ -33,7 +33,7 @@ def check_training(folder):
     assert {r['encoder'] for r in made['recall'] if 'step' not in r}=={'intensity','spectrum','the truth'}
     assert all(r['ci_low']<=r['recall']<=r['ci_high'] for r in made['recall'])
     assert [r['contrast'] for r in made['contrast']]==[f'{k} -> trained' for k in ('untrained','intensity','spectrum')]
-    for r in made['blocks']: assert r['breaks']==0 and r['graphs']<=2 and r['compiled']>0
+    for r in made['blocks']: assert r['breaks']==0 and r['graphs']<=3 and r['compiled']>0 # one is that of `check_compiler`
     assert {r['what'] for r in made['blocks']}=={'train','embed, autocast','embed, bf16 weights'}
     assert {r['source'] for r in made['fed']}=={'one batch','store','files'} and all(r['images_per_s']>0 for r in made['fed'])
     assert {(r['source'],r['by']) for r in made['alone']}=={(s,b) for s in ('store','files') for b in ('threads','processes')}
