@@ -282,11 +282,13 @@ def trains_on_a_disk_that_becomes_full(screen, disk, fit=mae):
     mounted(disk, '64m')
     for at in (2, 6): # in the first epoch, in the second
         taken,said,words = told(screen, disk/'run', fit, cbs=[At(at, lambda out: fill(disk))])
-        assert 'could not be written' in said and re.search('[Nn]o room', words) and str(disk) in words, (said, words)
-        assert 'make' in words and not list(disk.rglob('.*part*')) and torch.load(disk/'run/checkpoint.pth', weights_only=True)['at']
+        assert 'could not be written' in said and not list(disk.rglob('.*part*')), said
+        if words: assert re.search('[Nn]o room', words) and str(disk) in words and 'make' in words, words
+        else: assert (disk/'run/model/config.json').exists() # in the room of the checkpoint before
+        assert torch.load(disk/'run/checkpoint.pth', weights_only=True)['at']
         room_again(disk)
     taken,_,words = told(screen, disk/'run', fit)
-    assert 0<=taken<=5 and not words and like(disk/'run', want), (taken, words)
+    assert 0<=taken<=10 and not words and like(disk/'run', want), (taken, words)
 
 def classifies_on_a_disk_that_becomes_full(screen, disk): trains_on_a_disk_that_becomes_full(screen, disk, wsl)
 
@@ -315,8 +317,8 @@ def trains_where_history_or_pictures_do_not_fit(screen, disk):
     class Full(Callback):
         order = 50
         def after_epoch(self): fill(disk)
-    _,_,words = told(screen, disk/'run', cbs=[Full()], n_pictures=2)
-    assert re.search('[Nn]o room.*history.csv', words), words
+    _,said,_ = told(screen, disk/'run', cbs=[Full()], n_pictures=2)
+    assert re.search('history.csv could not be written .[Nn]o room', said), said
     room_again(disk)
     assert not told(screen, disk/'run', n_pictures=2)[2] and len(list(disk.glob('run/reconstructions/*.png')))==2 and like(disk/'run', want)
 

@@ -19,7 +19,7 @@ import cellmae.scale as scale
 from processes import all_well
 from test_border_training import Stop, fit, make_screen, same, tiny, weights, wsl
 
-out_of_memory = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+def out_of_memory(): return torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory): return make_screen(tmp_path_factory.mktemp('screen'))
@@ -57,7 +57,7 @@ def test_a_trial_doubles_the_parts_until_a_step_runs_through(screen, tmp_path, m
     learn = made(screen, tmp_path)
     forward = learn.model.forward
     def tight(x, *args):
-        if len(x)>most: raise out_of_memory
+        if len(x)>most: raise out_of_memory()
         return forward(x, *args)
     monkeypatch.setattr(learn.model, 'forward', tight)
     parts = scale._tried(learn, 1)
@@ -82,7 +82,7 @@ def test_a_trial_takes_all_channels(screen, tmp_path, monkeypatch):
 
 def test_batch_norm_has_two_images_in_every_part_that_is_tried(screen, tmp_path, monkeypatch):
     tried = []
-    monkeypatch.setattr(scale, '_trial', lambda learn, n: tried.append(n) or (_ for _ in ()).throw(out_of_memory))
+    monkeypatch.setattr(scale, '_trial', lambda learn, n: tried.append(n) or (_ for _ in ()).throw(out_of_memory()))
     for model,crops,sizes in [(Own(),1,[8,4,2]), (Own(),2,[8,4,2]), (tiny(),1,[8,4,2,1]), (tiny(),2,[8,4,2,1])]:
         assert scale._tried(made(screen, tmp_path, model, crops=crops), 1) is None
         assert tried==sizes; tried.clear()
@@ -121,7 +121,7 @@ def test_processes_agree_on_the_parts_of_the_one_that_needs_most(screen, tmp_pat
 
 # Running out
 
-@pytest.mark.parametrize('error', [out_of_memory, RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'),
+@pytest.mark.parametrize('error', [out_of_memory(), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()])
 def test_running_out_in_the_run_says_where_and_what_to_do(screen, tmp_path, monkeypatch, error):
     learn = made(screen, tmp_path)
@@ -132,7 +132,7 @@ def test_running_out_in_the_run_says_where_and_what_to_do(screen, tmp_path, monk
     for words in ('epoch 1, step 1', 'of 2 x 32 x 32', 'accumulate=2', 'recompute=True', 'crop'): assert words in str(e.value)
 
 class Full(Callback):
-    def before_batch(self): raise out_of_memory
+    def before_batch(self): raise out_of_memory()
 
 def test_running_out_in_a_classifier_says_so_too(screen, tmp_path):
     with pytest.raises(MemoryRanOut) as e: fit_wsl(screen, out=tmp_path/'run', cbs=Full(), **wsl)
@@ -140,7 +140,7 @@ def test_running_out_in_a_classifier_says_so_too(screen, tmp_path):
 
 @pytest.mark.parametrize('bs,cure', [(4,'`bs=2`'), (1,'a smaller `size`')])
 def test_running_out_in_embedding_says_what_to_change(screen, bs, cure):
-    def encoder(x): raise out_of_memory
+    def encoder(x): raise out_of_memory()
     with pytest.raises(MemoryRanOut) as e: embed(encoder, screen, size=32, bs=bs, progress=False)
     for words in (f'embedding, a batch of {bs} images of 2 x 32 x 32', cure): assert words in str(e.value)
 

@@ -1,5 +1,5 @@
 "The training reader: the same batches whoever reads them, ahead of their use, in bounded memory"
-import os, signal, subprocess, sys, threading, time
+import gc, os, signal, subprocess, sys, threading, time
 import numpy as np, pandas as pd, pytest, tifffile, torch
 from fastai.callback.core import Callback
 from cellmae.data import CropLoader, Sites, one_ahead, put, reading_threads, screen_dls
@@ -139,6 +139,7 @@ def test_nothing_held_out_is_shared_by_all(screen):
 def reading(): return [t for t in threading.enumerate() if t.name.endswith('(_work)')]
 
 def wait_for_none():
+    gc.collect() # errors of other tests may still hold theirs
     end = time.monotonic()+5
     while reading() and time.monotonic()<end: time.sleep(.01)
     return not reading()
