@@ -51,9 +51,9 @@ def output_text(o):
 
 
 def is_blank(o):
-    "Is output `o` only what a vanished progress bar left behind?"
+    "Is output `o` only what a vanished progress bar left behind, or a picture that was redrawn while something ran?"
     html = ''.join(o.get('data', {}).get('text/html', '-'))
-    return not re.sub(r'<style>.*?</style>', '', html, flags=re.S).strip()
+    return html.startswith('<img src="data:') or not re.sub(r'<style>.*?</style>', '', html, flags=re.S).strip()
 
 
 def complaints(cell):
