@@ -201,17 +201,18 @@ def markdown(table):
         lines.append(f'| {name} | {len(t)} | {t.files.iat[0]} | {there} | {t.kept.sum()} of {t.there.sum()} | {(t.torn!="").sum()} | {(t.differ!="").sum()} |')
     return '\n'.join(lines)
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--n', type=int, default=30, help='kills')
+def main(about=__doc__, jobs=tuple(JOBS), n=30, campaign=campaign, markdown=markdown, left='the files of an undisturbed one'):
+    "Kill some jobs, show the table, and fail if one of them left something else"
+    p = argparse.ArgumentParser(description=about)
+    p.add_argument('--n', type=int, default=n, help='kills')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--jobs', nargs='+', default=[''], help='only those whose names begin with one of these')
     args = p.parse_args()
-    jobs = [o for o in JOBS if o.startswith(tuple(args.jobs))]
-    with tempfile.TemporaryDirectory() as folder: table = campaign(args.n, args.seed, Path(folder), jobs)
+    some = [o for o in jobs if o.startswith(tuple(args.jobs))]
+    with tempfile.TemporaryDirectory() as folder: table = campaign(args.n, args.seed, Path(folder), some)
     print(f'\n{markdown(table)}')
     bad = table[(table.torn!='')|(table.differ!='')]
     if len(bad): raise SystemExit(f'{len(bad)} of {len(table)} kills left something else:\n{bad.to_string()}')
-    print(f'\nAfter all of {len(table)} kills the second run ended with the files of an undisturbed one')
+    print(f'\nAfter all of {len(table)} kills the second run ended with {left}')
 
 if __name__=='__main__': main()

@@ -1,9 +1,8 @@
 "Kill training at random moments: a second run must end with all that an undisturbed one has, to the last bit"
-import argparse, os, random, tempfile
+import os, random
 from itertools import count
-from pathlib import Path
 
-from kills import JOBS, beside, clear, content, finish, fork, kill # first, for it says that no threads are started
+from kills import JOBS, beside, clear, content, finish, fork, kill, main # first, for it says that no threads are started
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib
@@ -145,17 +144,4 @@ def markdown(table):
         lines.append(f'| {name} | {len(t)} | {t.steps.iat[0]} | {again} | {(t.torn!="").sum()} | {(t.differ!="").sum()} |')
     return '\n'.join(lines)
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--n', type=int, default=50, help='kills')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--jobs', nargs='+', default=[''], help='only those whose names begin with one of these')
-    args = p.parse_args()
-    jobs = [o for o in TRAINING if o.startswith(tuple(args.jobs))]
-    with tempfile.TemporaryDirectory() as folder: table = campaign(args.n, args.seed, Path(folder), jobs)
-    print(f'\n{markdown(table)}')
-    bad = table[(table.torn!='')|(table.differ!='')]
-    if len(bad): raise SystemExit(f'{len(bad)} of {len(table)} kills left something else:\n{bad.to_string()}')
-    print(f'\nAfter all of {len(table)} kills the second run ended with all that an undisturbed one has, to the last bit')
-
-if __name__=='__main__': main()
+if __name__=='__main__': main(__doc__, TRAINING, 50, campaign, markdown, 'all that an undisturbed one has, to the last bit')

@@ -25,6 +25,7 @@ from fastcore.foundation import L
 from .data import how_read
 from .files import write_whole
 from .sites import image_columns
+from .zoo import whole
 
 # %% ../nbs/34_checkpoint.ipynb #99ad8778
 class SeedSteps(Callback):
@@ -380,8 +381,7 @@ class Guard(Callback):
 def look(self:Guard)->tuple: # Loss of the batch, and norm of its gradient, over all processes
     "Both at once: a GPU waits only once"
     norm = nn.utils.clip_grad_norm_(self.model.parameters(), float('inf')) # changes nothing
-    if hasattr(norm, 'full_tensor'): norm = norm.full_tensor() # of a model that is split
-    return torch.stack([self.loss.float().mean(), norm.float()]).tolist()
+    return torch.stack([self.loss.float().mean(), whole(norm).float()]).tolist()
 
 @patch
 def what_is_wrong(self:Guard, loss, norm):

@@ -15,9 +15,8 @@ from torch import nn
 from .cavit import CAMAE
 from .classifier import any_channels, crop_size
 from .device import has_bf16
-from .learner import whole
 from .stats import intensity_stats, spectrum_stats
-from .zoo import bare_model, create_model, list_models, load_model
+from .zoo import bare_model, create_model, list_models, load_model, whole
 
 # %% ../nbs/39_encoders.ipynb #3940e17b
 _other_name = ("If the same stain has another name there, rename it when opening the screen "

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 from torch.export import Dim
 from . import __version__
-from .classifier import any_channels, crop_size
+from .classifier import any_channels
 from .encoders import AnyEncoder, as_encoder
 from .files import write_whole
 from .imagenet import ImageNetEncoder
 from .munet import MUNet
 from .vit import MAE
+from .zoo import is_shared
 
 # %% ../nbs/52_export.ipynb #478ac5b1
 def check_packages(
@@ -126,7 +127,7 @@ def _check_able(face, path):
     net = getattr(face.model, 'backbone', face.model)
     if not isinstance(net, (MAE,ImageNetEncoder)): raise ValueError(
         f'{face.name} is no model of this package, and others write themselves (`torch.onnx`).')
-    if hasattr(face.model, 'unshard'): raise ValueError('Processes share the weights of this '
+    if is_shared(face.model): raise ValueError('Processes share the weights of this '
         'model: write it with `save_model`, and give the folder.')
     if path.is_dir(): raise FileExistsError(
         f'{path} is a folder: name a file, such as {path/"encoder.onnx"}.')

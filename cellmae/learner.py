@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import Tensor, distributed as dist, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from fastai.callback.core import (Callback, CancelBackwardException, CancelEpochException,
                                   CancelFitException, CancelStepException)
 from fastai.callback.progress import ProgressCallback
@@ -27,7 +26,7 @@ from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric, Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import apply, num_distrib, rank_distrib, to_detach
+from fastai.torch_core import num_distrib, rank_distrib, to_detach
 from fastcore.basics import listify, noop, patch
 from fastprogress.fastprogress import format_time
 from timm.optim.lion import Lion
@@ -39,6 +38,7 @@ from .device import BF16, in_bf16, memory_told
 from .files import spared, watched, write_whole
 from .masking import part_of
 from .plots import show_channels, show_reconstruction
+from .zoo import whole
 
 # %% ../nbs/35_learner.ipynb #248da191
 def one_cycle(
@@ -326,18 +326,18 @@ def add_up(self:SafeLearner):
 # %% ../nbs/35_learner.ipynb #e461b4a3
 class BatchStats(Callback):
     "Batch norm learns from a batch, whatever its parts and whoever has them"
+    def before_fit(self): self.norms = batch_norms(self.model)
     def before_batch(self): self.left = []
 
     @contextmanager
     def around(self):
         "The context of a part: what batch norm makes of it is kept apart"
-        norms = batch_norms(self.model) if self.training else []
-        with self.learning(norms) if norms else nullcontext(): yield
+        with self.learning() if self.training and self.norms else nullcontext(): yield
 
     @contextmanager
-    def learning(self, norms):
+    def learning(self):
         "Start from the running statistics before the batch, and keep what a part makes of them"
-        stats = [t for m in norms for t in (m.running_mean,m.running_var)]
+        stats = [t for m in self.norms for t in (m.running_mean,m.running_var)]
         if not self.left: self.stats,self.start = stats,torch.cat(stats)
         else: self.put(self.start)
         yield
@@ -347,29 +347,25 @@ class BatchStats(Callback):
         "The mean over parts and processes"
         if not self.left or len(self.left)==1 and num_distrib()<2: return # as it is
         self.put(self.of_all(sum(self.left)))
-        for m in batch_norms(self.model): m.num_batches_tracked -= len(self.left)-1 # one batch
+        for m in self.norms: m.num_batches_tracked -= len(self.left)-1 # one batch
 
     def put(self, flat):
         for t,new in zip(self.stats, flat.split([len(t) for t in self.stats])): t.copy_(new)
 
 # %% ../nbs/35_learner.ipynb #f3a7c2e5
-def whole(
-    t, # A tensor, maybe split over processes, or anything else
-): # The whole tensor, in all processes
-    "What was split by `shard`, put together"
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
 def split_as(
     t, # A whole tensor, the same in all processes, or anything else
     like, # Tensor
 ): # Likewise
     "Split a tensor as another one of its shape is"
-    if not isinstance(like, DTensor) or getattr(t, 'shape', None)!=like.shape: return t
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
+    mesh = getattr(like, 'device_mesh', None)
+    if mesh is None or getattr(t, 'shape', None)!=like.shape: return t
+    from torch.distributed.tensor import distribute_tensor # of torch 2.5
+    return distribute_tensor(t.to(like.device), mesh, like.placements)
 
 def _for_first(t):
-    if not isinstance(t, DTensor): return t
-    t = whole(t) # with the help of all
+    own,t = t,whole(t) # with the help of all
+    if t is own: return t
     return t.new_empty(0) if rank_distrib() else t.cpu()
 
 @patch

@@ -24,7 +24,8 @@ from fastai.metrics import AccumMetric
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop, patch
 from .blocks import Blocks
-from .learner import History, Reconstructions, whole
+from .learner import History, Reconstructions
+from .zoo import whole
 
 # %% ../nbs/37_many_gpus.ipynb #7df4b4ec
 def local_device()->torch.device: # A GPU for each process of a machine, or the CPU
@@ -70,8 +71,7 @@ class Together(Callback):
         "Begin with the weights of the first, and add up gradients while they come"
         for hook in self.hooks: hook.remove()
         if self.ranks==1: return
-        self.check()
-        for t in self.model.state_dict().values(): dist.broadcast(t, 0)
+        self.begin_alike()
         self.hooks = [p.register_post_accumulate_grad_hook(self.send)
                       for p in self.model.parameters() if p.requires_grad]
 
@@ -91,6 +91,12 @@ class Together(Callback):
 
 # %% ../nbs/37_many_gpus.ipynb #3c9e51d8
 @patch
+def begin_alike(self:Together):
+    "With the weights of the first"
+    self.check()
+    for t in self.model.state_dict().values(): dist.broadcast(t, 0)
+
+@patch
 def check(self:Together):
     "Refuse what would go wrong in many processes"
     for m in self.learn.metrics:
@@ -106,8 +112,7 @@ class Shards(Together):
     def before_fit(self):
         "Split the model, and make its optimiser anew"
         if self.ranks==1: return
-        self.check()
-        for t in self.model.state_dict().values(): dist.broadcast(t, 0)
+        self.begin_alike()
         self.plain = deepcopy(self.model).cpu()
         self.parts = shard_model(self.model, self.dls.device, self.ranks)
         self.learn.create_opt()

@@ -28,11 +28,11 @@ from .files import moved
 from .screen import open_screen, split
 from .blocks import set_attention, set_recompute
 from .classifier import batch_norms
-from .device import BF16, free_memory, in_bf16, memory_kept, ran_out
+from .device import BF16, as_before, free_memory, in_bf16, memory_kept, ran_out
 from .plots import plain
 from .data import given
 from .learner import Average
-from .zoo import Recipe, cost, create_model, ghost, list_models, own_crop, recipe
+from .zoo import Recipe, cost, create_model, ghost, list_models, recipe
 
 # %% ../nbs/38_scale.ipynb #7e416023
 def training_flops(
@@ -319,24 +319,22 @@ def _asked(learn, gb):
 
 # %% ../nbs/38_scale.ipynb #70c41d23
 @contextmanager
-def _as_it_was(model):
-    "Ready to train on all channels; afterwards mode, buffers and gradients are as before"
-    buffers,was = [b.clone() for b in model.buffers()],model.training
-    grads,few = [p.grad for p in model.parameters()],getattr(model, 'few_channels', None)
+def _ready(model):
+    "Ready to train on all channels; afterwards mode and gradients are as before"
+    was,few = model.training,getattr(model, 'few_channels', None)
+    grads = [p.grad for p in model.parameters()]
     for p in model.parameters(): p.grad = None
     if few: model.few_channels = None
     try: yield model.train()
     finally:
         if few: model.few_channels = few
         model.train(was)
-        for b,old in zip(model.buffers(), buffers): b.data.copy_(old)
         for p,g in zip(model.parameters(), grads): p.grad = g
 
 def _trial(learn, n):
     "A step with `n` random images, of which nothing stays"
     device,how,(c,size) = _device(learn),_how(learn),_shape(learn)
-    random = torch.random.fork_rng([device] if device.type=='cuda' else [])
-    with random, _as_it_was(learn.model) as model:
+    with as_before(learn.model), _ready(learn.model) as model:
         average = [torch.empty_like(p) for p in model.parameters()] if how.ema else []
         x = torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=how.bf16): loss = _loss(model(x))

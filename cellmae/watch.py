@@ -14,12 +14,12 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from torch import nn
-from torch.distributed.tensor import DTensor
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop, patch
 from .classifier import Classifier
+from .device import as_before
 from .embed import embed
 from .encoders import as_encoder
 from .files import write_whole
@@ -29,6 +29,7 @@ from .recall import recall, relationship_sets
 from .retrieval import match
 from .sites import WELL
 from .tvn import TVN, CenterScale
+from .zoo import is_shared
 
 # %% ../nbs/49_watch.ipynb #662cc05e
 def effective_rank(
@@ -150,14 +151,11 @@ def untouched(
     model:nn.Module, # On any device
 ):
     "Afterwards buffers of a model and random numbers are what they were; nothing warns inside"
-    device,kept = next(model.parameters()).device,[b.clone() for b in model.buffers()]
     stance = getattr(torch.compiler, 'set_stance', None)
-    with (torch.random.fork_rng([device]*(device.type=='cuda')), warnings.catch_warnings(),
-          stance('force_eager') if stance else nullcontext()):
+    eager = stance('force_eager') if stance else nullcontext()
+    with as_before(model), warnings.catch_warnings(), eager:
         warnings.simplefilter('ignore')
-        try: yield
-        finally:
-            for b,was in zip(model.buffers(), kept): b.copy_(was)
+        yield
 
 # %% ../nbs/49_watch.ipynb #193f83f7
 class Measured(Metric):
@@ -211,8 +209,7 @@ class Watch(Callback):
 @patch
 def look(self:Watch):
     "What the wells tell now, NaN where they do not"
-    split = any(isinstance(v, DTensor) for v in self.model.state_dict().values())
-    if rank_distrib() and not split: return {}
+    if rank_distrib() and not is_shared(self.model): return {}
     try:
         if self.screens is None: self.choose()
         with self.learn.averaged() as model, untouched(model): x = self.embedded(model)

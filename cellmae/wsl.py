@@ -217,7 +217,7 @@ def wsl_learner(
         cbs=[JudgeByBatch(), *guards(settings.get('seed', 0), clip, bf16), *mix, *cbs])
 
 # %% ../nbs/51_wsl.ipynb #70171376
-def _check_batches(dl, accumulate=1):
+def _check_batches(dl, accumulate):
     "Batch norm needs two images at least in each part of a batch"
     ranks = max(1, num_distrib())
     for ids in dl.epoch_batches(0):
@@ -280,7 +280,6 @@ def _learner(dls, r, arch, out, embed_dim, own, save_every, cbs):
     "A learner for the sites that have a label, and the names of its classes"
     names,y = site_classes(dls.train.sites, own['label'])
     dls = labelled(dls, y, own['label'])
-    _check_batches(dls.train)
     net = make_classifier(arch, len(names), _panel(dls.train.sites), r.crop, embed_dim)
     settings = _recipe(r) | about_model(arch, net, out) | about_data(dls) | own | dict(
         architecture=net.name, classes=len(names), labels=short_hash(y, names))

@@ -1,7 +1,4 @@
 "A classifier trained in parts: who computes them does not matter, and what batch norm and CutMix see is a part"
-import os, socket, sys
-from multiprocessing import get_context
-
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from tifffile import imwrite
@@ -12,6 +9,7 @@ from cellmae.imagenet import ImageNetEncoder
 from cellmae.screen import Screen
 from cellmae.wsl import fit_wsl
 from cellmae.zoo import create_model, load_model
+from processes import all_well
 
 kw = dict(epochs=2, bs=8, crop=32, valid=.3, apart=None, lr=1e-3, device='cpu', bf16=False, num_workers=0)
 
@@ -46,22 +44,12 @@ def left(learn):
     losses = torch.stack([o.cpu() for o in learn.recorder.losses])
     return dict({f'model.{k}': v.clone() for k,v in learn.model.state_dict().items()}, losses=losses, rows=torch.tensor([list(map(float, r)) for r in learn.recorder.values]))
 
-def process(rank, n, port, out, *args, **more):
-    "One of those that `torchrun` would have started"
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT=str(port))
-    os.dup2(os.open(out.with_suffix(f'.log{rank}'), os.O_CREAT|os.O_WRONLY), 1); os.dup2(1, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, 'w', buffering=1)
-    torch.set_num_threads(1)
-    torch.save(left(fit(*args, out, **more)), out.with_suffix(f'.{rank}'))
-    dist.barrier()
-
 def together(n, screen, out, **more):
     "A run of `n` processes, and what it leaves in each"
-    with socket.socket() as s: s.bind(('', 0)); port = s.getsockname()[1]
-    ps = [get_context('fork').Process(target=process, args=(r,n,port,out,screen), kwargs=more) for r in range(n)]
-    for p in ps: p.start()
-    for p in ps: p.join(60)
-    assert [p.exitcode for p in ps]==[0]*n, [out.with_suffix(f'.log{r}').read_text() for r in range(n)]
+    def process(rank):
+        torch.save(left(fit(screen, out, **more)), out.with_suffix(f'.{rank}'))
+        dist.barrier()
+    all_well(n, process)
     return [torch.load(out.with_suffix(f'.{r}')) for r in range(n)]
 
 def same(a, b, tol=0):
