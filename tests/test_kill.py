@@ -50,6 +50,7 @@ def test_kills():
 
 others = '''
 import random, sys
+from pathlib import Path
 from kills_train import *
 
 def numbers(out):
@@ -77,6 +78,7 @@ def test_another_number_of_processes_goes_on(tmp_path):
 
 dead = '''
 import socket, sys, time
+from pathlib import Path
 from kills_train import *
 
 def member(r, port, of, out):
