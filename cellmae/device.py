@@ -20,7 +20,14 @@ def has_bf16(
 )->bool: # Is bfloat16 arithmetic built into it?
     "Whether a device multiplies in bfloat16 natively"
     if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type=='cpu' and torch.cpu._is_amx_tile_supported()
+    return device.type=='cpu' and _cpu_has_bf16()
+
+def _cpu_has_bf16():
+    "AMX, AVX512_BF16 or Arm's products in bfloat16, as far as this version of torch tells"
+    asks = '_is_amx_tile_supported','_is_avx512_bf16_supported'
+    if any(getattr(torch.cpu, o, bool)() for o in asks): return True
+    told = getattr(torch.cpu, 'get_capabilities', dict)()
+    return told.get('bf16', False) and torch.backends.mkldnn.is_available()
 
 def in_bf16(
     asked, # True or False; None: where it is built in
