@@ -38,7 +38,8 @@ def _rows(batches):
     "Rows of each batch"
     return pd.Series(range(len(batches))).groupby(batches, observed=True).indices
 
-def _control_means(X, controls, rows): return {k: X[r[controls[r]]].mean(0) for k,r in rows.items()}
+def _control_means(X, controls, rows, mean=np.mean):
+    return {k: mean(X[r[controls[r]]], 0) for k,r in rows.items()}
 
 # %% ../nbs/42_tvn.ipynb #380916eb
 class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
@@ -47,7 +48,7 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def fit(self,
         X, # Wells: AnnData, `(X, obs)`, DataFrame, file, or array `(n,D)`
-        y=None, # Ignored
+        y=None, # `(n)` perturbation of each well, for those that learn from replicates
         controls=None, # `(n)` mask of control wells; default `obs['control']`, all rows of an array
         batches=None, # `(n)` batch of each well; default `obs['batch']`, one batch for an array
     ):
@@ -60,7 +61,7 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         _need_spread(w.X[controls])
         rows = _rows(b)
         A = _varied(w.X, controls, rows, self._names)
-        self.shared_ = self._learn(A, controls, rows)
+        self.shared_ = self._learn(A, controls, rows, **self._besides(w, y, b))
         self.centres_,self.maps_ = self._batches(A, controls, rows)
         return self
 
@@ -77,14 +78,17 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         A = aligned(w, names, self.n_features_in_, type(self).__name__)
         b = batches_of(w, batches) if self.batched_ else np.full(len(A), 'all')
         centres,maps = self._unseen(w._replace(X=A), controls, b)
-        return self._like(X, _apply(A, b, self.centres_|centres, self.maps_|maps))
+        return self._like(X, self._last(_apply(A, b, self.centres_|centres, self.maps_|maps)))
+
+    def _besides(self, w, y, batches): return {} # What else `_learn` wants to know
+    def _last(self, A): return A # What is done to the result
 
 # %% ../nbs/42_tvn.ipynb #8186d858
 @patch
 def fit_transform(self:Correction, X, y=None, controls=None, batches=None):
     "`fit`, then `transform` of the same rows"
     X = opened(X)
-    return self.fit(X, controls=controls, batches=batches).transform(X, batches=batches)
+    return self.fit(X, y, controls=controls, batches=batches).transform(X, batches=batches)
 
 # %% ../nbs/42_tvn.ipynb #6d8f71d0
 def _apply(A, batches, centres, maps):
@@ -210,10 +214,15 @@ def _varied(X, controls, rows, names):
     E[:,low] *= np.sqrt(to**2-sd**2)[low]/_rms(E[controls])[low]
     return X+E
 
-def _scale(X, controls, rows, names, least=_LEAST):
-    "Standard deviations `(G,D)` of the controls of each batch, none next to nothing"
+def _mad(x, axis):
+    "Median distance to the median, times 1.4826: the standard deviation of what is normal"
+    return 1.4826*np.median(np.abs(x-np.median(x, axis)), axis)
+
+def _scale(X, controls, rows, names, least=_LEAST, robust=False):
+    "Spreads `(G,D)` of the controls of each batch, none next to nothing"
     C = [X[r[controls[r]]] for r in rows.values()]
-    sd,mean = (np.stack([f(c, 0) for c in C]) for f in (np.std,np.mean))
+    how = (_mad,np.median) if robust else (np.std,np.mean)
+    sd,mean = (np.stack([f(c, 0) for c in C]) for f in how)
     wells = np.stack([_rms(X[r]-m) for r,m in zip(rows.values(), mean)])
     return _raised(sd, wells, mean, names, list(rows) if len(rows)>1 else None, least)[0]
 
@@ -222,19 +231,28 @@ class CenterScale(Correction):
     "Centre and scale each feature by the controls of its batch, or of all batches"
     def __init__(self,
         by='batch', # `'batch'`, or None for all controls together
-    ): self.by = by
+        robust=False, # By median and median distance to it (MAD), not mean and standard deviation?
+        arcsinh=False, # Let large values count by their logarithm?
+    ): self.by,self.robust,self.arcsinh = by,robust,arcsinh
 
     def _learn(self, X, controls, rows):
         if self.by not in ('batch',None):
             raise ValueError(f"by is 'batch' or None, not {self.by!r}")
         if self.by: return ()
-        all_rows = {'all':np.arange(len(X))}
-        return X[controls].mean(0),1/_scale(X, controls, all_rows, self._names)[0]
+        return tuple(o[0] for o in self._measured(X, controls, {'all':np.arange(len(X))}))
 
     def _batches(self, X, controls, rows):
         if not self.by: return tuple(dict.fromkeys(rows, o) for o in self.shared_)
-        sd = _scale(X, controls, rows, self._names)
-        return _control_means(X, controls, rows),{k: 1/s for k,s in zip(rows, sd)}
+        centres,maps = self._measured(X, controls, rows)
+        return dict(zip(rows, centres)),dict(zip(rows, maps))
+
+    def _measured(self, X, controls, rows):
+        "Centres and maps"
+        mean = np.median if self.robust else np.mean
+        centres = np.stack([*_control_means(X, controls, rows, mean).values()])
+        return centres,1/_scale(X, controls, rows, self._names, robust=self.robust)
+
+    def _last(self, A): return np.arcsinh(A) if self.arcsinh else A
 
 # %% ../nbs/42_tvn.ipynb #c71f1b18
 def _second_moment(
