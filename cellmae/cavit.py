@@ -63,7 +63,9 @@ class MultiDecoder(nn.Module):
                                      for _ in range(in_chans)])
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, latent, mask, pos, c, channels=None):
+    def forward(self, *args, **kwargs): return self.head(self.tokens(*args, **kwargs)) # (B,C*N,P)
+    def tokens(self, latent, mask, pos, c, channels=None):
+        "What the head draws from `(B,C*N,d)`"
         if channels is None and c != len(self.stacks):
             raise ValueError(f"This decoder draws {len(self.stacks)} channels, the images have "
                              f"{c}. Embedding works with any channels; to train on other panels "
@@ -75,7 +77,7 @@ class MultiDecoder(nn.Module):
         z = self.cross(self.query_norm(x), self.context_norm(x))
         z = z + self.mlp(self.out_norm(z))
         z = [self.stacks[i](t) for i,t in zip(own, z.chunk(c, 1))]
-        out = self.head(torch.cat(z, 1)) # (B,C*N,P)
+        out = torch.cat(z, 1)
         return out if channels is None else out+self.rest(z[0], own)
 
     def rest(self, t, own):
@@ -112,13 +114,15 @@ class SharedDecoder(nn.Module):
         self.blocks = decoder_blocks(embed_dim, depth, num_heads, norm_eps)
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, latent, mask, pos, c, channels=None):
+    def forward(self, *args, **kwargs): return self.head(self.tokens(*args, **kwargs)) # (B,C*N,P)
+    def tokens(self, latent, mask, pos, c, channels=None):
+        "What the head draws from `(B,C*N,d)`"
         v = self.embed(latent[:,1:]) # (B,K,d)
         x = restore(v, mask.ids_restore, self.mask_token).unflatten(1, (c,-1)) # (B,C,N,d)
         x = (x + pos + channel_means(v, mask, c)[:,:,None]).flatten(1,2) # (B,C*N,d)
         x = x + self.cross(self.query_norm(x), self.context_norm(take(x, mask.ids_keep)))
         x = self.blocks(x.unflatten(1, (c,-1)).flatten(0,1)).unflatten(0, (-1,c)) # (B,C,N,d)
-        return self.head(self.norm(x)).flatten(1,2) # (B,C*N,P)
+        return self.norm(x).flatten(1,2)
 
 # %% ../nbs/25_cavit.ipynb #54d28484
 class CAMAE(MAE):
@@ -183,6 +187,15 @@ def _by_channel(self:CAMAE, error, m, c):
     own = F.one_hot(m.ids_mask//(m.mask.shape[1]//c), c) # (B,L-K,C)
     return (own*error.mean(-1, keepdim=True)).sum((0,1))/own.sum((0,1))
 
+# %% ../nbs/25_cavit.ipynb #81a5565b
+@patch
+def _pooled(self:CAMAE, latent, m, n):
+    "Mean and spread of the visible tokens of each channel `(B,C,2*D)`"
+    v,c = latent[:,1:].float(),m.mask.shape[1]//n
+    mean = channel_means(v, m, c)
+    var = channel_means((v-take(mean, m.ids_keep//n)).square(), m, c)
+    return torch.cat([mean, var.clamp(min=1e-6).sqrt()], -1)
+
 # %% ../nbs/25_cavit.ipynb #4fe92e82
 @patch
 def draw_channels(self:CAMAE,
@@ -219,11 +232,6 @@ def some_channels(self:CAMAE,
     "Draw the channels of a step of training"
     n = int(torch.randint(min(self.few_channels, c), c+1, ()))
     return torch.randperm(c)[:n].sort()[0].tolist()
-
-@patch
-def _draw(self:CAMAE, x, tokens, m, channels=None):
-    latent = self._encode(x, tokens, m.ids_keep)
-    return latent,self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1], channels)
 
 # %% ../nbs/25_cavit.ipynb #fc28faac
 def _stacks(images):

@@ -380,7 +380,7 @@ _limits = dict(
     valid=_part, alpha=_part,
     lr=(Real, 'a number above 0, and at most 1', lambda v: 0<v<=1),
     mask_ratio=(Real, 'a number above 0 and below 1', lambda v: 0<v<1),
-    share=(Real, 'a number from 0 to 1', lambda v: 0<=v<=1),
+    **dict.fromkeys(['share','energy'], (Real, 'a number from 0 to 1', lambda v: 0<=v<=1)),
     clip=(Real, 'a number above 0', lambda v: v>0),
     seconds=(Real, 'a number above 0', lambda v: 0<v<float('inf')),
     ema=(Real, 'a number above 0 and below 1', lambda v: 0<v<1))

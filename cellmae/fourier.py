@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['squared_error', 'pixel_loss', 'masked_mean', 'fourier_loss', 'amplitudes', 'viewed_planes', 'released_fourier_loss',
-           'image_fourier_loss', 'token_stats', 'mix']
+           'image_fourier_loss', 'token_stats', 'mix', 'band_energies']
 
 # %% ../nbs/22_fourier.ipynb #304a86cd
+from functools import lru_cache
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,3 +118,42 @@ def mix(
 )->Tensor: # `(1-alpha)*mse + alpha*fourier`
     "Convex combination of the two losses"
     return (1-alpha)*mse + alpha*fourier
+
+# %% ../nbs/22_fourier.ipynb #4498cc9e
+@lru_cache
+def _bank(w, n):
+    "Waves under a Hann window `(w,w)`, in columns, and what averages pairs of them in rings `(w*w,n)`"
+    k,at = np.arange(w),np.arange(w)[:,None]
+    f = (k+1)//2 # 0, then cosine and sine of 1, 2, ..; of w/2 the cosine
+    waves = np.cos(2*np.pi/w*at*f - np.pi/2*((k>0)&(k%2==0)))*np.where(f%(w//2)==0, 1, 2**.5)
+    hann = np.sin(np.pi*at/w)**2
+    ring = np.log2(np.maximum(f[:,None]**2+f**2, .5))*n/np.log2(w*w/2) # 0 to n; below: frequency 0
+    own = np.minimum(np.floor(ring), n-1).reshape(-1,1)==np.arange(n)
+    if not own.any(0).all(): raise ValueError(f'Windows of {w} pixels have no {n} rings: use fewer.')
+    return np.float32(hann*waves/np.linalg.norm(hann)),np.float32(own/own.sum(0))
+
+# %% ../nbs/22_fourier.ipynb #79d81094
+def band_energies(
+    x:Tensor, # Images `(B,C,H,W)`, self-standardised
+    p:int, # Side of a patch in pixels; windows are twice as wide, and have 16 pixels at least
+    n:int=7, # Rings of equal width in log frequency
+)->Tensor: # Log power around each patch `(B,C,N,n)`, float32; 0 for white noise of variance 1
+    "How much there is of each frequency, patch by patch"
+    w = max(16, 2*p)
+    waves,rings = [torch.tensor(t.T, device=x.device) for t in _bank(w, n)]
+    flat = waves.sum(1)/waves[0].sum() # what a constant gives, for each of it under wave 0
+    with torch.autocast(x.device.type, enabled=False):
+        y = _mirrored(x.float(), p, w).flatten(0,1)[:,None] # (B*C,1,H',W')
+        y = F.conv2d(y, waves[:,None,None], stride=(1,p)) # (B*C,w,H',cols)
+        y = F.conv2d(y.flatten(0,1)[:,None], waves[:,None,:,None], stride=(p,1)).flatten(2)
+        y = y.view(*x.shape[:2], w*w, -1) # (B,C,w*w,N)
+        y = y - y[:,:,:1]*torch.outer(flat, flat).view(-1,1) # brightness is no texture
+        return (rings@y.square()+1e-4).log().transpose(2,3)
+
+def _mirrored(x, p, w):
+    "Images with a border, so that each patch is in the middle of a window"
+    before = (w-p)//2
+    after = w-p-before
+    if min(x.shape[-2:])<=after: raise ValueError(f'Images of {tuple(x.shape[-2:])} pixels are too '
+        f'small for windows of {w}: take crops of {after+1} pixels at least.')
+    return F.pad(x, (before,after)*2, mode='reflect')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['one_cycle', 'FixedMasks', 'History', 'Reconstructions', 'Lines', 'Waits', 'SafeLearner', 'Part', 'parts_of',
            'BatchStats', 'as_list', 'guards', 'NumbersOnly', 'records', 'Average', 'Budget', 'mae_loss', 'mse',
-           'fourier', 'mae_learner', 'check_length', 'fit_cycle']
+           'fourier', 'energy', 'mae_learner', 'check_length', 'fit_cycle']
 
 # %% ../nbs/35_learner.ipynb #ee2bdd25
 import re, shutil, sys, time
@@ -604,6 +604,10 @@ def fourier(out, ids):
     "Fourier part of the loss"
     return out.parts['fourier']
 
+def energy(out, ids):
+    "Energy part of the loss"
+    return out.parts['energy']
+
 # %% ../nbs/35_learner.ipynb #3400e3b3
 def mae_learner(
     dls:DataLoaders, # From `screen_dls`
@@ -624,9 +628,10 @@ def mae_learner(
     bf16 = in_bf16(bf16, dls.device)
     cbs = as_list(cbs)
     pictures = [Reconstructions(Path(out)/'reconstructions', n_pictures)]*bool(n_pictures)
+    parts = [mse, fourier, *[energy]*bool(model.energy)]
     opt = partial(NumbersOnly, opt=Lion, betas=betas, weight_decay=wd)
     return SafeLearner(dls, model, mae_loss, opt, lr, path=Path(out),
-        metrics=[AvgMetric(mse), AvgMetric(fourier)], settings=settings,
+        metrics=[AvgMetric(f) for f in parts], settings=settings,
         cbs=[FixedMasks(), *guards(settings.get('seed', 0), clip, bf16), *cbs],
         records=[*records(out, save_every, cbs), *pictures])
 

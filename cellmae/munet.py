@@ -73,6 +73,7 @@ class UNetDecoder(nn.Module):
 # %% ../nbs/26_munet.ipynb #06235364
 class MUNet(MAE):
     "Masked autoencoder that is a U-Net"
+    energy = 0. # its places are no tokens
     def __init__(self,
         img_size:int=256, # Nominal side of a crop in pixels
         patch_size:int=16, # Side of a square that is hidden or not, in pixels
@@ -107,7 +108,14 @@ def check(self:MUNet,
 @patch
 def _draw(self:MUNet, x, tokens, m):
     maps = self.encoder(self.images(tokens*(1-m.mask[...,None]), *x.shape[-2:]))
-    return maps[-1].flatten(2).transpose(1,2),self._cut(self.decoder(maps)) # (B,h*w,D), (B,L,P)
+    return maps[-1].flatten(2).transpose(1,2),maps # (B,h*w,D)
+
+@patch
+def _pixels(self:MUNet, maps): return self._cut(self.decoder(maps)) # (B,L,P)
+
+@patch
+def _have_heads(self:MUNet):
+    if self.energy: raise ValueError('A U-Net has no tokens to read energies from: leave `energy` out.')
 
 @patch
 def _encode(self:MUNet, x, tokens, ids=None, blocks=None):

@@ -107,7 +107,7 @@ def make_model(
     model, # Name of a model, or a model
     panels, # Names of the channels of each panel
     crop:int, # Side of a training crop in pixels
-    **objective, # `alpha` and `mask_ratio`, where they differ from the model's
+    **objective, # `alpha`, `mask_ratio` and `energy`, where they differ from the model's
 )->nn.Module: # A model that knows its channels
     "A model for these panels"
     if isinstance(model, str):
@@ -116,7 +116,7 @@ def make_model(
             f'{len(panels)} different panels. Use a model with a shared decoder: camae_..._shared.')
         model = create_model(model, in_chans=len(panels[0]), img_size=crop, **objective)
     check_savable(model)
-    for k,v in objective.items(): setattr(model, k, v); model.config[k] = v
+    if objective: model.set_objective(**objective)
     model.channels = list(dict.fromkeys(c for panel in panels for c in panel))
     return model
 
@@ -190,6 +190,7 @@ def fit_mae(
     lr:float=None, # Peak learning rate
     wd:float=None, # Weight decay
     alpha:float=None, # Weight of the Fourier loss, in `[0,1)`
+    energy:float=None, # Share of the energy loss, in `[0,1]`
     mask_ratio:float=None, # Fraction of tokens hidden, in `(0,1)`
     crop:int=None, # Side of a training crop in pixels
     clip:float=None, # Largest norm of the gradient
@@ -204,7 +205,7 @@ def fit_mae(
 )->Learner: # Trained; `.model` is an ordinary `nn.Module`
     "Train a masked autoencoder on a screen"
     asked = dict(epochs=epochs, seconds=seconds, bs=bs, lr=lr, wd=wd, crop=crop, clip=clip)
-    objective = given(alpha=alpha, mask_ratio=mask_ratio)
+    objective = given(alpha=alpha, energy=energy, mask_ratio=mask_ratio)
     long,kwargs = sort_options(fit_mae, kwargs, **asked, **objective, seed=seed, bf16=bf16,
         resume=resume, n_pictures=n_pictures, save_every=save_every)
     device = join_processes(device)
@@ -212,9 +213,9 @@ def fit_mae(
     dls,r = make_loaders(data, asked_of(_recipe(model), **asked), dict(kwargs, crop=crop, bs=bs),
                          seed=seed, device=device, **kwargs)
     net = make_model(model, dls.train.sites.panels, r.crop, **objective)
-    settings = given(**asdict(r), seconds=seconds) | dict(alpha=net.alpha, seed=seed,
-        mask_ratio=net.mask_ratio, bf16=in_bf16(bf16, dls.device), **about_data(dls),
-        **about_model(model, net, out))
+    told = dict(alpha=net.alpha, energy=net.energy or None, mask_ratio=net.mask_ratio)
+    settings = given(**{**asdict(r), **told}, seconds=seconds) | dict(seed=seed,
+        bf16=in_bf16(bf16, dls.device), **about_data(dls), **about_model(model, net, out))
     equip(learn := mae_learner(dls, net, out, settings, r.lr, r.wd, r.betas, r.clip,
                                settings['bf16'], n_pictures, save_every, cbs), **long)
     return run_whole(learn, settings, resume)

@@ -17,7 +17,7 @@ from .labels import did_you_mean
 from .images import exporting, standardise
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
 from .masking import MASKINGS, Mask, draw, random_mask, restore, shape_noise, take
-from .fourier import (fourier_loss, image_fourier_loss, masked_mean, mix,
+from .fourier import (band_energies, fourier_loss, image_fourier_loss, masked_mean, mix,
                              released_fourier_loss, squared_error, token_stats)
 from .blocks import Block, Blocks, ParallelBlock, decoder_blocks
 
@@ -69,11 +69,13 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, latent, mask, pos, c):
+    def forward(self, latent, mask, pos, c): return self.head(self.tokens(latent, mask, pos, c))
+    def tokens(self, latent, mask, pos, c):
+        "What the head draws from `(B,L,d)`"
         x = self.embed(latent) # (B,1+K,d)
         cls,x = x[:,:1],restore(x[:,1:], mask.ids_restore, self.mask_token) + pos # (B,1,d), (B,L,d)
         x = self.blocks(torch.cat([cls.to(x.dtype),x], 1))
-        return self.head(self.norm(x[:,1:])) # (B,L,P)
+        return self.norm(x[:,1:])
 
 # %% ../nbs/24_vit.ipynb #5897ea82
 class MAE(nn.Module):
@@ -99,12 +101,14 @@ class MAE(nn.Module):
         masking:str='joint', # How tokens are hidden, see `shape_noise`
         fourier:str='patch', # What the Fourier loss sees: `patch`, `image`, or as `released`
         norm_pix:bool=False, # Compare tokens after each was brought to mean 0 and variance 1?
+        energy:float=0., # Share of the energy loss, from 0 to 1 (no pixel loss)
+        energies:str='crop', # Whose energies are asked for: of each `patch`, or of the `crop`
     ):
         super().__init__()
         decoder = decoder or {}
         self.config = config_of(locals())
         store_attr('patch_size,in_chans,embed_dim,slowest')
-        store_attr('mask_ratio,masking,alpha,fourier,norm_pix') # read by the objective
+        store_attr('mask_ratio,masking,alpha,fourier,norm_pix,energy,energies') # the objective
         self.channels,self.grid = None,(img_size//patch_size,)*2
         self.encoder = Encoder(self.n_pixels, embed_dim, depth, num_heads, init_values, drop_path,
                                final_norm, qkv_bias, mlp_ratio, parallel)
@@ -114,6 +118,7 @@ class MAE(nn.Module):
         for name,d in [('enc_pos',embed_dim), ('dec_pos',self.decoder.embed.out_features)]:
             self.register_buffer(name, sincos_positions(d, *self.grid, slowest), persistent=False)
         self.register_load_state_dict_post_hook(_fresh_positions)
+        self._have_heads()
 
 # %% ../nbs/24_vit.ipynb #a3f9b6e2
 @patch(as_prop=True)
@@ -147,6 +152,8 @@ _ranges = dict(
     mask_ratio=(lambda v,c: 0 < v < 1, 'above 0 and below 1'),
     alpha=(_share, 'from 0 to below 1'), drop_path=(_share, 'from 0 to below 1'),
     masking=(lambda v,c: v in MASKINGS, f"one of {', '.join(MASKINGS)}"),
+    energy=(lambda v,c: 0 <= v <= 1, 'from 0 to 1'),
+    energies=(lambda v,c: v in ('crop','patch'), "'crop' or 'patch'"),
     fourier=(lambda v,c: v in ('patch','image','released'), "'patch', 'image' or 'released'"))
 
 def _fits(k, c):
@@ -263,8 +270,8 @@ def images(self:MAE,
 class MAEOutput(NamedTuple):
     "What a masked autoencoder returns"
     loss:Tensor # Scalar to minimise
-    parts:dict # Before mixing: `mse`, `fourier`, and `channels`, the mse of each channel `(C,)`
-    pred:Tensor # Predicted tokens `(B,L,P)`
+    parts:dict # Before mixing: `mse`, `fourier`, `channels` (the mse of each, `(C,)`), `energy`
+    pred:Tensor|None # Predicted tokens `(B,L,P)`; None where they are not learnt from
     target:Tensor # True tokens, self-standardised `(B,L,P)`
     mask:Tensor # 1 where hidden `(B,L)`
     latent:Tensor # Encoder output for the visible tokens, class token first `(B,1+K,D)`
@@ -283,18 +290,34 @@ def forward(self:MAE,
 def _learn(self:MAE, x, noise, draw):
     target = self.tokens(x)
     m = random_mask(self._noise(noise, target, x), self.mask_ratio)
-    latent,pred = draw(x, target, m)
-    if self.norm_pix: mean,std = token_stats(target)
-    loss,parts = self.compare(pred, (target-mean)/std if self.norm_pix else target, m, x.shape)
-    if self.norm_pix: pred = pred*std + mean
+    latent,z = draw(x, target, m)
+    loss,parts,pred = self._drawing_loss(z, target, m, x.shape)
+    if self.energy:
+        asked = self._energy_loss(latent, z, target, m, x.shape)
+        loss = asked if pred is None else mix(loss, asked, self.energy)
+        parts['energy'] = asked.detach()
     return MAEOutput(loss, parts, pred, target, m.mask, latent, m.ids_restore)
+
+@patch
+def _drawing_loss(self:MAE, z, target, m, shape):
+    "Loss of what is drawn, its parts, and the drawing"
+    if z is None: # no one learns from it
+        return None,dict.fromkeys(('mse','fourier','channels'), target.new_tensor(torch.nan)),None
+    pred = self._pixels(z)
+    if not self.norm_pix: return *self.compare(pred, target, m, shape),pred
+    mean,std = token_stats(target)
+    return *self.compare(pred, (target-mean)/std, m, shape),pred*std+mean
 
 # %% ../nbs/24_vit.ipynb #97e17992
 @patch
-def _draw(self:MAE, x, tokens, m):
-    "What the encoder makes of the visible tokens, and the decoder of that"
+def _draw(self:MAE, x, tokens, m, **kw):
+    "What the encoder makes of the visible tokens, and the decoder of that, if it is asked"
     latent = self._encode(x, tokens, m.ids_keep)
-    return latent,self.decoder(latent, m, self._pos('dec_pos', x), x.shape[1])
+    if self.training and self.energy==1 and self.energies=='crop': return latent,None
+    return latent,self.decoder.tokens(latent, m, self._pos('dec_pos', x), x.shape[1], **kw)
+
+@patch
+def _pixels(self:MAE, z): return self.decoder.head(z)
 
 @patch
 def _noise(self:MAE, noise, tokens, x):
@@ -352,6 +375,58 @@ def _other_fourier(self:MAE, pred, target, m, h, w):
     drawn = torch.where(m.mask[...,None]>0, pred.float(), target)
     a,b = [self.images(t, h, w) for t in (drawn,target)]
     return image_fourier_loss(a, b, self.patch_size).mean()
+
+# %% ../nbs/24_vit.ipynb #e0f1309f
+@patch
+def _have_heads(self:MAE):
+    "Heads for energies where these count, made so that other weights draw the same numbers"
+    if not self.energy: self.decoder.energies = None
+    elif getattr(self.decoder, 'energies', None) is None:
+        with torch.random.fork_rng([]): heads = self._make_heads().apply(init_weights)
+        self.decoder.energies = heads.to(self.encoder.cls_token)
+
+@patch
+def _make_heads(self:MAE, n=7):
+    n = n*self.n_pixels//self.patch_size**2 # energies of the channels of a token
+    if self.energies == 'crop': return nn.ModuleDict(dict(crop=nn.Linear(2*self.embed_dim, 2*n)))
+    widths = dict(seen=self.embed_dim, hidden=self.decoder.embed.out_features)
+    return nn.ModuleDict({k: nn.Linear(d, n) for k,d in widths.items()})
+
+@patch
+def set_objective(self:MAE,
+    **objective, # Arguments that steer the loss: `alpha`, `mask_ratio`, `energy`, ..
+):
+    "Change what a model learns from"
+    self.config = config_of({**self.config, **objective})
+    for k,v in objective.items(): setattr(self, k, v)
+    self._have_heads()
+
+# %% ../nbs/24_vit.ipynb #cec3c78e
+@patch
+def _energy_loss(self:MAE, latent, z, target, m, shape):
+    "Squared error of the energies"
+    e = band_energies(self.images(target, *shape[2:]), self.patch_size) # (B,C,N,n)
+    e = (e-torch.linspace(-1, -6.5, e.shape[-1], device=e.device))/2 # most images: 0 +- 1
+    asked = self._crop_energies if self.energies == 'crop' else self._patch_energies
+    return squared_error(*asked(e, latent, z, m)).mean()
+
+@patch
+def _crop_energies(self:MAE, e, latent, z, m):
+    "Mean and spread over the places of a crop, predicted and true `(B,C,2*n)`"
+    true = torch.cat([e.mean(2), e.std(2, correction=0)], -1)
+    pooled = self._pooled(latent, m, e.shape[2]) # (B,1,2*D); channel-agnostic: (B,C,2*D)
+    return self.decoder.energies['crop'](pooled).view_as(true),true
+
+@patch
+def _patch_energies(self:MAE, e, latent, z, m):
+    "Those of each patch, visible ones first, predicted and true `(B,L,..)`"
+    heads,shared = self.decoder.energies,self.n_pixels//self.patch_size**2 # channels of a token
+    seen,hidden = heads['seen'](latent[:,1:]),heads['hidden'](take(z, m.ids_mask))
+    true = e.unflatten(1, (-1,shared)).transpose(2,3).flatten(3).flatten(1,2) # (B,L,shared*n)
+    return torch.cat([seen,hidden], 1),take(true, torch.cat([m.ids_keep,m.ids_mask], 1))
+
+@patch
+def _pooled(self:MAE, latent, m, n): return pool_tokens(latent, 'meanstd')[:,None]
 
 # %% ../nbs/24_vit.ipynb #0ca0cd8e
 @patch
@@ -451,4 +526,4 @@ def trim(self:MAE,
     return model
 
 @patch
-def _cut_config(self:MAE, k): return dict(depth=k, final_norm=False)
+def _cut_config(self:MAE, k): return dict(depth=k, final_norm=False, energy=0.)

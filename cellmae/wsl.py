@@ -288,7 +288,8 @@ def _learner(dls, r, arch, out, embed_dim, own, save_every, cbs):
     return learn,names
 
 def _recipe(r):
-    return given(**{k:v for k,v in asdict(r).items() if k not in ('alpha','mask_ratio')})
+    of_mae = 'alpha','energy','mask_ratio'
+    return given(**{k:v for k,v in asdict(r).items() if k not in of_mae})
 
 def _panel(sites):
     if len(sites.panels)==1: return sites.panels[0]

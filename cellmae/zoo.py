@@ -41,6 +41,7 @@ class Recipe:
     wd:float=.05 # Weight decay
     betas:tuple=(.9,.95) # Momentum terms of Lion
     alpha:float=0. # Weight of the Fourier loss
+    energy:float=0. # Share of the energy loss
     mask_ratio:float=.75 # Fraction of tokens hidden
     epochs:int=100 # Passes over the sites
     bs:int=256 # Images per step, of all processes together
@@ -136,6 +137,7 @@ def create_model(
     cls,args,r = _entry(name)
     args = copy.deepcopy(args)
     if r: args |= dict(alpha=r.alpha, mask_ratio=r.mask_ratio)
+    if r and r.energy: args |= dict(energy=r.energy)
     if 'decoder' in args: args['decoder'] |= kwargs.pop('decoder', {})
     args |= kwargs
     if r: check_arguments(cls, args) # a network of timm takes what timm takes
