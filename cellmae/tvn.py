@@ -492,6 +492,8 @@ def save(self:Correction,
     return write_whole(path, lambda f: save_file(arrays, f, metadata=dict(correction=head)))
 
 # %% ../nbs/42_tvn.ipynb #c3e947de
+def _kinds_of(c): return [c, *(o for k in c.__subclasses__() for o in _kinds_of(k))]
+
 def load_correction(
     path, # File written by `save`
 )->Correction: # Fitted
@@ -501,7 +503,7 @@ def load_correction(
         if head is None: raise ValueError(f'{Path(path).name} holds no correction: '
                                           'give a file written by `save`')
         arrays,head = {k:f.get_tensor(k) for k in f.keys()},json.loads(head)
-    kinds = {o.__name__:o for o in Correction.__subclasses__()}
+    kinds = {o.__name__:o for o in _kinds_of(Correction)}
     if head['kind'] not in kinds:
         raise ValueError(f'{Path(path).name} holds a {head["kind"]}: import that class first')
     t = kinds[head['kind']](**head['params'])
