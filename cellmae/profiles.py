@@ -11,12 +11,15 @@ import numpy as np, pandas as pd
 from anndata import AnnData, read_h5ad
 from anndata.utils import make_index_unique
 from collections import deque
+from copy import copy
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from scipy.stats import rankdata
+from sklearn.metrics.pairwise import euclidean_distances, manhattan_distances
 from typing import NamedTuple
 from .files import read_table, write_whole
-from .labels import clean, yes_no
+from .labels import clean, did_you_mean, label, yes_no
 
 # %% ../nbs/40_profiles.ipynb #dcd8a8ef
 _known = 'emb_','feature_','efficientnet_',('cells_','nuclei_','cytoplasm_') # in any case
@@ -97,7 +100,7 @@ def _numbers(v, where):
 # %% ../nbs/40_profiles.ipynb #311ae7aa
 def _unrolled(table, where):
     "Columns whose values are vectors become a column for each of their numbers"
-    for c in [c for c in table if isinstance(_first(table[c]), (list,tuple,np.ndarray))]:
+    for c in [c for c in table if _is_vector(_first(table[c]))]:
         n = table[c].map(np.size, na_action='ignore').fillna(0)
         if n.nunique()>1:
             i = int((n!=n.mode()[0]).to_numpy().argmax())
@@ -107,7 +110,11 @@ def _unrolled(table, where):
         table = pd.concat([table.drop(columns=c), V], axis=1)
     return table
 
-def _first(v): return next((o for o in v if o is not None), None) if v.dtype==object else None
+def _first(v):
+    "The first value of a column of objects that is more than nothing"
+    if v.dtype==object: return next((o for o in v if o is not None and np.size(o)), None)
+
+def _is_vector(o): return isinstance(o, (list,tuple,np.ndarray)) and np.asarray(o).dtype.kind!='U'
 
 def split_table(
     table:pd.DataFrame, # Features and metadata, side by side
@@ -163,8 +170,41 @@ def tidy(
     obs = obs.copy(deep=False)
     for c in obs:
         if c=='control': obs[c] = yes_no(obs[c])
+        elif _holds_labels(obs[c]): obs[c] = obs[c].map(labels_of)
         elif _is_text(obs[c]) or c in _keys and obs[c].dtype.kind=='f': obs[c] = _cleaned(obs[c])
     return obs
+
+# %% ../nbs/40_profiles.ipynb #ee372b70
+_many = list,tuple,set,frozenset,np.ndarray
+
+def _holds_labels(v):
+    "Does a column have cells of several names?"
+    if v.dtype!=object or pd.api.types.infer_dtype(v, skipna=True)!='mixed': return False
+    cells = (c for c in v if isinstance(c, _many))
+    return any(isinstance(o, str) for o in chain.from_iterable(cells))
+
+def labels_of(
+    cell, # A name, or a list, tuple, set or array of names
+): # Text where it is one name, else a sorted tuple; empty where there is none
+    "What a cell says, in one form"
+    if not isinstance(cell, _many): return label(cell)
+    names = sorted({*clean(cell)}-{''})
+    return tuple(names) if len(names)>1 else ''.join(names)
+
+def has_several(
+    v, # Column of a tidy table
+)->bool:
+    "Are there cells of more than one label?"
+    return v.dtype==object and any(isinstance(o, (*_many,dict)) for o in v)
+
+def one_each(
+    v, # Column of a tidy table
+    cure='keep one of them, or give each a row of its own (`explode`)', # For the message
+):
+    "Refuse a column with several labels in a cell"
+    if not has_several(v): return
+    first = next(o for o in v if isinstance(o, (*_many,dict)))
+    raise ValueError(f'column `{v.name}` has several labels in a cell, such as {first}: {cure}')
 
 # %% ../nbs/40_profiles.ipynb #d4b46b3b
 def opened(x):
@@ -308,6 +348,7 @@ def labelled(names, what='perturbation'):
 def names_of(w):
     "What was done to each well: column `perturbation`, or else the name of the row"
     named = w.obs is not None and 'perturbation' in w.obs
+    if named: one_each(w.obs['perturbation'], 'a map has one name for what was done: join them')
     return clean(w.obs['perturbation'] if named else w.rows)
 
 def genes_of(
@@ -371,20 +412,85 @@ def _warn_of_copies(A):
 
 def codes(obs, by):
     "An integer per combination of values in columns `by`, -1 where one is missing"
-    miss = [k for k in by if k not in obs]
-    if miss: raise ValueError(f'no column `{miss[0]}` (there are '
-                              f'{", ".join(map(str, obs.columns))}): add it, or name another')
+    gaps = [missing_in(obs, k) for k in by]
+    for k in by: one_each(obs[k])
     c = obs.groupby(by, sort=True, observed=True, dropna=False).ngroup().to_numpy().astype(np.int32)
-    return np.where(np.any([_missing(obs[k]) for k in by], axis=0), -1, c)
+    return np.where(np.any(gaps, axis=0), -1, c)
 
-def _missing(v):
-    "Where nothing is said; a plate or batch that has no name anywhere is one"
-    gap = (v.isna()|(v=='')).to_numpy()
-    return gap&~(gap.all() and v.name in ('batch','plate','well'))
+def missing_in(obs, k):
+    "Where column `k` says nothing; a plate or batch that has no name anywhere is one"
+    if k not in obs: raise ValueError(f'no column `{k}` (there are '
+        f'{", ".join(map(str, obs.columns))}): add it, or name another.{did_you_mean(k, obs)}')
+    gap = (obs[k].isna()|(obs[k]=='')).to_numpy()
+    return gap&~(gap.all() and k in ('batch','plate','well'))
 
+# %% ../nbs/40_profiles.ipynb #e74764d6
 def to_sphere(A):
     "Rows of unit length"
     return A/np.maximum(np.linalg.norm(A, axis=1, keepdims=True), 1e-30)
+
+def _centred(A): return A-A.mean(1, keepdims=True)
+def _ranked(A): return _centred(rankdata(A, axis=1))
+
+def _directions(A, turn=lambda A: A):
+    "Unit rows of `turn(A)`, zero where there is no direction"
+    Z = turn(A)
+    size = np.linalg.norm(Z, axis=1, keepdims=True)
+    flat = ~((size>1e-12*np.abs(A).max(1, keepdims=True))&np.isfinite(size))
+    return np.where(flat, 0, Z/np.where(flat, 1, size))
+
+def _dots(A, B): return A@B.T
+def _dot(A, B): return np.einsum('pd,pd->p', A, B)
+def _apart(A, B): return np.linalg.norm(A-B, axis=1)
+def _around_mean(A): return A-A.mean(0)
+
+_similarities = dict( # rows made ready, each with each, pair by pair, value of a row with itself
+    cosine=(_directions, _dots, _dot, 1),
+    pearson=(partial(_directions, turn=_centred), _dots, _dot, 1),
+    spearman=(partial(_directions, turn=_ranked), _dots, _dot, 1),
+    abs_cosine=(_directions, lambda A,B: np.abs(A@B.T), lambda A,B: np.abs(_dot(A, B)), 1),
+    euclidean=(_around_mean, lambda A,B: -euclidean_distances(A, B), lambda A,B: -_apart(A, B), 0),
+    manhattan=(_around_mean, lambda A,B: -manhattan_distances(A, B),
+               lambda A,B: -np.abs(A-B).sum(1), 0))
+
+# %% ../nbs/40_profiles.ipynb #edb0a74c
+class Alike:
+    "Profiles `(n,D)` that can be asked how alike they are, by any similarity"
+    def __init__(self, X, similarity='cosine', names=None, dtype=np.float64):
+        if similarity not in _similarities: raise ValueError(
+            f'similarity is {", ".join(map(repr, _similarities))}, not {similarity!r}.'
+            f'{did_you_mean(similarity, _similarities)}')
+        ready,self._each,self._pair,self.most = _similarities[similarity]
+        self.Z,self.names = ready(X).astype(dtype),names
+        if self.most: self._refuse_without_direction(similarity)
+
+    def _refuse_without_direction(self, similarity):
+        bad = ~self.Z.any(1)
+        if not bad.any(): return
+        why = 'the same in all features' if similarity in ('pearson','spearman') else 'zero'
+        at = np.flatnonzero(bad)[:3]
+        first = [f'row {i}' for i in at] if self.names is None else self.names[at]
+        raise ValueError(f'{bad.sum()} profiles are {why} or beyond all bounds '
+                         f'({", ".join(first)}): they have no direction, drop them')
+
+    def only(self, rows): # `Alike` of some rows
+        new = copy(self)
+        new.Z = self.Z[rows]
+        return new
+
+    def __len__(self): return len(self.Z)
+    def each(self, i, j): return self._each(self.Z[i], self.Z[j]) # `(len(i),len(j))`
+    def pairs(self, i, j): return self._pair(self.Z[i], self.Z[j]) # `(len(i),)`
+
+    def within(self, sets, average='mean'): # `(n,k)` rows -> `(n,)`
+        "Mean or median similarity of the pairs of each set"
+        k = sets.shape[1]
+        if average=='mean' and self._each is _dots:
+            parts = np.array_split(sets, 1+sets.size*self.Z.shape[1]//2**24) # for memory
+            size = np.concatenate([(self.Z[o].sum(1)**2).sum(1) for o in parts])
+            return (size-k)/(k*(k-1))
+        f,pairs = dict(mean=np.mean, median=np.median)[average],np.triu_indices(k, 1)
+        return np.array([f(self.each(o, o)[pairs]) for o in sets])
 
 # %% ../nbs/40_profiles.ipynb #d64ed4eb
 _csv = partial(pd.DataFrame.to_csv, index=False)
@@ -560,11 +666,12 @@ def _typed(v):
 def aggregate(
     x, # As in `wells_of`: AnnData, `(X, obs)`, a file ..
     by='perturbation', # Column of `obs` to group by, or several
-    how='mean', # `'mean'`, `'median'`, or `'spherical'` (of rows of unit length, to unit length)
+    how='mean', # `'mean'`, `'median'`, `'spherical'` (of rows of unit length), or `'modz'`
 )->AnnData: # A row per group; `obs` has what its rows agree on, their number `n`; layer `se`
     "Profiles of a higher level, such as perturbations from wells"
     if how not in _levels:
-        raise ValueError(f'how is {" or ".join(map(repr, _levels))}, not {how!r}')
+        raise ValueError(f'how is {" or ".join(map(repr, _levels))}, not {how!r}.'
+                         f'{did_you_mean(how, _levels)}')
     x = opened(x)
     (A,obs,_,features),by = wells_of(x),listed(by)
     if obs is None: raise TypeError('no table to group by: give an AnnData, or `(X, obs)`')
@@ -620,4 +727,21 @@ def _spherical(A, key):
     size = np.linalg.norm(P, axis=1, keepdims=True).clip(1e-30)
     return P/size,se/size
 
-_levels = dict(mean=_mean, median=_median, spherical=_spherical)
+def _weights(Z):
+    "Weights of replicates by their mean rank correlation with the others, of ranked unit rows `Z`"
+    parts,some = np.array_split(Z, 1+len(Z)//2048),Z.any(1) # for memory
+    total = np.concatenate([np.maximum(o@Z.T, 0).sum(1) for o in parts])-some
+    w = np.where(some, np.maximum(total/max(some.sum()-1, 1), .01), 0) # flat ones know nothing
+    return (w/w.sum()).round(4) if some.any() else np.full(len(Z), 1/len(Z))
+
+def _modz(A, key):
+    Z,rows = _directions(A, _ranked),pd.Series(range(len(A))).groupby(key).indices
+    W = np.ones(len(A))
+    for r in rows.values():
+        if len(r)>1: W[r] = _weights(Z[r])
+    P = pd.DataFrame(W[:,None]*A).groupby(key).sum()
+    n = np.array([len(r) for r in rows.values()])[:,None]
+    spread = pd.DataFrame((W[:,None]*(A-P.loc[key].to_numpy()))**2).groupby(key).sum()
+    return P,np.sqrt(spread*n/np.where(n>1, n-1, np.nan))
+
+_levels = dict(mean=_mean, median=_median, spherical=_spherical, modz=_modz)

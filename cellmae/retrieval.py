@@ -8,6 +8,7 @@ __all__ = ['average_precision', 'mean_average_precision', 'consistency', 'activi
 
 # %% ../nbs/45_retrieval.ipynb #b6eae888
 import numpy as np, pandas as pd
+from scipy.sparse import csr_matrix
 from scipy.spatial.distance import cdist
 from scipy.stats import false_discovery_control
 from sklearn.linear_model import LogisticRegression
@@ -16,52 +17,85 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from .files import moved
-from .profiles import codes, labelled, listed, table_of
+from .profiles import (Alike, codes, has_several, labelled, labels_of, listed,
+                              missing_in, table_of)
 from .recall import check_whole
 
 # %% ../nbs/45_retrieval.ipynb #ab0e7df1
-def _unit(x):
-    "Unit rows and their table"
+def _split(obs, cols, sep):
+    "Cells of text such as `TUBB|TUBA1` as several labels, where `sep` is what stands between them"
+    if sep is None: return obs
+    texts = [k for k in cols if k in obs and obs[k].dtype==object]
+    found = [k for k in texts if obs[k].map(lambda o: isinstance(o, str) and sep in o).any()]
+    if not found: raise ValueError(f'no cell of {" and ".join(cols)} has {sep!r} between labels: '
+                                   'look at the values, or leave out `sep`')
+    parted = lambda o: labels_of(o.split(sep)) if isinstance(o, str) else o
+    return obs.assign(**{k: obs[k].map(parted) for k in found})
+
+def _alike(x, similarity, cols=(), sep=None):
+    "Profiles that can be compared, and their table"
     A,obs = table_of(x)
-    n = np.linalg.norm(A, axis=1, keepdims=True)
-    bad = n==0
-    if bad.any(): raise ValueError(f'{bad.sum()} profiles are zero, first row {bad.argmax()}: '
-                                   'they have no direction, drop them')
-    return A/n,obs
+    return Alike(A, similarity),_split(obs, cols, sep)
 
 # %% ../nbs/45_retrieval.ipynb #adb3cc7d
-def _columns(o):
-    "Columns of a rule, one or several, as a list"
-    cols = listed(o)
-    if isinstance(o, dict) or any(isinstance(k, (list,tuple,set,dict)) for k in cols):
-        raise ValueError(f'a rule is a column, or a list of columns that all count, not {o!r}: '
-                         'for "any of these" ask once for each, or make one column of them')
-    return cols
+class _Columns:
+    "Columns of a rule: those that `all` count, and those of which `any` is enough"
+    def __init__(self, rule):
+        self.rule = rule
+        parts = rule if isinstance(rule, dict) else dict(all=rule)
+        self.all,self.any = (listed(parts.get(k, ())) for k in ('all','any'))
+        self.every = [*self.all,*self.any]
+        nested = any(isinstance(k, (list,tuple,set,dict)) for k in self.every)
+        if nested or set(parts)-{'all','any'}:
+            raise ValueError('a rule is a column, a list of columns that all count, or '
+                             f'`dict(all=[..], any=[..])`, not {rule!r}')
 
-def _and(o): return ' and '.join(listed(o))
+    def __str__(self): # In words
+        return ' and '.join([*self.all, *[' or '.join(self.any)][:len(self.any)]])
 
-def _codes(obs, cols):
-    "As `codes`; cells that hold several labels are refused"
-    for k in cols:
-        v = obs[k] if k in obs and obs[k].dtype==object else ()
-        many = [o for o in v if isinstance(o, (list,tuple,set,dict,np.ndarray))]
-        if many: raise ValueError(f'column `{k}` has several labels in a cell, such as {many[0]}: '
-                                  'keep one of them, or give each a row of its own (`explode`)')
-    return codes(obs, cols)
+    def gaps(self, obs): # What is not said, in words -> mask of the rows
+        "Rows without a value that the rule needs"
+        gaps = {k: missing_in(obs, k) for k in self.every}
+        res = {k: gaps[k] for k in self.all}
+        if self.any: res[' or '.join(self.any)] = np.all([gaps[k] for k in self.any], axis=0)
+        return res
 
+# %% ../nbs/45_retrieval.ipynb #cc2956a0
+def _indicator(v, names):
+    "Sparse `(rows,labels)`: which cells have which of `names`"
+    one = v.reset_index(drop=True).explode()
+    at = names.get_indexer(one)
+    rows,at = one.index[at>=0].to_numpy(),at[at>=0]
+    return csr_matrix((np.ones(len(at), np.float32),(rows,at)), (len(v),len(names)))
+
+def _sharing(obs, asked, k):
+    "Function of questions and wells: a mask of those that share a label of column `k`"
+    if not has_several(obs[k]):
+        c,at = codes(obs, [k]),asked.index.to_numpy()
+        return lambda q,w: (c[at[q]][:,None]==c[w])&(c[w]>=0)
+    names = pd.Index(obs[k].explode().unique()).drop('', errors='ignore')
+    A,B = (_indicator(t[k], names) for t in (asked,obs))
+    return lambda q,w: (A[q]@B[w].T).toarray()>0
+
+# %% ../nbs/45_retrieval.ipynb #62f80e95
 class _Rule:
-    "Which rows make a pair: the same in all columns `same`, different in each column of `diff`"
-    def __init__(self, obs, same, diff):
-        same,diff = _columns(same),_columns(diff)
-        both = set(same)&set(diff)
+    "Which questions (rows of `obs`, or of one label of them) make a pair with which wells"
+    def __init__(self, obs, same, diff, asked=None):
+        asked = obs if asked is None else asked
+        both = set(same.every)&set(diff.every)
         if both: raise ValueError(f'column {", ".join(both)} cannot be the same and different')
-        if not same+diff: raise ValueError('a rule needs at least one column')
-        self.same,self.diff = [_codes(obs, same)] if same else [],[_codes(obs, [k]) for k in diff]
+        if not same.every+diff.every: raise ValueError('a rule needs at least one column')
+        there = {k: ~missing_in(obs, k) for k in (*same.every,*diff.every)}
+        share = {k: _sharing(obs, asked, k) for k in there}
+        self.at = asked.index.to_numpy()
+        differ = lambda k: lambda q,w: ~share[k](q, w)&there[k][w]&there[k][self.at[q]][:,None]
+        self.all = [*[share[k] for k in same.all], *[differ(k) for k in diff.all]]
+        self.any = [o for o in ([share[k] for k in same.any], [differ(k) for k in diff.any]) if o]
 
-    def __call__(self, rows, cols): # Mask `(rows,cols)`
-        res = rows[:,None]!=cols
-        for c in self.same: res &= (c[rows][:,None]==c[cols])&(c[cols]>=0)
-        for c in self.diff: res &= (c[rows][:,None]!=c[cols])&(c[cols]>=0)&(c[rows]>=0)[:,None]
+    def __call__(self, q, w): # Mask `(questions,wells)`
+        res = self.at[q][:,None]!=w
+        for f in self.all: res &= f(q, w)
+        for some in self.any: res &= np.any([f(q, w) for f in some], axis=0)
         return res
 
 # %% ../nbs/45_retrieval.ipynb #08214407
@@ -69,10 +103,15 @@ def _controls(obs):
     "Mask of the controls, none where nothing is said of them"
     return obs['control'].to_numpy().astype(bool) if 'control' in obs else np.zeros(len(obs), bool)
 
-def _in_question(obs, cols, spared=False):
-    "Mask of the wells with a value in all columns, and of those spared; the others are counted"
-    gaps,spared = {k: _codes(obs, [k])<0 for k in cols},np.full(len(obs), spared)
-    lost = np.any([*gaps.values()], axis=0)&~spared
+def _one_of(words, **option):
+    (k,v), = option.items()
+    if v not in words: raise ValueError(f'{k} is {" or ".join(map(repr, words))}, not {v!r}')
+
+def _in_question(obs, *rules, spared=False):
+    "Mask of the wells that have what the rules need, and of those spared; the others are counted"
+    gaps = {k:v for o in rules for k,v in _Columns(o).gaps(obs).items()}
+    spared = np.full(len(obs), spared)
+    lost = np.any([*gaps.values()], axis=0)&~spared if gaps else spared&False
     what = ' or no '.join(k for k,v in gaps.items() if (v&lost).any())
     if lost.any(): labelled(np.where(lost[~spared], '', 'x'), what)
     return ~lost
@@ -80,18 +119,18 @@ def _in_question(obs, cols, spared=False):
 # %% ../nbs/45_retrieval.ipynb #49022283
 _neither = np.uint32(2**32-1)
 
-def _keys(cos, pos, neg, last):
-    "Integers that sort as `1-cos` does, with the label in their last bit"
-    key = np.maximum(np.float32(1)-cos.astype(np.float32), 0).view(np.uint32)<<1
+def _keys(cos, pos, neg, last, most):
+    "Integers that sort as `most-cos` does, with the label in their last bit"
+    key = np.maximum(np.float32(most)-cos.astype(np.float32), 0).view(np.uint32)<<1
     key |= pos if last else neg
     key[~(pos|neg)] = _neither
     return key
 
-def _ap(cos, pos, neg, last):
+def _ap(cos, pos, neg, last, most=1):
     "Average precision of each row, and numbers of positives and of pairs"
     if (pos&neg).any(): raise ValueError('some pairs are both positives and negatives: '
                                          'add to neg_diffby what positives have in common')
-    key = _keys(cos, pos, neg, last)
+    key = _keys(cos, pos, neg, last, most)
     key.sort(axis=1)
     is_pos = ((key&1)==last)&(key!=_neither)
     row,rank = is_pos.nonzero() # in order of rows, and of ranks within them
@@ -109,38 +148,53 @@ def _chance(n_pos, n_total):
     return np.where(n_total>0, ap, np.nan)
 
 # %% ../nbs/45_retrieval.ipynb #cddb4cee
-def _apart(obs, pos_same, pos_diff, neg_same, neg_diff):
-    "Sets of wells that no pair leaves, as both rules keep to them"
-    cols = list(dict.fromkeys([*pos_same, *pos_diff, *neg_same, *neg_diff]))
-    rows = np.flatnonzero(_in_question(obs, cols, _controls(obs)))
-    both = sorted(set(pos_same)&set(neg_same))
-    return pd.Series(rows).groupby(_codes(obs, both)[rows]).indices.values() if both else [rows]
+def _questions(obs, same):
+    "A row per well, or per label of it where a column that positives share holds several"
+    for k in same.all:
+        if k in obs and has_several(obs[k]): obs = obs.explode(k)
+    return obs
+
+def _apart(obs, asked, rules):
+    "Questions and wells of each set that no pair leaves, as both rules keep to it"
+    use = _in_question(obs, *(o.rule for o in rules), spared=_controls(obs))
+    both = sorted(k for k in {*rules[0].all}&{*rules[2].all} if not has_several(obs[k]))
+    key = np.where(use, codes(obs, both) if both else 0, -1)
+    sets,asking = (pd.Series(range(len(o))).groupby(o).indices for o in (key,key[asked.index]))
+    return [(asking[k],v) for k,v in sets.items() if k>=0]
 
 # %% ../nbs/45_retrieval.ipynb #6da2b973
 def average_precision(
     x, # AnnData, or `(X, obs)` with `X (n,D)`
-    pos_sameby='perturbation', # Columns in which positives are the same
+    pos_sameby='perturbation', # Columns in which positives are the same, or `dict(all=.., any=..)`
     pos_diffby=(), # Columns in which positives differ
     neg_sameby=(), # Columns in which negatives are the same
     neg_diffby='control', # Columns in which negatives differ
     ties='last', # Where positives stand among equal cosines: `'last'`, or `'first'` as in copairs
     step=256, # Wells per block
+    similarity='cosine', # Or `pearson`, `spearman`, `abs_cosine`, `euclidean`, `manhattan`
+    sep=None, # Between the labels of a cell, such as `'|'`
 )->pd.DataFrame: # `obs` with `average_precision` (NaN if none), `chance`, `n_pos`, `n_total`
-    "How well each well finds its positives among its negatives, by cosine"
-    if ties not in ('first','last'): raise ValueError(f"ties is 'last' or 'first', not {ties!r}")
-    Z,obs = _unit(x)
-    pos,neg = _Rule(obs, pos_sameby, pos_diffby),_Rule(obs, neg_sameby, neg_diffby)
-    res = np.zeros((3,len(Z)))
-    for cols in _apart(obs, *map(_columns, (pos_sameby, pos_diffby, neg_sameby, neg_diffby))):
-        for r in np.array_split(cols, -(-len(cols)//step)):
-            res[:,r] = _ap(Z[r]@Z[cols].T, pos(r, cols), neg(r, cols), ties=='last')
-    ap,n_pos,n_total = res[0],*res[1:].astype(int)
+    "How well each well (for each of its labels) finds its positives among its negatives"
+    _one_of(('last','first'), ties=ties)
+    rules = [_Columns(o) for o in (pos_sameby, pos_diffby, neg_sameby, neg_diffby)]
+    a,obs = _alike(x, similarity, dict.fromkeys(k for o in rules for k in o.every), sep)
+    asked = _questions(obs, rules[0])
+    pos,neg = _Rule(obs, *rules[:2], asked),_Rule(obs, *rules[2:], obs.loc[asked.index])
+    res = np.zeros((3,len(asked)))
+    for questions,wells in _apart(obs, asked, rules):
+        for q in np.array_split(questions, -(-len(questions)//step)):
+            cos = a.each(pos.at[q], wells)
+            res[:,q] = _ap(cos, pos(q, wells), neg(q, wells), ties=='last', a.most)
+    return asked.assign(**_found(*res))
+
+def _found(ap, n_pos, n_total):
+    "Columns of the result"
+    n_pos,n_total = n_pos.astype(int),n_total.astype(int)
     for k,v in dict(positives=n_pos, negatives=n_total-n_pos).items():
         if not v.any(): raise ValueError(f'no well has {k} by the rules given: '
                                          'look at the values of the columns they name')
-    ap[n_pos==0] = np.nan
-    return obs.assign(average_precision=ap, chance=_chance(n_pos, n_total),
-                      n_pos=n_pos, n_total=n_total)
+    return dict(average_precision=np.where(n_pos, ap, np.nan), chance=_chance(n_pos, n_total),
+                n_pos=n_pos, n_total=n_total)
 
 # %% ../nbs/45_retrieval.ipynb #172c745a
 def _null_ap(n_pos, n_total, n, seed, room=2**24):
@@ -170,8 +224,9 @@ def mean_average_precision(
 )->pd.DataFrame: # Row per group: `by`, `mean_average_precision`, `chance`, `n` wells, `p` and `q`
     "Mean over the wells of each group, with p-value and false discovery rate"
     check_whole(1, n_null=n_null)
-    ap,by = ap[ap.n_pos>0],_columns(by)
+    ap,by = ap[ap.n_pos>0],listed(by)
     if not len(ap): raise ValueError('no well has a positive: there is nothing to average')
+    codes(ap, by) # no cell of several labels
     ap = ap[_in_question(ap, by)].reset_index(drop=True)
     null,which = _nulls(ap, n_null, seed)
     groups = ap.groupby(by, observed=True)
@@ -183,12 +238,6 @@ def mean_average_precision(
                 for r,m in zip(rows, res.mean_average_precision)]
     p = (np.array(at_least)+1)/(n_null+1)
     return res.assign(p=p, q=false_discovery_control(p))
-
-# %% ../nbs/45_retrieval.ipynb #f0f2780c
-def _mean_cosine(Z): # `(...,k,D)` unit rows -> `(...)`
-    "Mean pairwise cosine"
-    k = Z.shape[-2]
-    return ((Z.sum(-2)**2).sum(-1)-k)/(k*(k-1))
 
 # %% ../nbs/45_retrieval.ipynb #fbf5fecd
 def _draw(pools, batches, n, rng):
@@ -204,7 +253,7 @@ def _draw(pools, batches, n, rng):
 def _batches(obs, batch):
     "Batch of each row, the same for all if `batch` is None"
     if batch is None: return np.full(len(obs), 'all')
-    gap = _codes(obs, [batch])<0
+    gap = codes(obs, [batch])<0
     if not gap.any(): return obs[batch].astype(str).to_numpy()
     raise ValueError(f'{gap.sum()} wells have no `{batch}`, first row {gap.argmax()}: '
                      'fill the column, drop them, or pass `batch=None`')
@@ -212,10 +261,10 @@ def _batches(obs, batch):
 def _groups(obs, by, batch):
     "Masks of controls and of treated wells with a name, batches, rows of each group of two or more"
     c,b = _controls(obs),_batches(obs, batch)
-    treated = _in_question(obs, [by], c)&~c
-    rows = np.flatnonzero(treated)
-    groups = {k: rows[v] for k,v in obs[treated].groupby(by, observed=True).indices.items()}
-    groups = {k: v for k,v in groups.items() if len(v)>1}
+    treated = _in_question(obs, by, spared=c)&~c
+    each = obs.loc[treated, by].explode() # a well of several labels is in several groups
+    groups = each.groupby(each, observed=True).indices
+    groups = {k: each.index[v].to_numpy() for k,v in groups.items() if len(v)>1}
     if not groups: raise ValueError(f'no {by} has two wells: there are no replicates to compare')
     return c,treated,b,groups
 
@@ -235,34 +284,36 @@ def _tested(groups, b, values, null, seed):
 # %% ../nbs/45_retrieval.ipynb #75c1f7ae
 def consistency(
     x, # AnnData, or `(X, obs)`
-    by='perturbation', # Column that makes replicates
+    by='perturbation', # Column that makes replicates; cells of several labels count for each
     null='wells', # Sets to compare with: of treated `'wells'` or of `'controls'`
     batch='batch', # Column, None for one batch; null sets have as many wells of every batch
     n_null=1000, # Random sets
     seed=0,
+    similarity='cosine', # As in `average_precision`
+    average='mean', # Over the pairs of replicates, or `'median'`
+    sep=None, # Between the labels of a cell, such as `'|'`
 )->pd.DataFrame: # Per perturbation of two wells or more: `n`, `value`, mean of the `null`, `p`, `q`
     "Mean cosine between replicates, against random sets of wells"
-    if null not in ('wells','controls'):
-        raise ValueError(f"null is 'wells' or 'controls', not {null!r}")
+    _one_of(('wells','controls'), null=null)
+    _one_of(('mean','median'), average=average)
     check_whole(1, n_null=n_null)
-    Z,obs = _unit(x)
+    a,obs = _alike(x, similarity, [by], sep)
     c,treated,b,groups = _groups(obs, by, batch)
     pool = np.flatnonzero(c if null=='controls' else treated)
     pools = {k: pool[v] for k,v in pd.Series(pool).groupby(b[pool]).indices.items()}
-    values = {k: _mean_cosine(Z[v]) for k,v in groups.items()}
-    chance = lambda batches,rng: _mean_cosine(Z[_draw(pools, batches, n_null, rng)])
+    values = {k: a.within(v[None], average)[0] for k,v in groups.items()}
+    chance = lambda batches,rng: a.within(_draw(pools, batches, n_null, rng), average)
     return _tested(groups, b, values, chance, seed).rename_axis(by)
 
 # %% ../nbs/45_retrieval.ipynb #16b70aa0
-def _set_ap(Z, ids, rule, sets):
+def _set_ap(a, ids, rule, sets):
     "Mean average precision of sets of wells `(n,k)` against the other controls of `ids (m)`"
     (n,k),r = sets.shape,sets.ravel()
-    within = (Z[sets]@Z[sets].swapaxes(1, 2)).reshape(n*k,k)
-    cos = np.concatenate([within,Z[r]@Z[ids].T], 1)
+    cos = np.concatenate([np.concatenate([a.each(s, s) for s in sets]),a.each(r, ids)], 1)
     pos = np.concatenate([rule(s, s) for s in sets]) # (n*k,k)
     neg = rule(r, ids)&~(sets[:,:,None]==ids).any(1).repeat(k, 0) # (n*k,m)
     pos,neg = np.pad(pos, ((0,0),(0,len(ids)))),np.pad(neg, ((0,0),(k,0)))
-    ap = _ap(cos, pos, neg, True)[0].reshape(n,k)
+    ap = _ap(cos, pos, neg, True, a.most)[0].reshape(n,k)
     return np.nansum(ap, 1)/np.isfinite(ap).sum(1)
 
 def _sampled(c, most, seed):
@@ -274,34 +325,37 @@ def _sampled(c, most, seed):
 # %% ../nbs/45_retrieval.ipynb #7a01a876
 def activity(
     x, # AnnData, or `(X, obs)`, with controls
-    by='perturbation', # Column that makes replicates
+    by='perturbation', # Column that makes replicates; cells of several labels count for each
     not_same=(), # Columns in which a well differs from its replicates, and from the controls
     batch='batch', # Column, None for one batch; null sets have as many controls of every batch
     n_null=1000, # Random sets of controls
     max_controls=2000, # More are sampled
     seed=0,
+    similarity='cosine', # As in `average_precision`
+    sep=None, # Between the labels of a cell, such as `'|'`
 )->pd.DataFrame: # As from `consistency`, of perturbations with replicates that differ in `not_same`
     "Mean average precision of replicates against controls, compared with sets of controls"
     check_whole(1, n_null=n_null)
-    Z,obs = _unit(x)
+    not_same = _Columns(not_same)
+    a,obs = _alike(x, similarity, [by,*not_same.every], sep)
     c,_,b,groups = _groups(obs, by, batch)
-    rule,ids = _replicates(obs, _columns(not_same)),_sampled(c, max_controls, seed)
+    rule,ids = _replicates(obs, not_same),_sampled(c, max_controls, seed)
     groups = {k:v for k,v in groups.items() if rule(v, v).any()}
-    if not groups: raise ValueError(f'no {by} has two wells that differ in {_and(not_same)}: '
+    if not groups: raise ValueError(f'no {by} has two wells that differ in {not_same}: '
                                     'there are no replicates to look for')
     pools = {k: ids[v] for k,v in pd.Series(ids).groupby(b[ids]).indices.items()}
     def null(batches, rng):
         sets = _draw(pools, batches, n_null, rng)
         parts = np.array_split(sets, -(-sets.size*len(ids)//2**22)) # for memory
-        return np.concatenate([_set_ap(Z, ids, rule, o) for o in parts])
-    values = {k: _set_ap(Z, ids, rule, v[None])[0] for k,v in groups.items()}
+        return np.concatenate([_set_ap(a, ids, rule, o) for o in parts])
+    values = {k: _set_ap(a, ids, rule, v[None])[0] for k,v in groups.items()}
     return _tested(groups, b, values, null, seed).rename_axis(by)
 
 def _replicates(obs, not_same):
     "Which wells may be compared: any two, or those that differ in columns `not_same`"
-    if not not_same: return np.not_equal.outer
-    _in_question(obs, not_same)
-    return _Rule(obs, (), not_same)
+    if not not_same.every: return np.not_equal.outer
+    _in_question(obs, not_same.rule)
+    return _Rule(obs, _Columns(()), not_same)
 
 # %% ../nbs/45_retrieval.ipynb #26556a66
 def energy_distance(
@@ -321,15 +375,17 @@ def _energy_null(D, ids):
 # %% ../nbs/45_retrieval.ipynb #703474b8
 def magnitude(
     x, # AnnData, or `(X, obs)`, with controls
-    by='perturbation', # Column that makes replicates
+    by='perturbation', # Column that makes replicates; cells of several labels count for each
     batch='batch', # Column, None for one batch; null sets have as many controls of every batch
     n_null=1000, # Random sets of controls
     max_controls=2000, # More are sampled
     seed=0,
+    sep=None, # Between the labels of a cell, such as `'|'`
 )->pd.DataFrame: # As from `consistency`
     "Energy distance of each perturbation from the controls, against sets of controls"
     check_whole(1, n_null=n_null)
     A,obs = table_of(x)
+    obs = _split(obs, [by], sep)
     c,_,b,groups = _groups(obs, by, batch)
     ids = _sampled(c, max_controls, seed)
     C = A[ids]
@@ -344,22 +400,23 @@ def magnitude(
 def match(
     x, # AnnData, or `(X, obs)`: one row per treatment
     label='moa', # Column that should match
-    not_same='compound', # Columns that must differ
+    not_same='compound', # Columns that must differ, or `dict(all=.., any=..)`
     k=1, # Neighbours that vote
     step=256, # Rows per block
+    similarity='cosine', # As in `average_precision`
 )->pd.DataFrame: # `obs` of those with a partner, `found`, `right`, and `chance` of a random partner
     "The label of the nearest profiles, among those that may be looked at"
     check_whole(1, k=k)
-    Z,obs = _unit(x)
-    not_same = _columns(not_same)
-    _in_question(obs, [label,*not_same])
-    y,rule,every = _codes(obs, [label]),_Rule(obs, (), not_same),np.arange(len(Z))
-    blocks = np.array_split(every, -(-len(Z)//step))
-    res = [_nearest(Z[r]@Z.T, rule(r, every)&(y>=0), y, y[r], k) for r in blocks]
+    a,obs = _alike(x, similarity)
+    not_same = _Columns(not_same)
+    y,rule,every = codes(obs, [label]),_Rule(obs, _Columns(()), not_same),np.arange(len(a))
+    _in_question(obs, label, not_same.rule)
+    blocks = np.array_split(every, -(-len(a)//step))
+    res = [_nearest(a.each(r, every), rule(r, every)&(y>=0), y, y[r], k) for r in blocks]
     found,chance = (np.concatenate(o) for o in zip(*res))
     use = (chance>0)&(y>=0)
     if not use.any(): raise ValueError(f'no row has a partner of its own {label} that differs in '
-                                       f'{_and(not_same)}: there is nothing to match')
+                                       f'{not_same}: there is nothing to match')
     names = pd.Series(obs[label].to_numpy()).groupby(y).first()[found[use]]
     return obs[use].assign(found=names.to_numpy(), right=(found==y)[use], chance=chance[use])
 
@@ -386,8 +443,9 @@ def probe(
     check_whole(2, n_folds=n_folds)
     check_whole(0, n_boot=n_boot)
     A,obs = table_of(x)
+    y,g = codes(obs, [label]),codes(obs, [groups])
     has = _in_question(obs, [label,groups])
-    A,y,g = A[has],_codes(obs, [label])[has],_codes(obs, [groups])[has]
+    A,y,g = A[has],y[has],g[has]
     n_groups,n_classes = len(np.unique(g)),len(np.unique(y))
     if n_groups<n_folds: raise ValueError(f'{n_folds} folds need as many {groups}, there are '
                                           f'{n_groups}: lower n_folds')

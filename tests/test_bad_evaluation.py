@@ -153,9 +153,9 @@ def test_duplicated_wells(screen):
 
 def test_profiles_of_zeros(genes, screen):
     genes.iloc[4] = 0
-    with pytest.raises(ValueError, match='zeros only .G4.: drop'): recall(genes, pairs)
+    with pytest.raises(ValueError, match='1 profiles are zero or beyond all bounds .G4.: they have no direction, drop'): recall(genes, pairs)
     screen.X[3] = 0
-    with pytest.raises(ValueError, match='1 profiles are zero, first row 3'): consistency(screen)
+    with pytest.raises(ValueError, match='1 profiles are zero or beyond all bounds .row 3.'): consistency(screen)
 
 def test_tied_cosines(genes):
     "A collapsed encoder must not look perfect"

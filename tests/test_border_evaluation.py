@@ -6,6 +6,7 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 
 from cellmae.diagnose import compare_corrections, diagnose, plot_correction
+from cellmae.profiles import aggregate
 from cellmae.recall import check_names, compare_recall, gene_map, read_complexes, read_relationships, recall
 from cellmae.retrieval import (activity, average_precision, consistency, magnitude, match,
                                mean_average_precision, probe)
@@ -287,19 +288,21 @@ def test_mean_average_precision_by_a_column_with_gaps():
     res,said = told(mean_average_precision, t, 'gene', n_null=50)
     assert len(res)==23 and '3 of 72 rows have no gene' in said[0]
 
-@pytest.mark.parametrize('rule', [dict(any=['moa', 'batch']), dict(all=['moa'], any=['batch']), [['moa', 'batch']]])
-def test_any_of_these_columns(rule):
-    with pytest.raises(ValueError, match='any of these'): average_precision(screen(), pos_sameby=rule)
-    with pytest.raises(ValueError, match='any of these'): match(screen(), 'moa', rule)
+@pytest.mark.parametrize('rule', [dict(some=['moa']), dict(any=[['moa', 'batch']]), [['moa', 'batch']]])
+def test_rules_of_another_form(rule):
+    with pytest.raises(ValueError, match='a rule is a column'): average_precision(screen(), pos_sameby=rule)
+    with pytest.raises(ValueError, match='a rule is a column'): match(screen(), 'moa', rule)
 
 @pytest.mark.parametrize('cell', [['a', 'b'], ('a', 'b'), {'a', 'b'}, np.array(['a', 'b'])])
-def test_several_labels_in_a_cell(cell):
+def test_several_labels_where_there_must_be_one(cell):
     obs = screen().obs
     obs['moa'] = [cell]*len(obs)
     x = screen().X,obs
-    for f in (lambda: average_precision(x, 'moa'), lambda: average_precision(x, pos_diffby='moa'), lambda: match(x, not_same='batch'),
-              lambda: probe(x, 'moa'), lambda: consistency(x, 'moa')):
+    t = average_precision(x, pos_sameby='perturbation')
+    for f in (lambda: match(x, not_same='batch'), lambda: probe(x, 'moa'), lambda: consistency(x, batch='moa'),
+              lambda: mean_average_precision(t, 'moa'), lambda: aggregate(x, 'moa')):
         with pytest.raises(ValueError, match='`moa` has several labels in a cell'): f()
+    with pytest.raises(ValueError, match='one name for what was done'): gene_map((x[0], obs.assign(perturbation=obs.moa)))
 
 @pytest.mark.parametrize('f,kw,match', [
     (consistency, dict(null='control'), "'wells' or 'controls', not 'control'"), (consistency, dict(batch='palte'), 'no column `palte`'),
