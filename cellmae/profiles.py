@@ -478,6 +478,8 @@ class Alike:
         new.Z = self.Z[rows]
         return new
 
+    directed = property(lambda self: self._each is _dots) # Is it a product of unit rows?
+
     def __len__(self): return len(self.Z)
     def each(self, i, j): return self._each(self.Z[i], self.Z[j]) # `(len(i),len(j))`
     def pairs(self, i, j): return self._pair(self.Z[i], self.Z[j]) # `(len(i),)`
@@ -485,7 +487,7 @@ class Alike:
     def within(self, sets, average='mean'): # `(n,k)` rows -> `(n,)`
         "Mean or median similarity of the pairs of each set"
         k = sets.shape[1]
-        if average=='mean' and self._each is _dots:
+        if average=='mean' and self.directed:
             parts = np.array_split(sets, 1+sets.size*self.Z.shape[1]//2**24) # for memory
             size = np.concatenate([(self.Z[o].sum(1)**2).sum(1) for o in parts])
             return (size-k)/(k*(k-1))
@@ -514,7 +516,17 @@ def to_parquet(
 
 def _as_anndata(x):
     w = wells_of(x, single=True, gaps=True)
-    return x if isinstance(x, AnnData) else AnnData(w.X, obs=w.obs)
+    if not isinstance(x, AnnData): return AnnData(w.X, obs=_joined(w.obs))
+    if not any(has_several(x.obs[k]) for k in x.obs): return x
+    x = x.copy()
+    x.obs = _joined(w.obs)
+    return x
+
+def _joined(obs):
+    "Several labels of a cell as text, as no file holds lists beside names"
+    several = [k for k in obs if has_several(obs[k])]
+    text = lambda o: '|'.join(o) if isinstance(o, tuple) else o
+    return obs.assign(**{k: obs[k].map(text) for k in several}) if several else obs
 
 def _as_table(x):
     "One row per well, metadata before features"
@@ -522,8 +534,8 @@ def _as_table(x):
     names = range(w.X.shape[1]) if w.features is None else _bare(w.features)
     feats = pd.DataFrame(w.X.astype(np.float32), columns=[f'emb_{k}' for k in names])
     if w.obs is None: return feats
-    meta = w.obs.reset_index(drop=True).rename(columns=_bare_metadata).add_prefix('Metadata_')
-    return pd.concat([meta, feats], axis=1)
+    meta = _joined(w.obs).reset_index(drop=True).rename(columns=_bare_metadata)
+    return pd.concat([meta.add_prefix('Metadata_'), feats], axis=1)
 
 # %% ../nbs/40_profiles.ipynb #8a4cf027
 def as_rows(x):

@@ -192,13 +192,14 @@ def tail_hits(
 def map_of(
     x, # As in `gene_map`
     similarity='cosine', # Or `pearson`, `spearman`, `abs_cosine`, `euclidean`, `manhattan`
-)->tuple: # `Alike` in single precision, and names `(n)`
+    dtype=np.float32, # Of the rows made ready
+)->tuple: # `Alike`, and names `(n)`
     "One profile per gene, the mean of its rows; controls and rows without a name are left out"
     w = wells_of(x)
     _one_kind(w)
     X,names = genes_of(w)
     _warn_of_dates(names, 'the map')
-    return Alike(X, similarity, names, np.float32),names
+    return Alike(X, similarity, names, dtype),names
 
 def _large_map(x, similarity='cosine'):
     "As `map_of`, or an error where there are too few genes for tails"
