@@ -114,7 +114,8 @@ def _first(v):
     "The first value of a column of objects that is more than nothing"
     if v.dtype==object: return next((o for o in v if o is not None and np.size(o)), None)
 
-def _is_vector(o): return isinstance(o, (list,tuple,np.ndarray)) and np.asarray(o).dtype.kind!='U'
+def _is_vector(o):
+    return isinstance(o, (list,tuple,np.ndarray)) and not any(isinstance(v, str) for v in o)
 
 def split_table(
     table:pd.DataFrame, # Features and metadata, side by side

@@ -302,8 +302,9 @@ def _blend(
 def _how_many(k, var, D):
     "Components to keep, of variances `var` in `D` features, for a number, a share, or None"
     if k is None: return len(var)
-    if 0<k<1: return int(np.searchsorted(np.cumsum(var)/var.sum(), k))+1
-    if k==int(k) and 1<=k<=D: return int(k)
+    is_number = isinstance(k, (int,float,np.number)) and not isinstance(k, bool)
+    if is_number and 0<k<1: return int(np.searchsorted(np.cumsum(var)/var.sum(), k))+1
+    if is_number and k in range(1, D+1): return int(k)
     raise ValueError(f'n_components is a number of components up to {D}, a share of their '
                      f'variance between 0 and 1, or None for all, not {k!r}')
 
