@@ -19,7 +19,7 @@ from fastai.torch_core import rank_distrib
 from fastcore.meta import delegates
 from .checkpoint import Checkpoint, about_data, about_model, note_lineage
 from .data import check_names, check_options, given, screen_dls
-from .device import in_bf16, memory_kept
+from .device import in_bf16, memory_kept, neighbourly
 from .files import locked, moved, write_whole
 from .blocks import compile_blocks, set_recompute
 from .learner import Average, check_length, fit_cycle, mae_learner
@@ -85,7 +85,8 @@ def run_whole(
     check_length(epochs, seconds)
     first,out = not rank_distrib(),learn.path
     if first: check_folder(out); check_savable(learn.model, out/'model')
-    with one_run(), locked(out, 'training') if first else nullcontext(), memory_kept():
+    lock = locked(out, 'training') if first else nullcontext()
+    with one_run(), lock, memory_kept(), neighbourly():
         keep = next(o for o in learn.records if isinstance(o, Checkpoint))
         keep.begin(settings, resume)
         try: fit_cycle(learn, epochs, learn.records, seconds)

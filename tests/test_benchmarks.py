@@ -1,6 +1,7 @@
 "The benchmark scripts run, and the plain readings compute what our models compute"
 import importlib.util, os, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest
 
@@ -21,6 +22,15 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+def test_busy(monkeypatch):
+    "Rows of each round, alone and beside a neighbour that ends with it"
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    busy = script('busy')
+    monkeypatch.setattr(busy.torch, 'set_num_threads', lambda n: None)
+    a = SimpleNamespace(model='mae_vitt8', size=32, bs=1, threads=1, neighbours=[0,1], rounds=1, seconds=0, settle=0, way='always asleep')
+    t = busy.table(pd.DataFrame(busy.measure(a), columns=['what','neighbours','round','median','longest']).assign(way='as it is'))
+    assert len(t)==4 and (t['over as it is']==1).all() and (t.seconds>0).all()
 
 @pytest.mark.filterwarnings('ignore')
 def test_compare(tmp_path):
