@@ -377,13 +377,13 @@ cell_roughness     shape       .12   .05   .0    .26   Height of the waves in it
 nucleus_size       shape       .43   .03   .3    .54   Radius of the nucleus over that of the cell
 nucleus_elongation shape       .25   .12   .0    .7    Log of its length over its width
 nucleus_lobes      shape       .10   .05   .0    .24   Height of the waves in its outline
-chromatin_clumps   form        .0    .5    -1.6  1.6   Chromatin with clumps (+) or gaps (-)
-er_threads         form        .5    .2    .0    1.    ER of beads (0) or threads (1)
+chromatin_clumps   form        .0    .7    -2.   2.    Chromatin with clumps (+) or gaps (-)
+er_threads         form        .5    .28   .0    1.    ER of beads (0) or threads (1)
 fibre_order        form        .5    .2    .0    1.    Stress fibres crossed (0) or parallel (1)
-mito_length        form        8.    3.    1.5   22.   Length between two cuts, px
-mito_curl          form        1.    .4    .0    3.    Bend of a mitochondrion, radians per 10 px
-granule_clusters   form        .5    .18   .0    1.    Share of RNA granules that sit in clusters
-nucleoli           form        3.    .7    1.    6.    Number of nucleoli
+mito_length        form        10.   4.    1.5   28.   Length between two cuts, px
+mito_curl          form        1.6   .7    .0    4.    Bend of a mitochondrion, radians per 10 px
+granule_clusters   form        .5    .25   .0    1.    Share of RNA granules that sit in clusters
+nucleoli           form        3.    .9    1.    6.    Number of nucleoli
 actin_fibres       form        .5    .13   .0    1.    Share of actin in fibres, not in the cortex
 er_spread          spread      .72   .07   .45   1.    Reach of the ER, share of the radius
 mito_spread        spread      .50   .09   .15   .85   Mitochondria from nucleus (0) to edge (1)
@@ -395,8 +395,8 @@ mito_side          arrangement .0    .4    -.95  .95   Mitochondria at the Golgi
 nucleus_shift      arrangement .0    .1    -.28  .28   Nucleus moved to the Golgi (+) or away (-)
 nucleolus_place    arrangement .45   .13   .05   .85   Nucleoli from centre (0) to rim (1)
 chromatin_place    arrangement .0    .4    -.95  .95   Chromatin at the rim (+) or the centre (-)
-mito_on_er         relation    .0    .4    -1.6  1.6   Mitochondria on the ER (+) or beside it (-)
-granules_on_er     relation    .0    .4    -1.6  1.6   RNA granules on the ER (+) or beside it (-)
+mito_on_er         relation    .0    .5    -1.6  1.6   Mitochondria on the ER (+) or beside it (-)
+granules_on_er     relation    .0    .7    -2.   2.    RNA granules on the ER (+) or beside it (-)
 mito_on_actin      relation    .0    .4    -1.6  1.6   Mitochondria on fibres (+) or between (-)
 dna_on_nucleoli    relation    .0    .4    -1.6  1.6   Nucleoli with DNA (+) or without (-)
 rna_brightness     brightness  .0    .16   -1.   1.    Log of the brightness of RNA
@@ -425,14 +425,14 @@ class FormCells(Cells):
     "Cells whose textures differ in form, not in spectrum, and whose stains know of each other"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        p,rng,w = self.p,self.rng,np.full(self.n,9.)
+        p,rng,w = self.p,self.rng,np.full(self.n,8.)
         g = grain(w, rng)
-        self.clumps = level(g+_col(p['chromatin_clumps'])*(g*g-1))
+        self.clumps = level(g+_col(p['chromatin_clumps'])*(g*g-1), 6.)
         g,h = grain(1.5*w, rng),grain(1.5*w, rng)
         self.threads = level(np.exp(-(g*g+(1-_col(p['er_threads']))*h*h)/.15))
         self.bundles,self.dots = self.crossed(),super().nucleoli()
 
-    def net(self): return (1+.4*self.threads).clip(.05)
+    def net(self): return (1+.55*self.threads).clip(.05)
     def fibres(self): return (self.bundles-.3).clip(0)
     def nucleoli(self): return self.dots
 
@@ -448,7 +448,7 @@ def crossed(self:FormCells):
 @patch
 def chromatin(self:FormCells):
     "Clumps or gaps, with nucleoli left out or filled `(n,64,64)`"
-    return (1+.3*self.clumps).clip(.1)*np.exp(_col(self.p['dna_on_nucleoli'])*self.dots.clip(0,1.2))
+    return (1+.4*self.clumps).clip(.1)*np.exp(_col(self.p['dna_on_nucleoli'])*self.dots.clip(0,1.2))
 
 # %% ../nbs/18_synth.ipynb #003907e1
 @patch
@@ -494,8 +494,8 @@ def chains(self:FormCells,
 
 @patch
 def filaments(self:FormCells,
-    k=14, # Chains
-    m=26, # Spots in each
+    k=8, # Chains
+    m=36, # Spots in each
 ):
     "Filaments that know of ER and actin `(n,64,64)`"
     x,y = self.chains(k, m, .75)
