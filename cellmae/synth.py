@@ -380,8 +380,7 @@ nucleus_lobes      shape       .10   .05   .0    .24   Height of the waves in it
 chromatin_clumps   form        .0    .7    -2.   2.    Chromatin with clumps (+) or gaps (-)
 er_threads         form        .5    .28   .0    1.    ER of beads (0) or threads (1)
 fibre_order        form        .5    .2    .0    1.    Stress fibres crossed (0) or parallel (1)
-mito_length        form        10.   4.    1.5   28.   Length between two cuts, px
-mito_curl          form        1.6   .7    .0    4.    Bend of a mitochondrion, radians per 10 px
+mito_length        form        10.   5.    1.5   30.   Length between two cuts, px
 granule_clusters   form        .5    .25   .0    1.    Share of RNA granules that sit in clusters
 nucleoli           form        3.    .9    1.    6.    Number of nucleoli
 actin_fibres       form        .5    .13   .0    1.    Share of actin in fibres, not in the cortex
@@ -405,6 +404,12 @@ mito_brightness    brightness  .0    .16   -1.   1.    Log of the brightness of 
 
 # %% ../nbs/18_synth.ipynb #05d1747a
 _ring = np.round(_P*np.hypot(fft.fftfreq(_P)[:,None], fft.rfftfreq(_P))).astype(int)
+_twice = np.where(np.arange(_P//2+1)%(_P//2), 2, 1)+0*_ring # half of the plane is not computed
+
+def _per_ring(power):
+    "Average over each ring of the spectra `(n,64,33)` of real images"
+    sums = [np.bincount(_ring.ravel(), o.ravel()) for o in power*_twice]
+    return np.stack(sums)/np.bincount(_ring.ravel(), _twice.ravel())
 
 def level(
     x, # `(n,64,64)` textures
@@ -413,8 +418,7 @@ def level(
 ): # `(n,64,64)`, mean 0 and variance 1
     "Give all textures the same power in each ring of the spectrum"
     f = fft.rfft2(x)
-    power = (np.abs(f)**2).reshape(len(x), -1)
-    has = np.stack([np.bincount(_ring.ravel(), o) for o in power])/np.bincount(_ring.ravel())
+    has = _per_ring(np.abs(f)**2)
     octave = np.log(np.arange(has.shape[1]).clip(.01)*wavelength/_P)/width
     f *= np.sqrt(np.exp(-octave**2)/(has+1e-9)).astype(np.float32)[:,_ring]
     x = fft.irfft2(f, s=(_P,_P))
@@ -486,9 +490,9 @@ def chains(self:FormCells,
     "Paths of filaments, cut at random"
     p,rng,xy = self.p,self.rng,np.stack(self.starts(k))[...,None] # (2,n,k,1)
     cut = rng.random((self.n,k,m)) < step/_col(p['mito_length'])
-    bend = _col(p['mito_curl'])*rng.choice([-1,1], (self.n,k,1))*step/10
+    bend = step/6*rng.choice([-1,1], (self.n,k,1)) # a circle of 6 px, to either side
     head = self.angles(k)[...,None]+np.cumsum(bend+cut*rng.uniform(0,2*np.pi,cut.shape), -1)
-    move = step*np.stack([np.cos(head),np.sin(head)])+cut*rng.normal(0, 4, (2,*cut.shape))
+    move = step*np.stack([np.cos(head),np.sin(head)])+cut*rng.normal(0, 5, (2,*cut.shape))
     path = np.cumsum(move, -1) # (2,n,k,m)
     return (xy+path-path.mean(-1,keepdims=True)).reshape(2,self.n,-1)
 
@@ -533,7 +537,7 @@ BEDS = dict(
     plain=Bed(PARAMS, Cells, 'arrangement texture shape spread arrangement texture '
               'brightness arrangement shape texture arrangement spread'),
     form=Bed(FORM_PARAMS, FormCells, 'relation form arrangement shape relation form '
-             'brightness arrangement spread form arrangement relation', effect=1.7, spread=.7))
+             'brightness arrangement spread form arrangement relation', effect=1.5, spread=.7))
 
 def bed_named(
     name:str, # One of `BEDS`

@@ -58,3 +58,26 @@ def test_stored_tables_are_of_these_runs():
         assert set(t.label.astype(str)) == {r['label'] for r in compare.all_runs('small', [part]).values()}
     assert set(compare.PARTS)-{'plateau'} == set(stored.part)
     assert set(real.encoder) == set(script('compare_real').ENCODERS)
+
+def test_stored_tables_are_of_these_beds():
+    beds = script('beds')
+    legible,ladder = [pd.read_csv(root/f'benchmarks/beds/{k}.csv') for k in ('legible','ladder')]
+    assert {k: list(t.name) for k,t in legible.groupby('bed')} == {k: list(b.params.index) for k,b in beds.BEDS.items()}
+    assert set(ladder.bed) == set(beds.BEDS)
+    for k in beds.BEDS: assert all(np.isfinite(o).all() for o in beds.one_site(0, k))
+
+@pytest.mark.filterwarnings('ignore')
+def test_slow_burn(tmp_path):
+    "Every budget becomes a point, and what is there is not computed again"
+    burn = script('slow_burn')
+    go = lambda: burn.burn(tmp_path/'burn', 'plain', 'tiny', list(burn.RECIPES), tmp_path/'tables')
+    go()
+    t = pd.read_csv(tmp_path/'tables/results.csv')
+    assert set(t.recipe) == {*burn.RECIPES,*burn.STATISTICS} and t.recall.between(0, 1).all()
+    runs = t[t.minutes.notna()]
+    assert (runs.cpu_s>0).all() and len(runs) == len(burn.RECIPES)*len(burn.SIZES['tiny']['minutes'])
+    made = {f: f.stat().st_mtime_ns for f in (tmp_path/'burn').rglob('*.json')}
+    go()
+    assert made == {f: f.stat().st_mtime_ns for f in (tmp_path/'burn').rglob('*.json')}
+    before = burn.Spent(next((tmp_path/'burn/runs').glob('*/cpu.json')))
+    assert before.total() >= before.before > 0
