@@ -430,9 +430,9 @@ class FormCells(Cells):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         p,rng,w = self.p,self.rng,np.full(self.n,8.)
-        g = grain(w, rng)
+        g = grain(w, rng, .8)
         self.clumps = level(g+_col(p['chromatin_clumps'])*(g*g-1), 6.)
-        g,h = grain(1.5*w, rng),grain(1.5*w, rng)
+        g,h = grain(1.5*w, rng, .8),grain(1.5*w, rng, .8)
         self.threads = level(np.exp(-(g*g+(1-_col(p['er_threads']))*h*h)/.15))
         self.bundles,self.dots = self.crossed(),super().nucleoli()
 
@@ -490,7 +490,7 @@ def chains(self:FormCells,
     "Paths of filaments, cut at random"
     p,rng,xy = self.p,self.rng,np.stack(self.starts(k))[...,None] # (2,n,k,1)
     cut = rng.random((self.n,k,m)) < step/_col(p['mito_length'])
-    bend = step/6*rng.choice([-1,1], (self.n,k,1)) # a circle of 6 px, to either side
+    bend = step/12*rng.choice([-1,1], (self.n,k,1)) # a circle of 12 px, to either side
     head = self.angles(k)[...,None]+np.cumsum(bend+cut*rng.uniform(0,2*np.pi,cut.shape), -1)
     move = step*np.stack([np.cos(head),np.sin(head)])+cut*rng.normal(0, 5, (2,*cut.shape))
     path = np.cumsum(move, -1) # (2,n,k,m)
