@@ -122,15 +122,15 @@ def mix(
 # %% ../nbs/22_fourier.ipynb #4498cc9e
 @lru_cache
 def _bank(w, n):
-    "Waves under a Hann window `(w,w)`, in columns, and what averages pairs of them in rings `(w*w,n)`"
-    k,at = np.arange(w),np.arange(w)[:,None]
+    "Waves under a Hann window, one a row `(w,w)`, and means of their pairs by ring `(n,w*w)`"
+    k,at = np.arange(w)[:,None],np.arange(w)
     f = (k+1)//2 # 0, then cosine and sine of 1, 2, ..; of w/2 the cosine
-    waves = np.cos(2*np.pi/w*at*f - np.pi/2*((k>0)&(k%2==0)))*np.where(f%(w//2)==0, 1, 2**.5)
+    waves = np.cos(2*np.pi/w*f*at - np.pi/2*((k>0)&(k%2==0)))*np.where(f%(w//2)==0, 1, 2**.5)
     hann = np.sin(np.pi*at/w)**2
-    ring = np.log2(np.maximum(f[:,None]**2+f**2, .5))*n/np.log2(w*w/2) # 0 to n; below: frequency 0
-    own = np.minimum(np.floor(ring), n-1).reshape(-1,1)==np.arange(n)
-    if not own.any(0).all(): raise ValueError(f'Windows of {w} pixels have no {n} rings: use fewer.')
-    return np.float32(hann*waves/np.linalg.norm(hann)),np.float32(own/own.sum(0))
+    ring = np.log2(np.maximum(f**2+f.T**2, .5))*n/np.log2(w*w/2) # from 0 on; frequency 0: below
+    own = np.minimum(np.floor(ring), n-1).reshape(1,-1)==np.arange(n)[:,None]
+    if not own.any(1).all(): raise ValueError(f'{n} rings are too many for windows of {w} pixels.')
+    return np.float32(waves*hann/np.linalg.norm(hann)),np.float32(own/own.sum(1, keepdims=True))
 
 # %% ../nbs/22_fourier.ipynb #79d81094
 def band_energies(
@@ -138,17 +138,17 @@ def band_energies(
     p:int, # Side of a patch in pixels; windows are twice as wide, and have 16 pixels at least
     n:int=7, # Rings of equal width in log frequency
 )->Tensor: # Log power around each patch `(B,C,N,n)`, float32; 0 for white noise of variance 1
-    "How much there is of each frequency, patch by patch"
+    "How much there is of each band of frequencies, patch by patch"
     w = max(16, 2*p)
-    waves,rings = [torch.tensor(t.T, device=x.device) for t in _bank(w, n)]
-    flat = waves.sum(1)/waves[0].sum() # what a constant gives, for each of it under wave 0
+    waves,rings = [torch.tensor(t, device=x.device) for t in _bank(w, n)]
+    flat = waves[:2].sum(1)/waves[0].sum() # waves 0 and 1 see brightness, as of a grey image
     with torch.autocast(x.device.type, enabled=False):
         y = _mirrored(x.float(), p, w).flatten(0,1)[:,None] # (B*C,1,H',W')
-        y = F.conv2d(y, waves[:,None,None], stride=(1,p)) # (B*C,w,H',cols)
-        y = F.conv2d(y.flatten(0,1)[:,None], waves[:,None,:,None], stride=(p,1)).flatten(2)
-        y = y.view(*x.shape[:2], w*w, -1) # (B,C,w*w,N)
-        y = y - y[:,:,:1]*torch.outer(flat, flat).view(-1,1) # brightness is no texture
-        return (rings@y.square()+1e-4).log().transpose(2,3)
+        y = F.conv2d(y, waves[:,None,None], stride=(1,p)).flatten(0,1)[:,None] # (B*C*w,1,H',cols)
+        y = F.conv2d(y, waves[:,None,:,None], stride=(p,1)).flatten(2).unflatten(0, (-1,w))
+        y[:,:2,:2] -= y[:,:1,:1]*torch.outer(flat, flat)[...,None] # (B*C,w,w,N): it is no texture
+        power = rings@y.flatten(1,2).square_() # (B*C,n,N)
+        return (power+1e-4).log().mT.unflatten(0, x.shape[:2])
 
 def _mirrored(x, p, w):
     "Images with a border, so that each patch is in the middle of a window"

@@ -114,8 +114,11 @@ def _draw(self:MUNet, x, tokens, m):
 def _pixels(self:MUNet, maps): return self._cut(self.decoder(maps)) # (B,L,P)
 
 @patch
-def _have_heads(self:MUNet):
-    if self.energy: raise ValueError('A U-Net has no tokens to read energies from: leave `energy` out.')
+def set_objective(self:MUNet, energy=0., **objective):
+    "As in `MAE`, without energies"
+    if energy: raise ValueError('Energies are read from tokens, and a U-Net has none: '
+                                'leave `energy` out.')
+    MAE.set_objective(self, **objective)
 
 @patch
 def _encode(self:MUNet, x, tokens, ids=None, blocks=None):

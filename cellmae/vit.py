@@ -224,6 +224,22 @@ def start_local(
         q,k,_ = qkv.data[-3*qkv.shape[1]:].chunk(3)
         k.copy_(nn.init.xavier_uniform_(q))
 
+# %% ../nbs/24_vit.ipynb #8f785d23
+@patch
+def _have_heads(self:MAE):
+    "Linear maps to energies where these count; other weights and dice do not notice"
+    if not self.energy: self.decoder.energies = None
+    elif getattr(self.decoder, 'energies', None) is None:
+        with torch.random.fork_rng([]): heads = self._make_heads().apply(init_weights)
+        self.decoder.energies = heads.to(self.encoder.cls_token)
+
+@patch
+def _make_heads(self:MAE, n=7):
+    n = n*self.n_pixels//self.patch_size**2 # energies of the channels of a token
+    if self.energies == 'crop': return nn.ModuleDict(dict(crop=nn.Linear(2*self.embed_dim, 2*n)))
+    widths = dict(seen=self.embed_dim, hidden=self.decoder.embed.out_features)
+    return nn.ModuleDict({k: nn.Linear(d, n) for k,d in widths.items()})
+
 # %% ../nbs/24_vit.ipynb #8b898375
 def _fresh_positions(model, *_):
     "Make the positions again, where the weights are and as precise"
@@ -376,58 +392,6 @@ def _other_fourier(self:MAE, pred, target, m, h, w):
     a,b = [self.images(t, h, w) for t in (drawn,target)]
     return image_fourier_loss(a, b, self.patch_size).mean()
 
-# %% ../nbs/24_vit.ipynb #e0f1309f
-@patch
-def _have_heads(self:MAE):
-    "Heads for energies where these count, made so that other weights draw the same numbers"
-    if not self.energy: self.decoder.energies = None
-    elif getattr(self.decoder, 'energies', None) is None:
-        with torch.random.fork_rng([]): heads = self._make_heads().apply(init_weights)
-        self.decoder.energies = heads.to(self.encoder.cls_token)
-
-@patch
-def _make_heads(self:MAE, n=7):
-    n = n*self.n_pixels//self.patch_size**2 # energies of the channels of a token
-    if self.energies == 'crop': return nn.ModuleDict(dict(crop=nn.Linear(2*self.embed_dim, 2*n)))
-    widths = dict(seen=self.embed_dim, hidden=self.decoder.embed.out_features)
-    return nn.ModuleDict({k: nn.Linear(d, n) for k,d in widths.items()})
-
-@patch
-def set_objective(self:MAE,
-    **objective, # Arguments that steer the loss: `alpha`, `mask_ratio`, `energy`, ..
-):
-    "Change what a model learns from"
-    self.config = config_of({**self.config, **objective})
-    for k,v in objective.items(): setattr(self, k, v)
-    self._have_heads()
-
-# %% ../nbs/24_vit.ipynb #cec3c78e
-@patch
-def _energy_loss(self:MAE, latent, z, target, m, shape):
-    "Squared error of the energies"
-    e = band_energies(self.images(target, *shape[2:]), self.patch_size) # (B,C,N,n)
-    e = (e-torch.linspace(-1, -6.5, e.shape[-1], device=e.device))/2 # most images: 0 +- 1
-    asked = self._crop_energies if self.energies == 'crop' else self._patch_energies
-    return squared_error(*asked(e, latent, z, m)).mean()
-
-@patch
-def _crop_energies(self:MAE, e, latent, z, m):
-    "Mean and spread over the places of a crop, predicted and true `(B,C,2*n)`"
-    true = torch.cat([e.mean(2), e.std(2, correction=0)], -1)
-    pooled = self._pooled(latent, m, e.shape[2]) # (B,1,2*D); channel-agnostic: (B,C,2*D)
-    return self.decoder.energies['crop'](pooled).view_as(true),true
-
-@patch
-def _patch_energies(self:MAE, e, latent, z, m):
-    "Those of each patch, visible ones first, predicted and true `(B,L,..)`"
-    heads,shared = self.decoder.energies,self.n_pixels//self.patch_size**2 # channels of a token
-    seen,hidden = heads['seen'](latent[:,1:]),heads['hidden'](take(z, m.ids_mask))
-    true = e.unflatten(1, (-1,shared)).transpose(2,3).flatten(3).flatten(1,2) # (B,L,shared*n)
-    return torch.cat([seen,hidden], 1),take(true, torch.cat([m.ids_keep,m.ids_mask], 1))
-
-@patch
-def _pooled(self:MAE, latent, m, n): return pool_tokens(latent, 'meanstd')[:,None]
-
 # %% ../nbs/24_vit.ipynb #0ca0cd8e
 @patch
 def encode(self:MAE,
@@ -527,3 +491,41 @@ def trim(self:MAE,
 
 @patch
 def _cut_config(self:MAE, k): return dict(depth=k, final_norm=False, energy=0.)
+
+# %% ../nbs/24_vit.ipynb #e0f1309f
+@patch
+def set_objective(self:MAE,
+    **objective, # Arguments that steer the loss: `alpha`, `mask_ratio`, `energy`, ..
+):
+    "Change what a model learns from"
+    self.config = config_of({**self.config, **objective})
+    if objective.get('energies', self.energies) != self.energies: self.decoder.energies = None
+    for k,v in objective.items(): setattr(self, k, v)
+    self._have_heads()
+
+# %% ../nbs/24_vit.ipynb #cec3c78e
+@patch
+def _energy_loss(self:MAE, latent, z, target, m, shape):
+    "Squared error of the energies"
+    e = band_energies(self.images(target, *shape[2:]), self.patch_size) # (B,C,N,n)
+    e = (e-torch.linspace(-1, -6.5, e.shape[-1], device=e.device))/2 # most images: 0 +- 1
+    asked = self._crop_energies if self.energies == 'crop' else self._patch_energies
+    return squared_error(*asked(e, latent, z, m)).mean()
+
+@patch
+def _crop_energies(self:MAE, e, latent, z, m):
+    "Mean and spread over the places of a crop, predicted and true `(B,C,2*n)`"
+    true = torch.cat([e.mean(2), e.std(2, correction=0)], -1)
+    pooled = self._pooled(latent, m, e.shape[2]) # (B,1,2*D); channel-agnostic: (B,C,2*D)
+    return self.decoder.energies['crop'](pooled).view_as(true),true
+
+@patch
+def _patch_energies(self:MAE, e, latent, z, m):
+    "Those of each patch, visible ones first, predicted and true `(B,L,..)`"
+    heads,shared = self.decoder.energies,self.n_pixels//self.patch_size**2 # channels of a token
+    seen,hidden = heads['seen'](latent[:,1:]),heads['hidden'](take(z, m.ids_mask))
+    true = e.unflatten(1, (-1,shared)).transpose(2,3).flatten(3).flatten(1,2) # (B,L,shared*n)
+    return torch.cat([seen,hidden], 1),take(true, torch.cat([m.ids_keep,m.ids_mask], 1))
+
+@patch
+def _pooled(self:MAE, latent, m, n): return pool_tokens(latent, 'meanstd')[:,None]
