@@ -8,6 +8,7 @@ from anndata import AnnData
 from scipy.stats import t as student
 from sklearn.base import clone
 
+from cellmae.choose import ReplicateWeights
 from cellmae.embed import embed
 from cellmae.profiles import aggregate, read_profiles, to_parquet
 from cellmae.recall import compare_recall, recall, relationship_sets
@@ -16,16 +17,12 @@ from cellmae.stats import intensity_stats, spectrum_stats
 from cellmae.synth import synth_screen
 from cellmae.tvn import TVN, CenterScale, PCACenterScale, Sphere
 
-BASE = 'CenterScale()'
-CORRECTIONS = {
-    'none': None,
-    'CenterScale(None)': CenterScale(None),
-    BASE: CenterScale(),
-    'Sphere(shrink=0)': Sphere(shrink=0),
-    'Sphere()': Sphere(),
-    'PCACenterScale()': PCACenterScale(),
-    **{f'TVN(variant={v!r})': TVN(variant=v) for v in ('efaar','efaar_2023','efaar_2024')},
-    **{f'TVN(wells={w:g})': TVN(w) for w in (0,.2,1)}}
+BASE = CenterScale()
+CORRECTIONS = {'none':None, **{repr(t): t for t in (
+    CenterScale(None), BASE, CenterScale(robust=True),
+    *(Sphere(shrink=a) for a in (0,None,.5)), PCACenterScale(),
+    *(TVN(variant=v) for v in ('efaar','efaar_2023','efaar_2024')), TVN(0), TVN(), TVN(1),
+    ReplicateWeights())}}
 
 
 def wells(x, **columns):
@@ -45,21 +42,23 @@ def idr(letter, data, cache):
     names = [*pd.read_csv(file, sep='\t', encoding='latin-1', nrows=0)][6:]
     x = read_profiles(file, names)
     x = x[~x.obs.Genes.astype(str).str.fullmatch(r'\d+|Empty')]
-    return wells(x.copy(), batch='Plate', perturbation='Genes', control=x.obs.Genes=='Cells')
+    return wells(x.copy(), batch='Plate', perturbation='Genes', well='Well',
+                 control=x.obs.Genes=='Cells')
 
 def jump(kind, data, cache):
     "One kind of perturbation in two cell lines, positive controls left out: 15 probabilities"
     file = data/'jump_cpjump1_wells/wells_15_phenotypes.csv.gz'
     x = read_profiles(file, [*pd.read_csv(file, nrows=0)][8:])
     x = x[(x.obs.treatment_type==kind)&x.obs.control_type.isin(['','negcon'])].copy()
-    return wells(x, batch='Plate', perturbation='treatment', control=x.obs.control_type=='negcon',
-                 arm=x.obs.Cell_type+' '+x.obs.Time.astype(str))
+    arm,control = x.obs.Cell_type+' '+x.obs.Time.astype(str),x.obs.control_type=='negcon'
+    return wells(x, batch='Plate', well='Well', perturbation='treatment', control=control, arm=arm)
 
 def bbbc021(data, cache):
     "Compounds with mechanisms in ten weeks, which are its batches"
     x = read_profiles(data/'bbbc021_wells/BBBC021_feature_selected_mad_robustize.csv.gz')
-    return wells(x, batch=x.obs.Plate.str.split('_').str[0], control=x.obs.Compound=='DMSO',
-                 perturbation=x.obs.Compound+' '+x.obs.Concentration.astype(str))
+    treatment = x.obs.Compound+' '+x.obs.Concentration.astype(str)
+    return wells(x, batch=x.obs.Plate.str.split('_').str[0], well='Well', perturbation=treatment,
+                 control=x.obs.Compound=='DMSO')
 
 def periscope(data, cache):
     "One row per gene, and no controls: what is corrected is learnt from all genes"
@@ -87,11 +86,12 @@ def compared(values, base, groups, n_boot=1000, seed=0):
     n = pd.Series(groups).nunique()
     W = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot)
     gain = values-base
+    low,high = np.percentile(cluster_means(values, groups, W), [2.5,97.5])
     boot = cluster_means(gain, groups, W)
-    (low,high),(a,b) = (np.percentile(o, [2.5,97.5]) for o in (cluster_means(values, groups, W),boot))
+    gain_low,gain_high = np.percentile(boot, [2.5,97.5])
     p = 2*student.sf(abs(gain.mean())/max(boot.std(), 1e-12), n-1)
-    return dict(value=values.mean(), low=low, high=high, gain=gain.mean(), gain_low=a, gain_high=b,
-                p=p, n=len(values))
+    return dict(value=values.mean(), low=low, high=high, gain=gain.mean(), gain_low=gain_low,
+                gain_high=gain_high, p=p, n=len(values))
 
 def recalls(x, base, pairs):
     "Recall of every set of pairs, and of all of them together"
@@ -125,7 +125,7 @@ def treatments(x):
     return t
 
 def mechanisms(x, base):
-    "Is the nearest treatment of another compound (NSC, and of another week: NSCB) of its mechanism?"
+    "Is the nearest treatment of another compound (NSCB: and week) of the same mechanism?"
     x,base = map(treatments, (x,base))
     for k,other in {'NSC':['Compound'], 'NSCB':['Compound','batch']}.items():
         a,b = (match(o, 'moa', other) for o in (x,base))
@@ -171,13 +171,7 @@ def corrected(x, tfm):
     if 'control' in x.obs: return clone(tfm).fit_transform(x)
     return AnnData(clone(tfm).fit_transform(x.X), obs=x.obs)
 
-def arcsinh(x):
-    "In spreads of the controls of each batch, large values drawn in"
-    z = corrected(x, CenterScale())
-    z.X = np.arcsinh(z.X)
-    return z
-
-SCALES = {'raw': lambda x: x, 'arcsinh': arcsinh}
+SCALES = {'raw':None, 'arcsinh':CenterScale(arcsinh=True)} # What comes before the correction
 
 def rows_of(x, base, tfm, measures):
     "Rows of one correction, or the reason why there are none"
@@ -191,10 +185,10 @@ def rows_of(x, base, tfm, measures):
 def run(name, data, cache, done=()):
     "Table of one set, without the `(scale, correction)` that are `done`"
     x,measures = opened(name, data, cache)
-    base,res = corrected(x, CORRECTIONS[BASE]),[]
-    for scale,f in SCALES.items():
+    base,res = corrected(x, BASE),[]
+    for scale,before in SCALES.items():
         todo = {k: t for k,t in CORRECTIONS.items() if (scale,k) not in done}
-        z = f(x) if todo else None
+        z = corrected(x, before) if todo else None
         for k,t in todo.items():
             res += [dict(set=name, scale=scale, correction=k, **r)
                     for r in rows_of(z, base, t, measures)]
@@ -214,7 +208,8 @@ def as_markdown(table):
         t = t[t.measure.notna()].assign(cell=lambda o: o.apply(marked, axis=1))
         t = t.pivot_table('cell', ['set','measure'], 'correction', 'first', sort=False)
         t = t[[k for k in CORRECTIONS if k in t]].fillna('')
-        lines = [['set','measure',*t],['---']*(2+t.shape[1])]+[[*k,*v] for k,v in zip(t.index, t.values)]
+        lines = [['set','measure',*t],['---']*(2+t.shape[1])]
+        lines += [[*k,*v] for k,v in zip(t.index, t.values)]
         text += f'\n## {scale}\n\n' + '\n'.join(f'| {" | ".join(o)} |' for o in lines) + '\n'
     return text
 
@@ -225,24 +220,31 @@ def write(table, out):
     (out/'results.md').write_text(as_markdown(table))
     return table
 
+def stored(out, redo=()):
+    "What is there already, but for sets to `redo` and corrections that are no more"
+    file = out/'results.csv'
+    if not file.exists(): return pd.DataFrame(columns=['set','scale','correction'])
+    table = pd.read_csv(file)
+    return table[~table.set.isin(redo)&table.correction.isin(CORRECTIONS)]
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--data', type=Path, default=os.environ.get('CELLMAE_DATA'), help='folder of the sets')
+    p.add_argument('--data', type=Path, default=os.environ.get('CELLMAE_DATA'))
     p.add_argument('--sets', nargs='+', default=SETS, choices=SETS)
-    p.add_argument('--redo', action='store_true', help='all of these sets, not only what is missing')
+    p.add_argument('--redo', action='store_true', help='also what results.csv has')
     p.add_argument('--out', type=Path, default=Path(__file__).parent/'corrections')
     p.add_argument('--cache', type=Path, default=Path(tempfile.gettempdir())/'cellmae_corrections',
                    help='for the simulated screens and their profiles')
     args = p.parse_args()
     args.cache.mkdir(exist_ok=True, parents=True)
-    old = args.out/'results.csv'
-    table = pd.read_csv(old) if old.exists() else pd.DataFrame(columns=['set','scale','correction'])
-    if args.redo: table = table[~table.set.isin(args.sets)]
+    table = stored(args.out, args.sets if args.redo else ())
     for name in args.sets:
-        start = time.process_time()
-        done = set(table[table.set==name][['scale','correction']].itertuples(index=False, name=None))
-        with warnings.catch_warnings(action='ignore'): new = run(name, args.data, args.cache, done)
-        table = write(pd.concat([table,new], ignore_index=True), args.out) if len(new) else table
-        print(f'{name}: {len(new)} rows, {time.process_time()-start:.0f} s of processor time', flush=True)
+        start,rows = time.process_time(),table[table.set==name]
+        done = {*zip(rows.scale, rows.correction)}
+        with warnings.catch_warnings(action='ignore'):
+            new = run(name, args.data, args.cache, done)
+        if len(new): table = write(pd.concat([table,new], ignore_index=True), args.out)
+        print(f'{name}: {len(new)} rows, {time.process_time()-start:.0f} s of processor time',
+              flush=True)
 
 if __name__=='__main__': main()
