@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest
+from anndata import AnnData
 
 root = Path(__file__).resolve().parents[1]
 
@@ -74,3 +75,52 @@ def test_slow_burn(tmp_path):
     assert made == {f: f.stat().st_mtime_ns for f in (tmp_path/'burn').rglob('*.json')}
     before = burn.Spent(next((tmp_path/'burn/runs').glob('*/cpu.json')))
     assert before.total() >= before.before > 0
+
+def tiny_screen(data, cache):
+    "40 genes in pairs on 3 plates: the first of 6 directions is noise alone, and large"
+    g,genes = np.random.default_rng(0),[f'G{i:02}' for i in range(40)]
+    push = np.r_[2*g.normal(size=(20,6)).repeat(2, 0), np.zeros((12,6))]
+    X = np.concatenate([push+g.normal(size=push.shape)*[20,1,1,1,1,1] for _ in range(3)])
+    obs = pd.DataFrame(dict(perturbation=[*genes, *['NTC']*12]*3, batch=np.repeat(['a','b','c'], 52)))
+    turn = np.linalg.qr(g.normal(size=(6,6)))[0]
+    return AnnData(np.float32(X@turn), obs=obs.assign(control=obs.perturbation=='NTC').rename(str))
+
+def tiny_pairs(data, cache):
+    return {'pairs': pd.DataFrame([(f'G{i:02}',f'G{i+1:02}') for i in range(0, 40, 2)],
+                                  columns=['entity1','entity2'])}
+
+@pytest.fixture
+def corrections(monkeypatch):
+    "The benchmark of corrections with a set of its own and three corrections"
+    module = script('corrections')
+    monkeypatch.setattr(module, 'SETS', {'tiny': (tiny_screen, tiny_pairs, [module.replicates])})
+    some = 'none','CenterScale()','Sphere()'
+    monkeypatch.setattr(module, 'CORRECTIONS', {k: module.CORRECTIONS[k] for k in some})
+    return module
+
+def test_corrections(corrections, tmp_path, monkeypatch, capsys):
+    "Rows of every correction, compared with the base; a second run has nothing to do"
+    argv = ['corrections', '--out', str(tmp_path), '--cache', str(tmp_path/'cache'), '--data', '.']
+    monkeypatch.setattr(sys, 'argv', argv)
+    corrections.main()
+    t = pd.read_csv(tmp_path/'results.csv').set_index(['scale','correction','measure'])
+    assert len(t)==12 and t.value.notna().all()
+    r,base = t.loc[('raw','Sphere()','recall pairs')],t.loc[('raw','CenterScale()','recall pairs')]
+    assert base.gain==0 and base.p==1 and base.gain_low==base.gain_high==0
+    np.testing.assert_allclose(r.value-base.value, r.gain, atol=1e-3)
+    assert r.gain_low>0 and r.p<.05 and r.low<r.value<r.high
+    assert t.loc[('raw','Sphere()','mAP replicates')].gain_low>0
+    assert '| tiny | recall pairs |' in (tmp_path/'results.md').read_text()
+    corrections.main()
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith('tiny: 0 rows')
+
+def test_groups_are_drawn_whole(corrections):
+    "Copies of a perturbation's wells add nothing to what is known"
+    g = np.random.default_rng(0)
+    a,b,who = g.random(30),g.random(30),np.arange(30)
+    once,twice = corrections.compared(a, b, who),corrections.compared(*(np.repeat(o, 2) for o in (a,b,who)))
+    for k in set(once)-{'n'}: np.testing.assert_allclose(once[k], twice[k], atol=1e-12)
+
+def test_stored_corrections_are_those_of_the_benchmark():
+    module,t = script('corrections'),pd.read_csv(root/'benchmarks/corrections/results.csv')
+    assert set(t.correction)==set(module.CORRECTIONS) and set(t.set)==set(module.SETS)
