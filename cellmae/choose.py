@@ -70,7 +70,7 @@ def _places(w):
     "Places on the plate, None if nothing is said of them"
     return clean(w.obs['well']) if w.obs is not None and 'well' in w.obs else None
 
-# %% ../nbs/53_choose.ipynb #5f64b5e9
+# %% ../nbs/53_choose.ipynb #d101ffc0
 def _second(R, weights):
     "Weighted sum of `r r'` over the rows `(n,D)`"
     W = R*np.sqrt(weights)[:,None]
@@ -86,7 +86,7 @@ def moments(
     units, # `(n)` units, from `units_of`; every perturbation has two or more
 )->tuple: # `S (D,D)`, `T (D,D)`: sums over perturbations, each of which counts the same
     "Spread that wells of different units agree in, and all spread"
-    p,u = pd.factorize(names)[0],pd.factorize(units)[0]
+    p,u = pd.factorize(np.asarray(names))[0],pd.factorize(np.asarray(units))[0]
     of = np.zeros(u.max()+1, int); of[u] = p
     n,k = np.bincount(p),np.bincount(u)
     pairs = n**2-np.bincount(of, k**2)
@@ -123,7 +123,7 @@ def halves(R, names, units, seed=0):
     A,B = (pd.DataFrame(R[half==k]).groupby(names[half==k]).mean() for k in (0,1))
     return A.to_numpy(),B.to_numpy(),A.index.to_numpy()
 
-# %% ../nbs/53_choose.ipynb #d3fda162
+# %% ../nbs/53_choose.ipynb #ab3ecbca
 def replicates_found(
     A, B, # `(P,D)` profiles of the same perturbations from different wells
     tail=.05, # Share of the pairs of different perturbations that count as alike
@@ -147,12 +147,11 @@ def tested(Y, names, units, n_deals=4):
 def scored(
     tests, # Dict of name -> table from `tested`, all of the same perturbations
 )->pd.DataFrame: # `(P,names)`, whose means are the shares of replicates found
-    "What was found by each, where a perturbation counts by its strength, the same for all"
-    t = pd.concat(tests, axis=1)
-    weight = np.log1p(t.xs('strength', axis=1, level=1)).mean(axis=1)
-    return t.xs('found', axis=1, level=1).mul(weight/weight.mean(), axis=0)
+    "What was found in each map, where a perturbation counts by the square of its rank in strength"
+    weight = {k: t.strength.rank()**2 for k,t in tests.items()}
+    return pd.DataFrame({k: t.found*weight[k]/weight[k].mean() for k,t in tests.items()})
 
-# %% ../nbs/53_choose.ipynb #e8254073
+# %% ../nbs/53_choose.ipynb #de02d191
 _shares = 1.,.9,.7,.5,.3,.2,.1,.05,.02,.01
 
 def folds_of(
@@ -162,7 +161,7 @@ def folds_of(
     seed=0,
 )->np.ndarray: # `(n)`, the same for all wells of a perturbation
     "Fold of each well"
-    p,found = pd.factorize(names)
+    p,found = pd.factorize(np.asarray(names))
     n = min(n_folds, len(found)//least)
     if n<2: raise ValueError(f'{len(found)} perturbations have wells in different batches, and '
                              f'{2*least} are needed to choose by them: choose by hand')

@@ -281,23 +281,24 @@ def _tame(R, times=5):
 
 # %% ../nbs/42_tvn.ipynb #07fac525
 def _blend(
-    R, # `(n,D)` wells, centred on the controls of their batch
+    R, # `(n,D)` wells, centred on the controls of their batch, in units of the controls' spread
     controls, # `(n)` mask
     dof, # Degrees of freedom of the controls
     w, # Weight of all wells
+    lean, # Share of a sphere in the result
     k=None, # Principal components to keep, or the share of variance in them
 ): # `(D,K)` map, and the shares of the sphere
-    "Whitening by `1-w` parts of the spread of controls and `w` parts of that of wells"
+    "Whitening by `1-w` parts of the spread of controls and `w` parts of that of wells, as large"
     wells = ~controls if not controls.all() else controls
-    sd = np.sqrt((1-w)*(R[controls]**2).sum(0)/dof + w*(R[wells]**2).mean(0))
-    sd[sd<1e-10] = 1
-    C,a = _second_moment(_tame(R[controls]/sd), dof)
-    W,b = _second_moment(R[wells]/sd, wells.sum())
-    S,shares = (1-w)*C + w*W, dict(controls=a, wells=b)
-    if k is None: return _inv_root(S)/sd[:,None],shares
+    C,a = _second_moment(_tame(R[controls]), dof)
+    W,b = _second_moment(R[wells], wells.sum())
+    size = np.trace(C)/len(C)
+    S = (1-lean)*((1-w)*C + w*W*np.trace(C)/np.trace(W)) + lean*size*np.eye(len(C))
+    shares = dict(controls=a, wells=b)
+    if k is None: return _inv_root(S),shares
     var,V = np.linalg.eigh(W)
-    V = V[:,::-1][:,:_how_many(k, var[::-1], len(sd))]
-    return V@_inv_root(V.T@S@V)/sd[:,None],shares
+    V = V[:,::-1][:,:_how_many(k, var[::-1], len(C))]
+    return V@_inv_root(V.T@S@V),shares
 
 def _how_many(k, var, D):
     "Components to keep, of variances `var` in `D` features, for a number, a share, or None"
@@ -307,6 +308,20 @@ def _how_many(k, var, D):
     if is_number and k in range(1, D+1): return int(k)
     raise ValueError(f'n_components is a number of components up to {D}, a share of their '
                      f'variance between 0 and 1, or None for all, not {k!r}')
+
+# %% ../nbs/42_tvn.ipynb #4594903a
+def _lean(R, controls, least=.05):
+    "Share in which a few strong wells, not all, make up the spread; with a warning if there is any"
+    wells = ~controls if not controls.all() else controls
+    own,all_ = ((R[o]**2).sum(1) for o in (controls,wells))
+    mean,typical = (f(all_)/max(f(own), 1e-30) for f in (np.mean,np.median))
+    lean = max(0., 1-typical/max(mean, 1., 1e-30))
+    if mean<1.5 or lean<least: return 0.
+    warnings.warn(f'wells vary {mean:.1f} times as much as controls, and the typical one '
+                  f'{typical:.1f} times: a few strong hits are not noise, so TVN leans by '
+                  f'{lean:.2f} towards CenterScale(); choose_correction tells which is better here',
+                  stacklevel=6)
+    return float(lean)
 
 # %% ../nbs/42_tvn.ipynb #dec56b61
 class Sphere(Correction):
@@ -432,8 +447,8 @@ class TVN(Correction):
         return self._learn_efaar(X[controls])
 
     def _batches(self, X, controls, rows):
-        mu,M,*colour = self.shared_ if self.variant!='blend' else (None,*self.shared_)
-        if self.variant=='blend': return _control_means(X, controls, rows),dict.fromkeys(rows, M)
+        if self.variant=='blend': return self._batches_blend(X, controls, rows)
+        mu,M,*colour = self.shared_
         if self.batched_ and self.variant=='efaar':
             maps = {k: _coral(M, X[r[controls[r]]]) for k,r in rows.items()}
         elif self.batched_ and self.variant=='efaar_2024':
@@ -444,16 +459,36 @@ class TVN(Correction):
 # %% ../nbs/42_tvn.ipynb #96a6bc63
 @patch
 def _learn_blend(self:TVN, X, controls, rows):
-    "`(map,)`, from wells around the controls of their batch"
+    "`(map, spread of controls)`, from wells around the controls of their batch"
     R,dof = X.copy(),controls.sum()-len(rows)
     for k,m in _control_means(X, controls, rows).items(): R[rows[k]] -= m
     R[:,_rms(R)<=1e-9*np.abs(X).mean(0)] = 0
+    sd = np.sqrt((R[controls]**2).sum(0)/dof)
+    sd[sd<1e-10*_rms(R).max()] = 1
     few = min(self.n_controls_, key=self.n_controls_.get)
     if dof<X.shape[1]: warnings.warn(
         f'{controls.sum()} controls in {len(rows)} batches (the fewest in {few}) for {X.shape[1]} '
         'features: their spread is shrunk towards a sphere', stacklevel=5)
-    M,self.shrinkage_ = _blend(R, controls, dof, self.wells, self.n_components)
-    return M,
+    lean = _lean(R/sd, controls)
+    if lean: self.shrinkage_['blend'] = lean
+    for k,o in self._own_scales(X, controls, rows, sd).items(): R[rows[k]] /= o
+    M,shares = _blend(R, controls, dof, self.wells, lean, self.n_components)
+    self.shrinkage_.update(shares)
+    return M,sd
+
+@patch
+def _own_scales(self:TVN, X, controls, rows, sd):
+    "Scale of each batch: the spread `sd` of all, or its own as far as the blend leans to that"
+    lean = self.shrinkage_.get('blend')
+    if not lean: return dict.fromkeys(rows, sd)
+    return dict(zip(rows, sd**(1-lean)*_scale(X, controls, rows, self._names)**lean))
+
+@patch
+def _batches_blend(self:TVN, X, controls, rows):
+    M,sd = self.shared_
+    own = self._own_scales(X, controls, rows, sd)
+    scaled = {id(o): M/o[:,None] for o in own.values()} # batches may share one
+    return _control_means(X, controls, rows),{k: scaled[id(o)] for k,o in own.items()}
 
 @patch
 def _learn_efaar(self:TVN, C):
