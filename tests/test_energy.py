@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from cellmae.blocks import set_recompute
 from cellmae.cavit import CAMAE
 from cellmae.fourier import band_energies, _bank
 from cellmae.masking import part_of
@@ -15,6 +16,7 @@ from cellmae.vit import MAE
 from cellmae.zoo import create_model, load_model, save_model
 from processes import all_well
 from test_border_training import kw, make_screen
+from test_many import Plain
 
 small = dict(img_size=32, patch_size=8, in_chans=3, embed_dim=48, depth=1, num_heads=2, init_values=.1, drop_path=0.)
 decoders = dict(plain={}, multi=dict(kind='multi'), shared=dict(kind='shared'))
@@ -78,7 +80,6 @@ def test_parts_are_the_batch_and_the_encoder_learns(kind, energies, energy):
 @every
 def test_with_other_options(kind, energies):
     "Masks, normalised pixels, half precision, a stain without signal, blocks computed twice, some channels"
-    from cellmae.blocks import set_recompute
     x = images()
     x[:,1] = 7
     own = dict(few_channels=1, masking='same') if kind!='plain' else dict(masking='block')
@@ -121,7 +122,7 @@ def test_refused():
 
 def test_planned():
     "A step is played with them, and without a decoder it needs less"
-    need = [plan('mae_vitt8', 1000, memory_gb=8, energy=e).iloc[0] for e in (.5, 1.)]
+    need = [plan('mae_vitt8', 1000, memory_gb=8, in_chans=2, depth=1, energy=e).iloc[0] for e in (.5, 1.)]
     assert need[1].image_mb<need[0].image_mb
 
 def tiny():
@@ -129,7 +130,7 @@ def tiny():
     return create_model('mae_vitt8', in_chans=2, img_size=32, depth=1, embed_dim=48, energy=1.)
 
 def trained(screen, out, rank=0, **more):
-    learn = fit_mae(screen, tiny(), out, **{**kw, 'epochs':1, 'num_workers':0, **more})
+    learn = fit_mae(screen, tiny(), out, cbs=[Plain()], **{**kw, 'epochs':1, 'num_workers':0, **more})
     if not rank: torch.save(dict(learn.model.state_dict()), out/'weights.pth')
     return learn
 
@@ -143,4 +144,4 @@ def test_a_run_in_processes_and_parts_without_a_drawing(tmp_path):
     all_well(2, partial(trained, accumulate=2), screen, tmp_path/'two')
     one,two = (torch.load(tmp_path/d/'weights.pth') for d in ('one','two'))
     moved = max((v-tiny().state_dict()[k]).abs().max() for k,v in one.items())
-    assert moved>1e-4 and sum((one[k]-two[k]).abs().gt(.1*moved).sum() for k in one)<.02*sum(v.numel() for v in one.values())
+    assert moved>1e-3 and all(torch.allclose(one[k], two[k], rtol=0, atol=1e-5) for k in one)
