@@ -385,7 +385,7 @@ granule_clusters   form        .5    .25   .0    1.    Share of RNA granules tha
 nucleoli           form        3.    .9    1.    6.    Number of nucleoli
 actin_fibres       form        .5    .13   .0    1.    Share of actin in fibres, not in the cortex
 er_spread          spread      .72   .07   .45   1.    Reach of the ER, share of the radius
-mito_spread        spread      .50   .09   .15   .85   Mitochondria from nucleus (0) to edge (1)
+mito_spread        spread      .50   .13   .15   .85   Mitochondria from nucleus (0) to edge (1)
 rna_spread         spread      .50   .12   .05   .95   RNA granules from nucleus (0) to edge (1)
 golgi_scatter      spread      .35   .14   .0    1.    Share of Golgi stacks that left the ribbon
 golgi_angle        arrangement 45.   20.   0.    90.   Golgi against the long axis, degrees

@@ -60,6 +60,13 @@ def test_stored_tables_are_of_these_runs():
     assert set(compare.PARTS)-{'plateau'} == set(stored.part)
     assert set(real.encoder) == set(script('compare_real').ENCODERS)
 
+def test_stored_tables_are_of_these_beds():
+    beds = script('beds')
+    legible,ladder = [pd.read_csv(root/f'benchmarks/beds/{k}.csv') for k in ('legible','ladder')]
+    assert {k: list(t.name) for k,t in legible.groupby('bed')} == {k: list(b.params.index) for k,b in beds.BEDS.items()}
+    assert set(ladder.bed) == set(beds.BEDS)
+    for k in beds.BEDS: assert all(np.isfinite(o).all() for o in beds.one_site(0, k))
+
 @pytest.mark.filterwarnings('ignore')
 def test_slow_burn(tmp_path):
     "Every budget becomes a point, and what is there is not computed again"
