@@ -1,8 +1,10 @@
 "Runs that are killed without warning go on where they were, and leave nothing broken; `benchmarks/kills_train.py` does more of it"
-import os, signal, subprocess, sys, time
+import os, subprocess, sys, time
 import pandas as pd, pytest
 from safetensors.torch import load_file
+from cellmae.cli import cellmae_fit
 from cellmae.synth import synth_screen
+from processes import ended, in_processes
 
 forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 
@@ -11,22 +13,25 @@ def screen(tmp_path_factory):
     return synth_screen(tmp_path_factory.mktemp('kill')/'screen', n_pathways=4, genes_per_pathway=2, n_inactive=0, n_batches=2, controls_per_batch=4, size=64).root
 
 def fit(screen, out):
-    code = f"from cellmae.cli import cellmae_fit; cellmae_fit({str(screen)!r}, {str(out)!r}, model='mae_vitt8', epochs=6, crop=32, bs=8, crops=8)"
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    "Begin `cellmae_fit` in a process of its own, forked, so that it needs no imports"
+    kw = dict(model='mae_vitt8', epochs=6, crop=32, bs=8, crops=8)
+    return in_processes(1, lambda rank: cellmae_fit(str(screen), str(out), **kw))
 
 def finish(screen, out):
-    p = fit(screen, out)
-    assert p.wait(300)==0, p.stderr.read().decode()[-2000:]
+    codes,said = ended(*fit(screen, out), 300)
+    assert codes==[0], said
     return load_file(out/'model/model.safetensors')
 
 def kill_in_second_epoch(screen, out):
-    p = fit(screen, out)
+    [p],reads = fit(screen, out)
     while not (out/'history.csv').exists():
-        assert p.poll() is None, p.stderr.read().decode()[-2000:]
+        assert p.is_alive(), ended([p], reads)
         time.sleep(.02)
     time.sleep(.3)
-    p.send_signal(signal.SIGKILL); p.wait()
+    p.kill()
+    ended([p], reads)
 
+@forks
 def test_killed_run_resumes(screen, tmp_path):
     kill_in_second_epoch(screen, tmp_path/'killed')
     assert not (tmp_path/'killed/model').exists(), 'the run was over before it could be killed'
