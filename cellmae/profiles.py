@@ -97,6 +97,14 @@ def _numbers(v, where):
     raise ValueError(f'{where}column {v.name}, row {i+1} holds {v.iloc[i]!r}, which is no number '
                      f'({bad.sum()} such in the column): correct it there, or leave the cell empty')
 
+# %% ../nbs/40_profiles.ipynb #47c7b321
+def _first(v):
+    "The first value of a column of objects that is more than nothing"
+    if v.dtype==object: return next((o for o in v if o is not None and np.size(o)), None)
+
+def _is_vector(o):
+    return isinstance(o, (list,tuple,np.ndarray)) and not any(isinstance(v, str) for v in o)
+
 # %% ../nbs/40_profiles.ipynb #311ae7aa
 def _unrolled(table, where):
     "Columns whose values are vectors become a column for each of their numbers"
@@ -109,13 +117,6 @@ def _unrolled(table, where):
         V = pd.DataFrame(np.stack(table[c]), index=table.index).add_prefix(f'{c}_')
         table = pd.concat([table.drop(columns=c), V], axis=1)
     return table
-
-def _first(v):
-    "The first value of a column of objects that is more than nothing"
-    if v.dtype==object: return next((o for o in v if o is not None and np.size(o)), None)
-
-def _is_vector(o):
-    return isinstance(o, (list,tuple,np.ndarray)) and not any(isinstance(v, str) for v in o)
 
 def split_table(
     table:pd.DataFrame, # Features and metadata, side by side
@@ -206,6 +207,13 @@ def one_each(
     if not has_several(v): return
     first = next(o for o in v if isinstance(o, (*_many,dict)))
     raise ValueError(f'column `{v.name}` has several labels in a cell, such as {first}: {cure}')
+
+# %% ../nbs/40_profiles.ipynb #89f15b77
+def _joined(obs):
+    "Several labels of a cell as text, as no file holds lists beside names"
+    several = [k for k in obs if has_several(obs[k])]
+    text = lambda o: '|'.join(o) if isinstance(o, tuple) else o
+    return obs.assign(**{k: obs[k].map(text) for k in several}) if several else obs
 
 # %% ../nbs/40_profiles.ipynb #d4b46b3b
 def opened(x):
@@ -522,12 +530,6 @@ def _as_anndata(x):
     x = x.copy()
     x.obs = _joined(w.obs)
     return x
-
-def _joined(obs):
-    "Several labels of a cell as text, as no file holds lists beside names"
-    several = [k for k in obs if has_several(obs[k])]
-    text = lambda o: '|'.join(o) if isinstance(o, tuple) else o
-    return obs.assign(**{k: obs[k].map(text) for k in several}) if several else obs
 
 def _as_table(x):
     "One row per well, metadata before features"
