@@ -3,7 +3,6 @@
 A process per way to wait; in each, rounds without and with neighbours take turns. *Over as it is* is the ratio of medians."""
 import argparse, json, os, subprocess, sys, time
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from statistics import median
 
 import pandas as pd, torch

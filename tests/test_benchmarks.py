@@ -1,5 +1,5 @@
 "The benchmark scripts run, and the plain readings compute what our models compute"
-import importlib.util, os, runpy, subprocess, sys
+import importlib.util, runpy, sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
