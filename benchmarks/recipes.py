@@ -1,0 +1,154 @@
+"Which recipe finds most in a few CPU-minutes? Every run in a process of its own, resumable, on simulated screens"
+import argparse, inspect, json, os, subprocess, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import anndata as ad, numpy as np, pandas as pd, torch
+from cellmae.cavit import CAMAE
+from cellmae.embed import embed
+from cellmae.features import regress_features
+from cellmae.files import write_whole
+from cellmae.profiles import aggregate, read_profiles
+from cellmae.recall import compare_recall, recall
+from cellmae.screen import open_screen
+from cellmae.store import pack
+from cellmae.synth import synth_screen
+from cellmae.train import fit_mae
+from cellmae.tvn import TVN
+from cellmae.zoo import create_model
+
+TAILS = dict(thresholds=[(.05,.95)], n_perm=0)
+STATISTICS = 'intensity','spectrum'
+SCREENS = dict(first=dict(seed=0), second=dict(seed=100)) # plain beds: recipes are chosen on the first
+SHORT = dict(epochs=8) # a third of the recipe's 24
+RECIPES = {   # name -> model, what differs in it (`net`), options of `fit_mae`
+    'plain': dict(model='mae_vitt8'),
+    'short': dict(model='mae_vitt8', **SHORT),
+    'short, half hidden': dict(model='mae_vitt8', mask_ratio=.5, **SHORT),
+    'short, nine tenths hidden': dict(model='mae_vitt8', mask_ratio=.9, **SHORT),
+    'short, batch 16': dict(model='mae_vitt8', bs=16, **SHORT),
+    'short, twice the rate': dict(model='mae_vitt8', lr=1e-3, **SHORT),
+    'short, no Fourier loss': dict(model='mae_vitt8', alpha=0., **SHORT),
+    'short, alpha .2': dict(model='mae_vitt8', alpha=.2, **SHORT),
+    'short, small decoder': dict(model='mae_vitt8', net=dict(decoder=dict(embed_dim=64, depth=1)), **SHORT),
+    'short, average': dict(model='mae_vitt8', ema=.99, **SHORT),
+    'short, gamma 1': dict(model='mae_vitt8', net=dict(init_values=1.), **SHORT),
+    'short, drop path': dict(model='mae_vitt8', net=dict(drop_path=.1), **SHORT),
+    'short, normalised pixels': dict(model='mae_vitt8', net=dict(norm_pix=True), **SHORT),
+    'short, crops of 48': dict(model='mae_vitt8', crop=48, **SHORT),
+    'short, crops of 96': dict(model='mae_vitt8', crop=96, **SHORT),
+    'short, patches of 4': dict(model='mae_vitt4', **SHORT),
+}
+
+def screen_of(out, name):
+    "A screen by name, simulated and packed if it is not there"
+    files,store = out/f'screen_{name}',out/f'store_{name}'
+    if not store.exists(): pack(synth_screen(files, n_workers=1, **SCREENS[name]), store)
+    return open_screen(store),files
+
+# --- read-outs: one pass of the encoder gives all of them
+
+def tokens_pooled(model, x):
+    "Means and spreads of tokens after block 1 and after the last norm, side by side `(B,4*D)`"
+    depth,norm = len(model.encoder.blocks),model.encoder.norm
+    first,last = model.features(x, blocks=[1,depth])
+    t = torch.stack([first, norm(last)])[:,:,1:].float() # (2,B,L,D)
+    return torch.cat([*t.mean(2), *t.std(2, correction=0)], -1)
+
+READ = {'meanstd': (1,3), 'mean': (1,), 'mean, spread of block 1': (1,2), 'block 1': (0,2)} # of those four
+
+def read_outs(model, screen):
+    "Profiles of wells by read-out"
+    @torch.inference_mode()
+    def encode(x):
+        with torch.autocast('cpu', torch.bfloat16): return tokens_pooled(model.eval(), x)
+    p = embed(encode, screen, size=model.config['img_size'], progress=False)
+    parts = np.split(p.X, 4, 1)
+    return {k: ad.AnnData(np.concatenate([parts[i] for i in which], 1), obs=p.obs) for k,which in READ.items()}
+
+def statistics(out, name, size):
+    "Profiles of statistics on tiles of a size, kept"
+    screen,_ = screen_of(out, name)
+    found = {}
+    for k in STATISTICS:
+        file = out/f'{name}_{k}_{size}.h5ad'
+        if not file.exists(): write_whole(file, embed(k, screen, size=size, progress=False).write_h5ad)
+        found[k] = ad.read_h5ad(file)
+    return found
+
+# --- one run
+
+def joined(*profiles):
+    "Corrected profiles side by side, each row of each of unit length"
+    X = [p.X/np.linalg.norm(p.X, axis=1, keepdims=True) for p in profiles]
+    return ad.AnnData(np.concatenate(X, 1), obs=profiles[0].obs)
+
+def told(t): return {k: float(t[k]) for k in ('recall','ci_low','ci_high')}
+
+def measured(profiles, stats, files):
+    "Recall of each read-out, alone and joined with spectrum statistics, and paired tests against these"
+    known,tvn = files/'relationships.csv',lambda p: TVN().fit_transform(p)
+    bar,rows,maps = tvn(stats['spectrum']),[],{}
+    for k,p in {**profiles, **stats}.items():
+        w = tvn(p)
+        maps[k] = aggregate(w)
+        both = {} if k in stats else dict(joined=joined(w, bar))
+        for of,m in {'alone': w, **both}.items():
+            test = compare_recall(m, bar, known).iloc[0]
+            rows.append(dict(readout=k, of=of, **told(recall(m, known, **TAILS).iloc[0]), gain=test.gain, p=test.p))
+    return rows,maps
+
+def execute(key, screen_name, seed, out):
+    "Train, embed, measure, and write what came out"
+    at,run = out/'runs'/f'{key}_{screen_name}_{seed}',dict(RECIPES[key])
+    screen,files = screen_of(out, screen_name)
+    start,net = time.process_time(),run.pop('net', {})
+    torch.manual_seed(seed)
+    crop = run.get('crop', 64)
+    if 'energy' in net and 'energy' not in inspect.signature(fit_mae).parameters: raise SystemExit('no energies yet')
+    model = create_model(run.pop('model'), in_chans=len(screen.channels), img_size=crop, **net)
+    learn = fit_mae(screen, model, out=at, seed=seed, bf16=True, n_pictures=0, save_every=60, num_workers=0, **run)
+    cost,history = time.process_time()-start,pd.read_csv(at/'history.csv').iloc[-1].to_dict()
+    profiles = read_outs(learn.model, screen)
+    rows,maps = measured(profiles, statistics(out, screen_name, crop), files)
+    r2,_ = regress_features(profiles['meanstd'], read_profiles(files/'truth.csv', prefix='Truth_'), n_boot=0)
+    for k,m in maps.items(): write_whole(at/f'{k}.h5ad', m.write_h5ad)
+    result = dict(recipe=key, screen=screen_name, seed=seed, cpu_s=cost, r2=r2.r2.to_dict(), history=history, rows=rows)
+    write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
+
+def spawn(job, args):
+    "One run in a process of its own, with one thread; what it says goes to a file"
+    key,screen,seed = job
+    done = args.out/'runs'/f'{key}_{screen}_{seed}.json'
+    if done.exists(): return
+    done.parent.mkdir(parents=True, exist_ok=True)
+    cmd = [sys.executable, '-W', 'ignore', __file__, '--run', key, '--screens', screen, '--seeds', str(seed), '--out', str(args.out)]
+    with open(done.with_suffix('.log'), 'w') as log:
+        code = subprocess.run(cmd, stdout=log, stderr=log, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode
+    print(f'{key}, {screen}, seed {seed}: {"failed, see "+str(done.with_suffix(".log")) if code else "done"}', flush=True)
+
+def collect(out):
+    "One row per run and read-out"
+    rows = []
+    for f in sorted((out/'runs').glob('*.json')):
+        r = json.loads(f.read_text())
+        rows += [dict(recipe=r['recipe'], screen=r['screen'], seed=r['seed'], cpu_s=round(r['cpu_s']), **o) for o in r['rows']]
+    return pd.DataFrame(rows)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--recipes', nargs='+', default=list(RECIPES))
+    p.add_argument('--screens', nargs='+', default=['first'])
+    p.add_argument('--seeds', nargs='+', type=int, default=[0])
+    p.add_argument('--out', type=Path, default=Path('recipes'))
+    p.add_argument('--tables', type=Path, default=Path(__file__).parent/'recipes')
+    p.add_argument('--jobs', type=int, default=1)
+    p.add_argument('--run', help='one recipe, in this process')
+    args = p.parse_args()
+    warnings.filterwarnings('ignore')
+    if args.run: return execute(args.run, args.screens[0], args.seeds[0], args.out)
+    jobs = [(r,s,k) for k in args.seeds for s in args.screens for r in args.recipes]
+    with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(lambda j: spawn(j, args), jobs))
+    collect(args.out).to_csv(args.tables/'runs.csv', index=False, float_format='%.4g')
+
+if __name__ == '__main__': main()
