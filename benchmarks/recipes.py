@@ -1,5 +1,5 @@
 "Which recipe finds most in a few CPU-minutes? Every run in a process of its own, resumable, on simulated screens"
-import argparse, inspect, json, os, subprocess, sys, time, warnings
+import argparse, json, os, subprocess, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +38,16 @@ RECIPES = {   # name -> model, what differs in it (`net`), options of `fit_mae`
     'short, crops of 48': dict(model='mae_vitt8', crop=48, **SHORT),
     'short, crops of 96': dict(model='mae_vitt8', crop=96, **SHORT),
     'short, patches of 4': dict(model='mae_vitt4', **SHORT),
+    'short, energies': dict(model='mae_vitt8', energy=.5, **SHORT),
+    'short, energies of patches': dict(model='mae_vitt8', net=dict(energy=.5, energies='patch'), **SHORT),
+    'short, energies alone': dict(model='mae_vitt8', energy=1., **SHORT),
+    'short, energies .8': dict(model='mae_vitt8', energy=.8, **SHORT),
+    'short, energies, patches of 4': dict(model='mae_vitt4', energy=.5, **SHORT),
+    'energies': dict(model='mae_vitt8', energy=.5),
+    'energies alone': dict(model='mae_vitt8', energy=1.),
+    'energies, patches of 4': dict(model='mae_vitt4', energy=.5, epochs=24),
+    'channels, short': dict(model='camae_vitt8_shared', epochs=6),
+    'channels, energies, short': dict(model='camae_vitt8_shared', energy=.5, epochs=6),
 }
 
 def screen_of(out, name):
@@ -105,7 +115,6 @@ def execute(key, screen_name, seed, out):
     start,net = time.process_time(),run.pop('net', {})
     torch.manual_seed(seed)
     crop = run.get('crop', 64)
-    if 'energy' in net and 'energy' not in inspect.signature(fit_mae).parameters: raise SystemExit('no energies yet')
     model = create_model(run.pop('model'), in_chans=len(screen.channels), img_size=crop, **net)
     learn = fit_mae(screen, model, out=at, seed=seed, bf16=True, n_pictures=0, save_every=60, num_workers=0, **run)
     cost,history = time.process_time()-start,pd.read_csv(at/'history.csv').iloc[-1].to_dict()
