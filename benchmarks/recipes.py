@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata as ad, numpy as np, pandas as pd, torch
-from cellmae.cavit import CAMAE
+from fastai.callback.core import Callback
 from cellmae.embed import embed
 from cellmae.features import regress_features
 from cellmae.files import write_whole
@@ -14,7 +14,7 @@ from cellmae.screen import open_screen
 from cellmae.store import pack
 from cellmae.synth import synth_screen
 from cellmae.train import fit_mae
-from cellmae.tvn import TVN
+from cellmae.tvn import TVN, CenterScale
 from cellmae.zoo import create_model
 
 TAILS = dict(thresholds=[(.05,.95)], n_perm=0)
@@ -88,6 +88,14 @@ def statistics(out, name, size):
 
 # --- one run
 
+class Clock(Callback):
+    "Seconds of processor time in training, those before a run was stopped included"
+    before = 0.
+    def before_fit(self): self.start = time.process_time()
+    def seconds(self): return self.before+time.process_time()-self.start
+    def state_dict(self): return dict(seconds=self.seconds())
+    def load_state_dict(self, state): self.before,self.start = state['seconds'],time.process_time()
+
 def joined(*profiles):
     "Corrected profiles side by side, each row of each of unit length"
     X = [p.X/np.linalg.norm(p.X, axis=1, keepdims=True) for p in profiles]
@@ -112,15 +120,17 @@ def execute(key, screen_name, seed, out):
     "Train, embed, measure, and write what came out"
     at,run = out/'runs'/f'{key}_{screen_name}_{seed}',dict(RECIPES[key])
     screen,files = screen_of(out, screen_name)
-    start,net = time.process_time(),run.pop('net', {})
+    clock,net = Clock(),run.pop('net', {})
     torch.manual_seed(seed)
     crop = run.get('crop', 64)
     model = create_model(run.pop('model'), in_chans=len(screen.channels), img_size=crop, **net)
-    learn = fit_mae(screen, model, out=at, seed=seed, bf16=True, n_pictures=0, save_every=60, num_workers=0, **run)
-    cost,history = time.process_time()-start,pd.read_csv(at/'history.csv').iloc[-1].to_dict()
+    learn = fit_mae(screen, model, out=at, seed=seed, bf16=True, n_pictures=0, save_every=60, num_workers=0, cbs=[clock], **run)
+    cost,history = clock.seconds(),pd.read_csv(at/'history.csv').iloc[-1].to_dict()
     profiles = read_outs(learn.model, screen)
     rows,maps = measured(profiles, statistics(out, screen_name, crop), files)
-    r2,_ = regress_features(profiles['meanstd'], read_profiles(files/'truth.csv', prefix='Truth_'), n_boot=0)
+    truth = read_profiles(files/'truth.csv', prefix='Truth_')
+    r2,_ = regress_features(*(CenterScale().fit_transform(p) for p in (profiles['meanstd'],truth)), n_boot=0)
+    write_whole(at/'wells.h5ad', profiles['meanstd'].write_h5ad)
     for k,m in maps.items(): write_whole(at/f'{k}.h5ad', m.write_h5ad)
     result = dict(recipe=key, screen=screen_name, seed=seed, cpu_s=cost, r2=r2.r2.to_dict(), history=history, rows=rows)
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
