@@ -17,7 +17,8 @@ from cellmae.files import write_whole
 from cellmae.train import fit_mae
 from cellmae.wsl import fit_wsl, make_classifier
 
-ENCODERS = 'intensity statistics','spectrum statistics','untrained MAE','untrained DenseNet','MAE','CA-MAE','WSL'
+ENCODERS = 'intensity statistics','spectrum statistics','untrained MAE','untrained DenseNet','MAE','MAE with energies','energies alone','CA-MAE','WSL'
+ENERGY = {'MAE with energies': .5, 'energies alone': 1.} # share of that loss
 
 
 def mitocheck(data, tmp):
@@ -44,11 +45,12 @@ class Time(Callback):
     def per_step(self): return (time.process_time()-self.start)/max(1, self.steps-1)
 
 def fit(name, screen, out, epochs, crop, bs, label, seed, **kw):
-    "Train one of the three"
+    "Train a model"
     kw = dict(kw, out=out, epochs=epochs, crop=crop, bs=bs, seed=seed, save_every=120, crops=2 if len(screen)<500 else 1)
     if name=='WSL': return fit_wsl(screen, 'densenet_s', label=label, apart=None, **kw)
-    if name=='MAE': return fit_mae(screen, 'mae_vitt8', n_pictures=1, lr=1e-3, alpha=.1, **kw)   # steeper than its recipe, and it leaves the plateau on these screens
-    return fit_mae(screen, 'camae_vitt8_shared', n_pictures=1, **kw)
+    if name=='CA-MAE': return fit_mae(screen, 'camae_vitt8_shared', n_pictures=1, **kw)
+    steep = dict(lr=1e-3, alpha=.1) # steeper than its recipe, and it leaves the plateau on these screens
+    return fit_mae(screen, 'mae_vitt8', n_pictures=1, energy=ENERGY.get(name, 0.), **steep, **kw)
 
 def trained(name, screen, tmp, minutes, seed, kw):
     "A model after `minutes` of processor time, and its epochs"

@@ -154,6 +154,18 @@ def collect(out):
         rows += [dict(recipe=r['recipe'], screen=r['screen'], seed=r['seed'], cpu_s=round(r['cpu_s']), **o) for o in r['rows']]
     return pd.DataFrame(rows)
 
+def against(runs, out, base, readout='meanstd'):
+    "Recall of each recipe less that of a base of the same seed, and its paired test"
+    rows = []
+    for (screen,seed),own in runs.groupby(['screen','seed']):
+        maps = {r: ad.read_h5ad(out/'runs'/f'{r}_{screen}_{seed}'/f'{readout}.h5ad') for r in own.recipe.unique()}
+        if base not in maps: continue
+        _,files = screen_of(out, screen)
+        for r in maps.keys()-{base}:
+            t = compare_recall(maps[r], maps[base], files/'relationships.csv').iloc[0]
+            rows.append(dict(recipe=r, screen=screen, seed=seed, recall=t.a, base=t.b, gain=t.gain, p=t.p))
+    return pd.DataFrame(rows)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--recipes', nargs='+', default=list(RECIPES))
