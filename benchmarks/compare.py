@@ -29,6 +29,7 @@ SIZES = dict(
     tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64), epochs=dict(mae=1, wsl=1), inactive=(4,6), wsl=('densenet_t',)*3,
               mae=dict(XS=dict(embed_dim=24, depth=1, num_heads=2), S=dict(embed_dim=24, depth=1, num_heads=2), T=dict(embed_dim=24, depth=1, num_heads=2), B=dict(embed_dim=24, depth=1, num_heads=2))))
 MAE_RUN = dict(lr=1e-3, alpha=.1, bs=64)   # of a MAE, where a run does not say otherwise: steeper than its recipe, and some stay on the plateau
+TILE = 64 # what every encoder sees at once, statistics too
 PARTS = ['baseline','scale','fourier','plateau','channels','inactive']
 FEW = ['DNA','ER','actin','mito']   # the stains that some models are trained on
 VIEWS = {   # what an encoder is shown: stains, and the seed of the screen relative to the one it was trained on
@@ -137,7 +138,7 @@ def profiles(model, screen, pool):
     if isinstance(model, ad.AnnData): return {'': model}
     face = shown(model, screen.channels, pool)
     if face is None: return {}
-    p = embed(face, screen, progress=False)
+    p = embed(face, screen, size=TILE, progress=False)
     if pool!='meanstd': return {pool or '': p}
     def wells(x): return ad.AnnData(x.reshape(p.n_obs, -1), obs=p.obs, uns=p.uns)
     means = p.X.reshape(p.n_obs, len(screen.channels) if face.channelwise else 1, 2, -1)[:,:,0]
