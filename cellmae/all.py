@@ -45,6 +45,8 @@ from .retrieval import *
 from .diagnose import *
 from .features import *
 from .rxrx3 import *
+from .choose import *
+from .neighbours import *
 from .watch import *
 from .train import *
 from .wsl import *
