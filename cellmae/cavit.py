@@ -63,9 +63,7 @@ class MultiDecoder(nn.Module):
                                      for _ in range(in_chans)])
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, *args, **kwargs): return self.head(self.tokens(*args, **kwargs)) # (B,C*N,P)
-    def tokens(self, latent, mask, pos, c, channels=None):
-        "What the head draws from `(B,C*N,d)`"
+    def forward(self, latent, mask, pos, c, channels=None, tokens=False):
         if channels is None and c != len(self.stacks):
             raise ValueError(f"This decoder draws {len(self.stacks)} channels, the images have "
                              f"{c}. Embedding works with any channels; to train on other panels "
@@ -77,8 +75,9 @@ class MultiDecoder(nn.Module):
         z = self.cross(self.query_norm(x), self.context_norm(x))
         z = z + self.mlp(self.out_norm(z))
         z = [self.stacks[i](t) for i,t in zip(own, z.chunk(c, 1))]
-        out = torch.cat(z, 1)
-        return out if channels is None else out+self.rest(z[0], own)
+        out = torch.cat(z, 1) # (B,C*N,d)
+        if channels is not None: out = out+self.rest(z[0], own)
+        return (self.head(out),out) if tokens else self.head(out) # (B,C*N,P)
 
     def rest(self, t, own):
         "Zero, by way of the stacks of other channels, which so have a gradient in each step"
@@ -114,15 +113,14 @@ class SharedDecoder(nn.Module):
         self.blocks = decoder_blocks(embed_dim, depth, num_heads, norm_eps)
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, *args, **kwargs): return self.head(self.tokens(*args, **kwargs)) # (B,C*N,P)
-    def tokens(self, latent, mask, pos, c, channels=None):
-        "What the head draws from `(B,C*N,d)`"
+    def forward(self, latent, mask, pos, c, channels=None, tokens=False):
         v = self.embed(latent[:,1:]) # (B,K,d)
         x = restore(v, mask.ids_restore, self.mask_token).unflatten(1, (c,-1)) # (B,C,N,d)
         x = (x + pos + channel_means(v, mask, c)[:,:,None]).flatten(1,2) # (B,C*N,d)
         x = x + self.cross(self.query_norm(x), self.context_norm(take(x, mask.ids_keep)))
         x = self.blocks(x.unflatten(1, (c,-1)).flatten(0,1)).unflatten(0, (-1,c)) # (B,C,N,d)
-        return self.norm(x).flatten(1,2)
+        z = self.norm(x).flatten(1,2) # (B,C*N,d)
+        return (self.head(z),z) if tokens else self.head(z) # (B,C*N,P)
 
 # %% ../nbs/25_cavit.ipynb #54d28484
 class CAMAE(MAE):

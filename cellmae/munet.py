@@ -108,10 +108,8 @@ def check(self:MUNet,
 @patch
 def _draw(self:MUNet, x, tokens, m):
     maps = self.encoder(self.images(tokens*(1-m.mask[...,None]), *x.shape[-2:]))
-    return maps[-1].flatten(2).transpose(1,2),maps # (B,h*w,D)
-
-@patch
-def _pixels(self:MUNet, maps): return self._cut(self.decoder(maps)) # (B,L,P)
+    latent = maps[-1].flatten(2).transpose(1,2) # (B,h*w,D)
+    return latent,self._cut(self.decoder(maps)),None # (B,L,P)
 
 @patch
 def set_objective(self:MUNet, energy=0., **objective):

@@ -69,13 +69,12 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, n_pixels)
 
-    def forward(self, latent, mask, pos, c): return self.head(self.tokens(latent, mask, pos, c))
-    def tokens(self, latent, mask, pos, c):
-        "What the head draws from `(B,L,d)`"
+    def forward(self, latent, mask, pos, c, tokens=False):
         x = self.embed(latent) # (B,1+K,d)
         cls,x = x[:,:1],restore(x[:,1:], mask.ids_restore, self.mask_token) + pos # (B,1,d), (B,L,d)
         x = self.blocks(torch.cat([cls.to(x.dtype),x], 1))
-        return self.norm(x[:,1:])
+        z = self.norm(x[:,1:]) # (B,L,d)
+        return (self.head(z),z) if tokens else self.head(z) # (B,L,P)
 
 # %% ../nbs/24_vit.ipynb #5897ea82
 class MAE(nn.Module):
@@ -306,8 +305,8 @@ def forward(self:MAE,
 def _learn(self:MAE, x, noise, draw):
     target = self.tokens(x)
     m = random_mask(self._noise(noise, target, x), self.mask_ratio)
-    latent,z = draw(x, target, m)
-    loss,parts,pred = self._drawing_loss(z, target, m, x.shape)
+    latent,pred,z = draw(x, target, m)
+    loss,parts,pred = self._drawing_loss(pred, target, m, x.shape)
     if self.energy:
         asked = self._energy_loss(latent, z, target, m, x.shape)
         loss = asked if pred is None else mix(loss, asked, self.energy)
@@ -315,11 +314,10 @@ def _learn(self:MAE, x, noise, draw):
     return MAEOutput(loss, parts, pred, target, m.mask, latent, m.ids_restore)
 
 @patch
-def _drawing_loss(self:MAE, z, target, m, shape):
-    "Loss of what is drawn, its parts, and the drawing"
-    if z is None: # no one learns from it
+def _drawing_loss(self:MAE, pred, target, m, shape):
+    "Loss of a drawing, its parts, and the drawing in the contrast of the target"
+    if pred is None: # no one learns from it
         return None,dict.fromkeys(('mse','fourier','channels'), target.new_tensor(torch.nan)),None
-    pred = self._pixels(z)
     if not self.norm_pix: return *self.compare(pred, target, m, shape),pred
     mean,std = token_stats(target)
     return *self.compare(pred, (target-mean)/std, m, shape),pred*std+mean
@@ -327,13 +325,11 @@ def _drawing_loss(self:MAE, z, target, m, shape):
 # %% ../nbs/24_vit.ipynb #97e17992
 @patch
 def _draw(self:MAE, x, tokens, m, **kw):
-    "What the encoder makes of the visible tokens, and the decoder of that, if it is asked"
+    "What the encoder makes of the visible tokens, and the decoder of that: drawing and tokens"
     latent = self._encode(x, tokens, m.ids_keep)
-    if self.training and self.energy==1 and self.energies=='crop': return latent,None
-    return latent,self.decoder.tokens(latent, m, self._pos('dec_pos', x), x.shape[1], **kw)
-
-@patch
-def _pixels(self:MAE, z): return self.decoder.head(z)
+    if self.training and self.energy==1 and self.energies=='crop': return latent,None,None
+    pos = self._pos('dec_pos', x)
+    return latent,*self.decoder(latent, m, pos, x.shape[1], tokens=True, **kw)
 
 @patch
 def _noise(self:MAE, noise, tokens, x):
