@@ -7,8 +7,9 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from scipy.stats import t as student
 from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
 
-from cellmae.choose import ReplicateWeights
+from cellmae.choose import ReplicateWeights, choose_correction
 from cellmae.embed import embed
 from cellmae.profiles import aggregate, read_profiles, to_parquet
 from cellmae.recall import compare_recall, recall, relationship_sets
@@ -182,8 +183,22 @@ def rows_of(x, base, tfm, measures):
     return [dict(row, measure=k, seconds=seconds)
             for f in measures for k,row in f(y, base)]
 
+CHOICE = 'replicates found'
+CANDIDATES = 'none','CenterScale()','Sphere()','TVN()','ReplicateWeights()'
+
+def choice_of(x):
+    "What `choose_correction` finds for the candidates, raw and arcsinh"
+    steps = {(s,k): [o for o in (SCALES[s],CORRECTIONS[k]) if o is not None]
+             for s in SCALES for k in CANDIDATES if k in CORRECTIONS}
+    named = {' '.join(k): make_pipeline(*(o or ['passthrough'])) for k,o in steps.items()}
+    try: table = choose_correction(x, named).table
+    except ValueError as e:
+        return [dict(scale='raw', correction='none', measure=CHOICE, error=str(e))]
+    return [dict(zip(('scale','correction'), k.split(' ', 1)), measure=CHOICE, value=r.found,
+                 low=r.low, high=r.high, chance=.05) for k,r in table.iterrows()]
+
 def run(name, data, cache, done=()):
-    "Table of one set, without the `(scale, correction)` that are `done`"
+    "Table of one set, without the `(scale, correction)`, and the choice, that are `done`"
     x,measures = opened(name, data, cache)
     base,res = corrected(x, BASE),[]
     for scale,before in SCALES.items():
@@ -192,6 +207,7 @@ def run(name, data, cache, done=()):
         for k,t in todo.items():
             res += [dict(set=name, scale=scale, correction=k, **r)
                     for r in rows_of(z, base, t, measures)]
+    if CHOICE not in done: res += [dict(r, set=name) for r in choice_of(x)]
     return pd.DataFrame(res)
 
 
@@ -223,7 +239,7 @@ def write(table, out):
 def stored(out, redo=()):
     "What is there already, but for sets to `redo` and corrections that are no more"
     file = out/'results.csv'
-    if not file.exists(): return pd.DataFrame(columns=['set','scale','correction'])
+    if not file.exists(): return pd.DataFrame(columns=['set','scale','correction','measure'])
     table = pd.read_csv(file)
     return table[~table.set.isin(redo)&table.correction.isin(CORRECTIONS)]
 
@@ -240,7 +256,7 @@ def main():
     table = stored(args.out, args.sets if args.redo else ())
     for name in args.sets:
         start,rows = time.process_time(),table[table.set==name]
-        done = {*zip(rows.scale, rows.correction)}
+        done = {*zip(rows.scale, rows.correction),*rows.measure}
         with warnings.catch_warnings(action='ignore'):
             new = run(name, args.data, args.cache, done)
         if len(new): table = write(pd.concat([table,new], ignore_index=True), args.out)
