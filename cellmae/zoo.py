@@ -63,13 +63,13 @@ _zoo = {
     'camae_vitt8': (CAMAE, dict(_T8, decoder=dict(_small, kind='multi')), _tiny),
     'camae_vitt8_shared': (CAMAE, dict(_T8, decoder=dict(_small, kind='shared')), _tiny),
 }
-_twins = {'mae_vitt8_energy': 'mae_vitt8', 'mae_vitt4_energy': 'mae_vitt4',
-          'camae_vitt8_energy_shared': 'camae_vitt8_shared'}
+def _asked_for_energies(twin, epochs):
+    cls,args,r = _zoo[twin]
+    return cls, dict(args, energies='patch'), replace(r, energy=.5, epochs=epochs)
 
-def _asked_for_energies(cls, args, r):
-    return cls, dict(args, energies='patch'), replace(r, energy=.5)
-
-_zoo |= {k: _asked_for_energies(*_zoo[twin]) for k,twin in _twins.items()}
+_zoo |= {'mae_vitt8_energy': _asked_for_energies('mae_vitt8', 16),
+         'mae_vitt4_energy': _asked_for_energies('mae_vitt4', 24),
+         'camae_vitt8_energy_shared': _asked_for_energies('camae_vitt8_shared', 12)}
 
 # %% ../nbs/30_zoo.ipynb #4c831b6a
 _B = dict(_S16, embed_dim=768, num_heads=12)
