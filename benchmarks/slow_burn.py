@@ -23,7 +23,7 @@ SIZES = dict(
     full=dict(screen=dict(sites_per_well=12), minutes=(2,8,32,128,512), crop=64, net={}, options=dict(save_every=30)), # 20,064 sites to train on
     tiny=dict(screen=dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=2, controls_per_batch=6, size=64, sites_per_well=3), minutes=(.005,.01), crop=32,
               net=dict(depth=1, embed_dim=48), options=dict(bs=16, save_every=.1)))
-RECIPES = dict(plain=dict(model='mae_vitt8'), best=dict(model='mae_vitt4', energy=.5)) # the paper's loss alone, and the best that is known
+RECIPES = dict(plain=dict(model='mae_vitt8'), best=dict(model='mae_vitt4_energy')) # the paper's loss alone, and the best that is known
 STATISTICS = 'intensity','spectrum'
 HELD = '1' # the site of each well that no run is trained on, and that all are judged by
 
