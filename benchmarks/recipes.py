@@ -19,35 +19,34 @@ from cellmae.zoo import create_model
 
 TAILS = dict(thresholds=[(.05,.95)], n_perm=0)
 STATISTICS = 'intensity','spectrum'
-SCREENS = dict(first=dict(seed=0), second=dict(seed=100)) # plain beds: recipes are chosen on the first
+SCREENS = dict(first=dict(seed=0), second=dict(seed=100), form=dict(seed=0, bed='form')) # recipes are chosen on the first
 SHORT = dict(epochs=8) # a third of the recipe's 24
+PATCHES = dict(model='mae_vitt8_energy', **SHORT)
 RECIPES = {   # name -> model, what differs in it (`net`), options of `fit_mae`
     'plain': dict(model='mae_vitt8'),
     'short': dict(model='mae_vitt8', **SHORT),
-    'short, half hidden': dict(model='mae_vitt8', mask_ratio=.5, **SHORT),
-    'short, nine tenths hidden': dict(model='mae_vitt8', mask_ratio=.9, **SHORT),
-    'short, batch 16': dict(model='mae_vitt8', bs=16, **SHORT),
     'short, twice the rate': dict(model='mae_vitt8', lr=1e-3, **SHORT),
-    'short, no Fourier loss': dict(model='mae_vitt8', alpha=0., **SHORT),
-    'short, alpha .2': dict(model='mae_vitt8', alpha=.2, **SHORT),
-    'short, small decoder': dict(model='mae_vitt8', net=dict(decoder=dict(embed_dim=64, depth=1)), **SHORT),
-    'short, average': dict(model='mae_vitt8', ema=.99, **SHORT),
-    'short, gamma 1': dict(model='mae_vitt8', net=dict(init_values=1.), **SHORT),
-    'short, drop path': dict(model='mae_vitt8', net=dict(drop_path=.1), **SHORT),
-    'short, normalised pixels': dict(model='mae_vitt8', net=dict(norm_pix=True), **SHORT),
-    'short, crops of 48': dict(model='mae_vitt8', crop=48, **SHORT),
-    'short, crops of 96': dict(model='mae_vitt8', crop=96, **SHORT),
     'short, patches of 4': dict(model='mae_vitt4', **SHORT),
     'short, energies': dict(model='mae_vitt8', energy=.5, **SHORT),
-    'short, energies of patches': dict(model='mae_vitt8', net=dict(energy=.5, energies='patch'), **SHORT),
     'short, energies alone': dict(model='mae_vitt8', energy=1., **SHORT),
-    'short, energies .8': dict(model='mae_vitt8', energy=.8, **SHORT),
+    'short, energies of patches': PATCHES,
+    'short, energies of patches alone': dict(PATCHES, energy=1.),
     'short, energies, patches of 4': dict(model='mae_vitt4', energy=.5, **SHORT),
-    'energies': dict(model='mae_vitt8', energy=.5),
-    'energies alone': dict(model='mae_vitt8', energy=1.),
-    'energies, patches of 4': dict(model='mae_vitt4', energy=.5, epochs=24),
+    'short, energies of patches, patches of 4': dict(model='mae_vitt4_energy', **SHORT),
+    'energies of patches, half hidden': dict(PATCHES, mask_ratio=.5),
+    'energies of patches, nine tenths hidden': dict(PATCHES, mask_ratio=.9),
+    'energies of patches, batch 16': dict(PATCHES, bs=16),
+    'energies of patches, twice the rate': dict(PATCHES, lr=1e-3),
+    'energies of patches, no Fourier loss': dict(PATCHES, alpha=0.),
+    'energies of patches, small decoder': dict(PATCHES, net=dict(decoder=dict(embed_dim=64, depth=1))),
+    'energies of patches, average': dict(PATCHES, ema=.99),
+    'energies of patches, gamma 1': dict(PATCHES, net=dict(init_values=1.)),
+    'energies of patches, drop path': dict(PATCHES, net=dict(drop_path=.1)),
+    'energies of patches, normalised pixels': dict(PATCHES, net=dict(norm_pix=True)),
+    'energies of patches, crops of 48': dict(PATCHES, crop=48),
+    'energies of patches, crops of 96': dict(PATCHES, crop=96),
     'channels, short': dict(model='camae_vitt8_shared', epochs=6),
-    'channels, energies, short': dict(model='camae_vitt8_shared', energy=.5, epochs=6),
+    'channels, energies, short': dict(model='camae_vitt8_energy_shared', epochs=6),
 }
 
 def screen_of(out, name):
