@@ -111,7 +111,7 @@ def measured(profiles, stats, files):
         maps[k] = aggregate(w)
         both = {} if k in stats else dict(joined=joined(w, bar))
         for of,m in {'alone': w, **both}.items():
-            test = compare_recall(m, bar, known).iloc[0]
+            test = compare_recall(bar, m, known).iloc[0]
             rows.append(dict(readout=k, of=of, **told(recall(m, known, **TAILS).iloc[0]), gain=test.gain, p=test.p))
     return rows,maps
 
@@ -161,8 +161,8 @@ def against(runs, out, base, readout='meanstd'):
         if base not in maps: continue
         _,files = screen_of(out, screen)
         for r in maps.keys()-{base}:
-            t = compare_recall(maps[r], maps[base], files/'relationships.csv').iloc[0]
-            rows.append(dict(recipe=r, screen=screen, seed=seed, recall=t.a, base=t.b, gain=t.gain, p=t.p))
+            t = compare_recall(maps[base], maps[r], files/'relationships.csv').iloc[0]
+            rows.append(dict(recipe=r, screen=screen, seed=seed, recall=t.b, base=t.a, gain=t.gain, p=t.p))
     return pd.DataFrame(rows)
 
 def main():
