@@ -49,6 +49,9 @@ RECIPES = {   # name -> model, what differs in it (`net`), options of `fit_mae`
     'channels, energies, short': dict(model='camae_vitt8_energy_shared', epochs=6),
 }
 
+BASES = {'short': [k for k in RECIPES if k.startswith('short, energies')], 'short, energies of patches': [k for k in RECIPES if k.startswith('energies of patches')],
+         'channels, short': ['channels, energies, short']} # and what is compared with each
+
 def screen_of(out, name):
     "A screen by name, simulated and packed if it is not there"
     files,store = out/f'screen_{name}',out/f'store_{name}'
@@ -160,7 +163,7 @@ def against(runs, out, base, readout='meanstd'):
         maps = {r: ad.read_h5ad(out/'runs'/f'{r}_{screen}_{seed}'/f'{readout}.h5ad') for r in own.recipe.unique()}
         if base not in maps: continue
         _,files = screen_of(out, screen)
-        for r in maps.keys()-{base}:
+        for r in (r for r in BASES[base] if r in maps):
             t = compare_recall(maps[base], maps[r], files/'relationships.csv').iloc[0]
             rows.append(dict(recipe=r, screen=screen, seed=seed, recall=t.b, base=t.a, gain=t.gain, p=t.p))
     return pd.DataFrame(rows)
@@ -179,6 +182,9 @@ def main():
     if args.run: return execute(args.run, args.screens[0], args.seeds[0], args.out)
     jobs = [(r,s,k) for k in args.seeds for s in args.screens for r in args.recipes]
     with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(lambda j: spawn(j, args), jobs))
-    collect(args.out).to_csv(args.tables/'runs.csv', index=False, float_format='%.4g')
+    runs = collect(args.out)
+    gains = pd.concat([against(runs, args.out, base) for base in BASES])
+    for name,t in dict(runs=runs, gains=gains).items():
+        write_whole(args.tables/f'{name}.csv', lambda f: t.to_csv(f, index=False, float_format='%.4g'))
 
 if __name__ == '__main__': main()
