@@ -11,14 +11,14 @@ import warnings
 import numpy as np, pandas as pd
 from anndata import AnnData
 from dataclasses import dataclass
+from pathlib import Path
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
 from .labels import clean
 from .profiles import batches_of, controls_of, names_of, opened, to_sphere, wells_of
-from .tvn import TVN, CenterScale, Sphere
+from .tvn import TVN, CenterScale, Sphere, root_of, save_correction
 
 # %% ../nbs/53_choose.ipynb #d51f1f31
 def _linked(names, *places):
@@ -93,11 +93,6 @@ def moments(
     return S,_second(R, 1/n[p])
 
 # %% ../nbs/53_choose.ipynb #271b1b11
-def _root_of(S):
-    "`S^(1/2)` of what is positive in `S`"
-    w,V = np.linalg.eigh(S)
-    return (V*np.sqrt(w.clip(0)))@V.T
-
 def wiener_map(
     S, T, # `(D,D)`, from `moments`
     shrink, # Share of the sphere in `T`, in `[0,1]`
@@ -106,7 +101,7 @@ def wiener_map(
     w,V = np.linalg.eigh(T)
     w = (1-shrink)*w+shrink*w.mean()
     half = (V/np.sqrt(w.clip(1e-6*w[-1])))@V.T # what is left of `S` is noise alike everywhere
-    return half@_root_of(half@S@half)
+    return half@root_of(half@S@half)
 
 # %% ../nbs/53_choose.ipynb #fe377295
 def dealt(names, units, seed=0):
@@ -145,12 +140,18 @@ def tested(Y, names, units, n_deals=4):
     found,size = (np.mean([f(A, B) for A,B,_ in deals], 0) for f in (replicates_found,strength))
     return pd.DataFrame(dict(found=found, strength=size), deals[0][2])
 
-def scored(
+def counts_of(
     tests, # Dict of name -> table from `tested`, all of the same perturbations
+)->pd.DataFrame: # `(P,names)`, 1 on average
+    "How much a perturbation counts in each map: by the square of its rank in strength"
+    weight = pd.DataFrame({k: t.strength.rank()**2 for k,t in tests.items()})
+    return weight/weight.mean()
+
+def scored(
+    tests, # As for `counts_of`
 )->pd.DataFrame: # `(P,names)`, whose means are the shares of replicates found
-    "What was found in each map, where a perturbation counts by the square of its rank in strength"
-    weight = {k: t.strength.rank()**2 for k,t in tests.items()}
-    return pd.DataFrame({k: t.found*weight[k]/weight[k].mean() for k,t in tests.items()})
+    "What was found in each map, times how much it counts"
+    return pd.DataFrame({k: t.found for k,t in tests.items()})*counts_of(tests)
 
 # %% ../nbs/53_choose.ipynb #de02d191
 _shares = 1.,.9,.7,.5,.3,.2,.1,.05,.02,.01
@@ -238,7 +239,7 @@ def usual_corrections():
     "Corrections by name, the plainest first; `arcsinh` is taken of wells scaled by plates"
     later = dict(TVN=TVN(), ReplicateWeights=ReplicateWeights())
     log = {f'arcsinh, {k}': make_pipeline(CenterScale(arcsinh=True), t) for k,t in later.items()}
-    return {'none':FunctionTransformer(), 'CenterScale':CenterScale(),
+    return {'none':make_pipeline('passthrough'), 'CenterScale':CenterScale(),
             'CenterScale, robust':CenterScale(robust=True), 'Sphere, shrink=0':Sphere(shrink=0),
             'Sphere':Sphere(), **later, 'arcsinh':CenterScale(arcsinh=True), **log}
 
@@ -254,16 +255,16 @@ def _left_out(x, tfm, fold, names, units):
     return pd.concat(parts)
 
 # %% ../nbs/53_choose.ipynb #fc1cc943
-def _compared(scores, n_boot=1000, seed=0):
-    "Table of the means and of how far each is behind the best, with intervals over perturbations"
-    n = len(scores)
-    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot)/n
-    boot = W@scores.to_numpy()
-    best = scores.mean().argmax()
+def _compared(tests, n_boot=1000, seed=0):
+    "Table of the shares and of how far each is behind the best, with intervals over perturbations"
+    scores,counts = scored(tests),counts_of(tests)
+    n,found = len(scores),scores.mean()
+    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot)
+    boot = (W@scores.to_numpy())/(W@counts.to_numpy())
     low,high = np.percentile(boot, [2.5,97.5], axis=0)
-    ahead = np.percentile(boot[:,[best]]-boot, [2.5,97.5], axis=0)
-    t = pd.DataFrame(dict(found=scores.mean(), low=low, high=high), index=scores.columns)
-    t = t.assign(behind=t.found.max()-t.found, behind_low=ahead[0], behind_high=ahead[1])
+    ahead = np.percentile(boot[:,[found.argmax()]]-boot, [2.5,97.5], axis=0)
+    t = pd.DataFrame(dict(found=found, low=low, high=high), index=scores.columns)
+    t = t.assign(behind=found.max()-found, behind_low=ahead[0], behind_high=ahead[1])
     return t.sort_values('behind', kind='stable')
 
 # %% ../nbs/53_choose.ipynb #fdd4f9a4
@@ -277,6 +278,13 @@ class Choice:
 
     def __repr__(self): return f'{self.why}\n\n{self.table.round(3).to_string()}'
 
+    def save(self,
+        path, # File to write, for `load_correction`
+    )->Path:
+        "Write the correction"
+        return save_correction(self.correction, path)
+
+# %% ../nbs/53_choose.ipynb #b8502dd8
 def choose_correction(
     x, # Wells with `control`, `batch` and `perturbation`, and `well` if it is known
     candidates=None, # Dict of transformers by name; None for the usual ones
@@ -293,10 +301,11 @@ def choose_correction(
         try: tests[k] = _left_out(x, tfm, fold, names, units)
         except ValueError as e: failed[k] = e
     if not tests: raise ValueError(f'no candidate can be fitted: {failed}')
-    table = _compared(scored(tests), n_boot, seed)
+    table = _compared(tests, n_boot, seed)
     best = table.index[0]
-    why = _why(table, len(tests[best]), apart, failed)
-    return Choice(best, clone(candidates[best]).fit(x), table, why)
+    correction,warned = _fitted(candidates[best], x)
+    why = _why(table, len(tests[best]), apart, failed, warned)
+    return Choice(best, correction, table, why)
 
 # %% ../nbs/53_choose.ipynb #bcc6d3e0
 def _asked(x):
@@ -308,17 +317,25 @@ def _asked(x):
     if not isinstance(x, AnnData): x = AnnData(w.X, obs=w.obs.set_axis(w.rows.astype(str)))
     return x,names,replicates_of(names, c, b, _places(w))
 
-def _why(table, n, apart, failed):
+def _fitted(tfm, x):
+    "A candidate that has learnt from all wells, and what it warned of"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        t = clone(tfm).fit(x)
+    return t,[str(o.message) for o in said if o.category is UserWarning]
+
+def _why(table, n, apart, failed, warned):
     "The result in sentences"
     best,others = table.iloc[0],table.iloc[1:]
     worse = others.behind_low>0
     said = [f'{best.name}: {best.found:.2f} [{best.low:.2f}, {best.high:.2f}] of the replicates of '
-            f'{n} perturbations are found while these are left out (.05 by chance)']
+            f'{n} perturbations are found while these are left out, counted by their strength '
+            '(.05 by chance)']
     if worse.any(): said.append(f'clearly worse: {_listed(others[worse])}')
     if not worse.all(): said.append(f'not clearly worse: {_listed(others[~worse])}')
     if apart=='batch': said.append('halves differ in batch, but may share places on plates, and '
                                    'what wells owe to their place is then found as well')
     said += [f'{k} is left out ({e})' for k,e in failed.items()]
-    return '; '.join(said)
+    return '; '.join(said+warned)
 
 def _listed(t): return ', '.join(f'{k} ({v:.2f})' for k,v in t.found.items())
