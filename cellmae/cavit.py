@@ -79,10 +79,6 @@ class MultiDecoder(nn.Module):
         if channels is not None: out = out+self.rest(z[0], own)
         return (self.head(out),out) if tokens else self.head(out) # (B,C*N,P)
 
-    def rest(self, t, own):
-        "Zero, by way of the stacks of other channels, which so have a gradient in each step"
-        return sum(0*s(t[:2,:2]).sum() for i,s in enumerate(self.stacks) if i not in own)
-
 # %% ../nbs/25_cavit.ipynb #2d27e8f1
 def channel_means(
     v:Tensor, # Visible tokens of all channels, in shuffled order `(B,K,d)`
@@ -230,6 +226,11 @@ def some_channels(self:CAMAE,
     "Draw the channels of a step of training"
     n = int(torch.randint(min(self.few_channels, c), c+1, ()))
     return torch.randperm(c)[:n].sort()[0].tolist()
+
+@patch
+def rest(self:MultiDecoder, t, own):
+    "Zero, by way of the stacks of other channels, which so have a gradient in each step"
+    return sum(0*s(t[:2,:2]).sum() for i,s in enumerate(self.stacks) if i not in own)
 
 # %% ../nbs/25_cavit.ipynb #fc28faac
 def _stacks(images):

@@ -481,6 +481,7 @@ def check_same(
     if 'panels' in text:
         there,now = ('; '.join(o.get('panels') or ['unknown']) for o in (old,new))
         text['panels'] = f'channels {there} there and {now} now'
+    if 'bf16' in text: text['bf16'] += f'; to go on here, say `bf16={old.get("bf16")}`'
     if text: raise ValueError(
         f'{folder} holds another run ({", ".join(text.values())}). Use another `out`, '
         'or the same data and settings to go on with it, or `resume=False` to start over.')

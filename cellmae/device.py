@@ -179,20 +179,31 @@ def memory_told(
     raise MemoryRanOut(f'Memory ran out in {at()} ({said}). {who}. {cure()}')
 
 # %% ../nbs/32_device.ipynb #cdda9a6b
+def _processors():
+    "Those that this process may use, as OpenMP counts them"
+    return len(os.sched_getaffinity(0)) if sys.platform=='linux' else os.cpu_count()
+
+def _missing_teams(n, most=16):
+    "Teams of `n` threads until there are more threads than processors, where these are no crowd"
+    if n==1: return 0 # who is alone waits for nobody
+    missing = max(1, ceil((_processors()+1-n)/(n-1)))
+    return missing if missing<=most else 0
+
 @contextmanager
 def spare_team():
     "Threads that do nothing, but so many that waiting threads sleep rather than spin"
     n,done = torch.get_num_threads(),Event()
     def team():
-        torch.empty(n*2**15).fill_(0) # long enough for each of the `n` to get a part
+        torch.empty(n*2**15, device='cpu').fill_(0) # long enough for each of `n` to get a part
         done.wait()
-    missing = 0 if n==1 else max(1, ceil((os.cpu_count()-n+1)/(n-1)))
-    teams = [Thread(target=team, daemon=True) for _ in range(missing)]
-    for o in teams: o.start()
-    try: yield
+    teams = [Thread(target=team, daemon=True) for _ in range(_missing_teams(n))]
+    try:
+        for o in teams: o.start()
+        yield
     finally:
         done.set()
-        for o in teams: o.join()
+        for o in teams:
+            if o.ident: o.join()
 
 # %% ../nbs/32_device.ipynb #3b58a271
 def seconds_lost():
@@ -202,12 +213,10 @@ def seconds_lost():
 
 def _watch(done, look, sleep):
     "Until `done`: look for `look` seconds, and sleep for `sleep` if a tenth was lost"
-    while True:
+    while not done.is_set():
         start,lost = time.monotonic(),seconds_lost()
-        if done.wait(look): return
-        if seconds_lost()-lost < .1*(time.monotonic()-start): continue
-        with spare_team():
-            if done.wait(sleep): return
+        if done.wait(look) or seconds_lost()-lost < .1*(time.monotonic()-start): continue
+        with spare_team(): done.wait(sleep)
 
 @contextmanager
 def neighbourly(
@@ -215,6 +224,7 @@ def neighbourly(
     sleep:float=10, # Seconds in which waiting threads sleep after much was lost
 ):
     "Let threads that wait sleep while other programs want the processors, else spin"
+    if torch.get_num_threads()==1: yield; return
     done = Event()
     watch = Thread(target=_watch, args=(done, look, sleep), daemon=True)
     watch.start()

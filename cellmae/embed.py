@@ -26,7 +26,7 @@ from .files import progress as show_progress
 from .images import tile_views
 from .cells import as_cells, cell_crop, with_cells
 from .data import centre_crop, how_read
-from .device import memory_kept, memory_told, neighbourly
+from .device import memory_kept, memory_told
 from .encoders import as_encoder, evaluating, match_channels
 from .many_gpus import Team
 from .profiles import Wells, as_rows, merged_rows, said_of, write_rows
@@ -314,7 +314,7 @@ def pieces(self:Job,
 ): # Yields `Piece`, the last of each part with what was left out
     "Rows of some parts, part after part"
     model = self.encoder.model
-    with memory_kept(), neighbourly(), _alone_in_threads(self.encoder) as threads, (
+    with memory_kept(), _alone_in_threads(self.encoder) as threads, (
             evaluating(model) if model else nullcontext()):
         done = self.encoded(parts, threads)
         for part in parts: yield from self._pieces(part, done, tick)

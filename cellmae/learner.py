@@ -628,7 +628,7 @@ def mae_learner(
     bf16 = in_bf16(bf16, dls.device)
     cbs = as_list(cbs)
     pictures = [Reconstructions(Path(out)/'reconstructions', n_pictures)]*bool(n_pictures)
-    parts = [mse, fourier, *[energy]*bool(model.energy)]
+    parts = [mse, fourier, *[energy]*bool(getattr(model, 'energy', 0))]
     opt = partial(NumbersOnly, opt=Lion, betas=betas, weight_decay=wd)
     return SafeLearner(dls, model, mae_loss, opt, lr, path=Path(out),
         metrics=[AvgMetric(f) for f in parts], settings=settings,

@@ -178,6 +178,11 @@ def _recipe(model):
     size = getattr(model, 'config', {}).get('img_size')
     return replace(r, crop=size) if size else r
 
+def _as_trained(r, net):
+    "A recipe with the objective of the model; no share of energies is not told, as ever"
+    told = dict(alpha=net.alpha, energy=net.energy or None, mask_ratio=net.mask_ratio)
+    return asdict(r)|told
+
 # %% ../nbs/50_train.ipynb #d8f58827
 @delegates(equip, but=['learn'])
 @delegates(screen_dls, but=['data','size','bs','seed','device'], keep=True)
@@ -214,8 +219,7 @@ def fit_mae(
     dls,r = make_loaders(data, asked_of(_recipe(model), **asked), dict(kwargs, crop=crop, bs=bs),
                          seed=seed, device=device, **kwargs)
     net = make_model(model, dls.train.sites.panels, r.crop, **objective)
-    told = dict(alpha=net.alpha, energy=net.energy or None, mask_ratio=net.mask_ratio)
-    settings = given(**{**asdict(r), **told}, seconds=seconds) | dict(seed=seed,
+    settings = given(**_as_trained(r, net), seconds=seconds) | dict(seed=seed,
         bf16=in_bf16(bf16, dls.device), **about_data(dls), **about_model(model, net, out))
     equip(learn := mae_learner(dls, net, out, settings, r.lr, r.wd, r.betas, r.clip,
                                settings['bf16'], n_pictures, save_every, cbs), **long)

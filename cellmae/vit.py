@@ -114,9 +114,7 @@ class MAE(nn.Module):
         self.decoder = self._make_decoder(**decoder)
         self.apply(init_weights)
         if local: start_local(self)
-        for name,d in [('enc_pos',embed_dim), ('dec_pos',self.decoder.embed.out_features)]:
-            self.register_buffer(name, sincos_positions(d, *self.grid, slowest), persistent=False)
-        self.register_load_state_dict_post_hook(_fresh_positions)
+        self._have_positions()
         self._have_heads()
 
 # %% ../nbs/24_vit.ipynb #a3f9b6e2
@@ -240,6 +238,12 @@ def _make_heads(self:MAE, n=7):
     return nn.ModuleDict({k: nn.Linear(d, n) for k,d in widths.items()})
 
 # %% ../nbs/24_vit.ipynb #8b898375
+@patch
+def _have_positions(self:MAE):
+    for name,d in [('enc_pos',self.embed_dim), ('dec_pos',self.decoder.embed.out_features)]:
+        self.register_buffer(name, sincos_positions(d, *self.grid, self.slowest), persistent=False)
+    self.register_load_state_dict_post_hook(_fresh_positions)
+
 def _fresh_positions(model, *_):
     "Make the positions again, where the weights are and as precise"
     for name in {'enc_pos','dec_pos'} & model._buffers.keys():
