@@ -18,7 +18,7 @@ from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from .labels import clean
 from .profiles import batches_of, controls_of, names_of, opened, to_sphere, wells_of
-from .tvn import TVN, CenterScale, Sphere, root_of, save_correction
+from .tvn import TVN, CenterScale, Sphere, check_share, root_of, save_correction
 
 # %% ../nbs/53_choose.ipynb #d51f1f31
 def _linked(names, *places):
@@ -212,8 +212,7 @@ class ReplicateWeights(CenterScale):
         return dict(names=names, batches=batches, wells=_places(w))
 
     def _learn(self, X, controls, rows, names, batches, wells):
-        if self.shrink is not None and not 0<=self.shrink<=1:
-            raise ValueError(f'shrink is a share between 0 and 1, or None, not {self.shrink}')
+        check_share(self.shrink)
         R = X.copy()
         for r,m,s in zip(rows.values(), *self._measured(X, controls, rows)): R[r] = (X[r]-m)*s
         keep,units,self.apart_ = replicates_of(names, controls, batches, wells)

@@ -312,9 +312,8 @@ def finding_sections(
     found:Findings, # Of them
 )->dict: # Title -> what to show, or why it is left out
     "What came out, and why some of it is left out"
-    before_after = profiles,found.corrected
     show = {
-        'Batch correction': lambda: plot_correction(*[o[PAIR[0]] for o in before_after]),
+        'Batch correction': lambda: plot_correction(profiles[PAIR[0]], found.corrected[PAIR[0]]),
         'The map': lambda: found.chart,
         _recall: lambda: [summary(found.table), plot_recall(found.table)]}
     why = found.missing

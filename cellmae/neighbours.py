@@ -183,7 +183,7 @@ def enrichment(
     min_genes=3, # Sets with fewer in the background are left out
 )->pd.DataFrame: # Per set: `n` in the screen, `hits`, `expected`, `fold`, `p`, `q`, the `genes`
     "Are there more genes of a set on a list than chance would put there?"
-    names = _names_of(background)
+    names = _genes_of_screen(background)
     mine = _on_list(genes, names)
     at = sets_within(sets, names, min_genes)[0]
     N,n,rows = len(names),len(mine),{}
@@ -196,7 +196,7 @@ def enrichment(
     res.insert(5, 'q', false_discovery_control(res.p))
     return res.sort_values(['p','fold'], ascending=[True,False], kind='stable')
 
-def _names_of(background):
+def _genes_of_screen(background):
     "Genes of a screen, from a list of them or from a map"
     flat = isinstance(background, np.ndarray) and background.ndim==1
     if not flat and not isinstance(background, (list,set,pd.Index,pd.Series)):

@@ -310,14 +310,14 @@ class _Pairs:
                 self.cos[_flat(i, j, len(self.alike))])
 
     def cuts(self, thresholds, P):
-        "Tails `(T,2)`, and cosines of pairs `P`; the last call, as it sorts"
+        "Tails `(T,2)`, and similarity of pairs `P`; the last call, as it sorts"
         ranks = np.array([_tail_ranks(self.n, *t) for t in thresholds]).ravel()
         v,q = self._ordered(ranks.clip(0, self.n-1), P)
         v = np.where(ranks==self.n, np.inf, np.where(ranks<0, -np.inf, v))
         return v.astype(self.alike.Z.dtype).reshape(-1,2),q
 
     def _ordered(self, ranks, P):
-        "Order statistics `ranks`, and cosines of pairs `P`"
+        "Order statistics `ranks`, and similarity of pairs `P`"
         if self.cos is None: return _select(self.alike, ranks, P)
         q = self(*P.T)
         self.cos.sort()

@@ -111,7 +111,7 @@ def _in_question(obs, *rules, spared=False):
     "Mask of the wells that have what the rules need, and of those spared; the others are counted"
     gaps = {k:v for o in rules for k,v in _Columns(o).gaps(obs).items()}
     spared = np.full(len(obs), spared)
-    lost = np.any([*gaps.values()], axis=0)&~spared if gaps else spared&False
+    lost = np.any([np.zeros(len(obs), bool), *gaps.values()], axis=0)&~spared
     what = ' or no '.join(k for k,v in gaps.items() if (v&lost).any())
     if lost.any(): labelled(np.where(lost[~spared], '', 'x'), what)
     return ~lost
@@ -293,7 +293,7 @@ def consistency(
     average='mean', # Over the pairs of replicates, or `'median'`
     sep=None, # Between the labels of a cell, such as `'|'`
 )->pd.DataFrame: # Per perturbation of two wells or more: `n`, `value`, mean of the `null`, `p`, `q`
-    "Mean cosine between replicates, against random sets of wells"
+    "How alike are replicates, against random sets of wells?"
     _one_of(('wells','controls'), null=null)
     _one_of(('mean','median'), average=average)
     check_whole(1, n_null=n_null)

@@ -324,6 +324,12 @@ def _lean(R, controls, least=.05):
                   stacklevel=6)
     return float(lean)
 
+# %% ../nbs/42_tvn.ipynb #798ddf3d
+def check_share(shrink):
+    "Refuse what is no share of a sphere"
+    if shrink is not None and not 0<=shrink<=1:
+        raise ValueError(f'shrink is a share between 0 and 1, or None, not {shrink}')
+
 # %% ../nbs/42_tvn.ipynb #dec56b61
 class Sphere(Correction):
     "Whiten by the covariance of controls around the mean of their batch"
@@ -338,8 +344,7 @@ class Sphere(Correction):
     def _learn(self, X, controls, rows):
         if self.method not in ('zca','pca'):
             raise ValueError(f"method is 'zca' or 'pca', not {self.method!r}")
-        if self.shrink is not None and not 0<=self.shrink<=1:
-            raise ValueError(f'shrink is a share between 0 and 1, or None, not {self.shrink}')
+        check_share(self.shrink)
         C = np.concatenate([X[m]-X[m].mean(0) for m in (r[controls[r]] for r in rows.values())])
         dof = len(C)-len(rows)
         sd = np.sqrt((C**2).sum(0)/dof) if self.scaled else np.ones(X.shape[1])

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 from scipy.stats import median_abs_deviation
+from sklearn.pipeline import make_pipeline
 
 from cellmae.choose import ReplicateWeights, choose_correction, moments, units_of
 from cellmae.tvn import TVN, CenterScale, load_correction
@@ -58,6 +59,23 @@ def test_chosen_is_what_repeats():
     choice = choose_correction(x, {'CenterScale':CenterScale(), 'ReplicateWeights':ReplicateWeights()}, n_boot=200)
     assert choice.name=='ReplicateWeights' and choice.table.loc['CenterScale', 'behind_low']>0 and 'clearly worse: CenterScale' in choice.why
     assert choice.correction.transform(x).shape==x.shape
+
+def test_shares_are_shares():
+    t = quiet(choose_correction, screen(hits=.1), {'CenterScale':CenterScale(), 'TVN':TVN()}, n_boot=200).table
+    assert (t.low>=0).all() and (t.low<=t.found).all() and (t.found<=t.high).all() and (t.high<=1).all()
+
+@pytest.mark.parametrize('steps', [['passthrough'], [CenterScale(arcsinh=True), TVN()], [CenterScale(), make_pipeline(TVN(1), 'passthrough')]])
+def test_a_pipeline_that_was_chosen_is_kept(tmp_path, steps):
+    x = screen()
+    choice = choose_correction(x, {'best':make_pipeline(*steps)}, n_boot=20)
+    back = load_correction(choice.save(tmp_path/'t'))
+    np.testing.assert_allclose(back.transform(x).X, choice.correction.transform(x).X, atol=1e-5)
+
+def test_what_the_chosen_warns_of_is_said_and_not_printed():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        choice = choose_correction(screen(hits=.1), {'TVN':TVN()}, n_boot=20)
+    assert 'leans by' in choice.why
 
 def test_labels_at_random_are_found_by_chance():
     x = screen(n=100)
