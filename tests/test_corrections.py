@@ -61,7 +61,7 @@ def test_chosen_is_what_repeats():
     assert choice.correction.transform(x).shape==x.shape
 
 def test_shares_are_shares():
-    t = quiet(choose_correction, screen(hits=.1), {'CenterScale':CenterScale(), 'TVN':TVN()}, n_boot=200).table
+    t = quiet(choose_correction, screen(hits=1), {'CenterScale':CenterScale(), 'TVN':TVN()}, n_boot=200).table
     assert (t.low>=0).all() and (t.low<=t.found).all() and (t.found<=t.high).all() and (t.high<=1).all()
 
 @pytest.mark.parametrize('steps', [['passthrough'], [CenterScale(arcsinh=True), TVN()], [CenterScale(), make_pipeline(TVN(1), 'passthrough')]])
