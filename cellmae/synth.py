@@ -589,7 +589,8 @@ def make_genes(
     sig,kinds = signatures(n_pathways, rng, bed=bed)
     bed,own = bed_named(bed),rng.standard_normal((n_pathways*m,sig.shape[1]))
     v = sig.repeat(m,0) + jitter*own/np.linalg.norm(own, axis=1, keepdims=True)
-    strength = (effect or bed.effect)/difficulty*np.exp(.25*rng.standard_normal((len(v),1)))
+    if effect is None: effect = bed.effect
+    strength = effect/difficulty*np.exp(.25*rng.standard_normal((len(v),1)))
     strength *= _strengths(n_pathways, bed.spread, rng).repeat(m)[:,None]
     v *= strength/np.linalg.norm(v, axis=1, keepdims=True)
     rows = [(f'P{p:02d}_{g:02d}', f'P{p:02d}', k)
