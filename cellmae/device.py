@@ -7,7 +7,7 @@ __all__ = ['has_bf16', 'in_bf16', 'BF16', 'memory_kept', 'as_before', 'free_memo
            'spare_team', 'seconds_lost', 'neighbourly']
 
 # %% ../nbs/32_device.ipynb #d3124f8a
-import ctypes, os, sys, time
+import ctypes, os, sys
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -212,11 +212,13 @@ def seconds_lost():
     return sum(int(waited) for _,waited,_ in counts)/1e9
 
 def _watch(done, look, sleep):
-    "Until `done`: look for `look` seconds, and sleep for `sleep` if a tenth was lost"
-    while not done.is_set():
-        start,lost = time.monotonic(),seconds_lost()
-        if done.wait(look) or seconds_lost()-lost < .1*(time.monotonic()-start): continue
+    "Until `done`: look every `look` seconds, and sleep for `sleep` if a tenth was lost"
+    lost = seconds_lost()
+    while not done.wait(look):
+        before,lost = lost,seconds_lost()
+        if lost-before < .1*look: continue
         with spare_team(): done.wait(sleep)
+        lost = seconds_lost()
 
 @contextmanager
 def neighbourly(

@@ -121,6 +121,7 @@ def mix(
 
 # %% ../nbs/22_fourier.ipynb #4498cc9e
 @lru_cache
+@torch.compiler.assume_constant_result
 def _bank(w, n):
     "Waves under a Hann window, one a row `(w,w)`, and means of their pairs by ring `(n,w*w)`"
     k,at = np.arange(w)[:,None],np.arange(w)
@@ -153,7 +154,7 @@ def band_energies(
 def _mirrored(x, p, w):
     "Images with a border, so that each patch is in the middle of a window"
     before = (w-p)//2
-    after = w-p-before
-    if min(x.shape[-2:])<=after: raise ValueError(f'Images of {tuple(x.shape[-2:])} pixels are too '
-        f'small for windows of {w}: take crops of {after+1} pixels at least.')
-    return F.pad(x, (before,after)*2, mode='reflect')
+    for d,n in ((2,x.shape[2]), (3,x.shape[3])):
+        at = torch.arange(-before, n+w-p-before, device=x.device) % max(1, 2*n-2)
+        x = x.index_select(d, n-1-(n-1-at).abs()) # narrow images: to and fro
+    return x
