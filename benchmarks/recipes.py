@@ -33,6 +33,7 @@ RECIPES = {   # name -> model, what differs in it (`net`), options of `fit_mae`
     'short, energies of patches alone': dict(PATCHES, energy=1.),
     'short, energies, patches of 4': dict(model='mae_vitt4', energy=.5, **SHORT),
     'short, energies of patches, patches of 4': dict(model='mae_vitt4_energy', **SHORT),
+    'energies of patches, patches of 4': dict(model='mae_vitt4_energy'), # ten minutes
     'energies of patches, half hidden': dict(PATCHES, mask_ratio=.5),
     'energies of patches, nine tenths hidden': dict(PATCHES, mask_ratio=.9),
     'energies of patches, batch 16': dict(PATCHES, bs=16),
