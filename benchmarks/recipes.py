@@ -150,11 +150,13 @@ def spawn(job, args):
     print(f'{key}, {screen}, seed {seed}: {"failed, see "+str(done.with_suffix(".log")) if code else "done"}', flush=True)
 
 def collect(out):
-    "One row per run and read-out"
+    "One row per run and read-out; `gain` and its `p` are over spectrum statistics"
     rows = []
     for f in sorted((out/'runs').glob('*.json')):
         r = json.loads(f.read_text())
-        rows += [dict(recipe=r['recipe'], screen=r['screen'], seed=r['seed'], cpu_s=round(r['cpu_s']), **o) for o in r['rows']]
+        bar = next(o['recall'] for o in r['rows'] if o['readout']=='spectrum')
+        about = {k: r[k] for k in ('recipe','screen','seed','cpu_s')}
+        rows += [{**about, **o, 'gain': o['recall']-bar} for o in r['rows']]
     return pd.DataFrame(rows)
 
 def against(runs, out, base, readout='meanstd'):
