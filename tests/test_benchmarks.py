@@ -89,6 +89,30 @@ def test_slow_burn(tmp_path):
     before = burn.Spent(next((tmp_path/'burn/runs').glob('*/cpu.json')))
     assert before.total() >= before.before > 0
 
+@pytest.fixture
+def recipes(monkeypatch):
+    "The bench of recipes with a small screen and two small ones"
+    module = script('recipes')
+    small = dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=5, controls_per_batch=5)
+    plain = dict(model='mae_vitt8', net=dict(depth=2, embed_dim=48), crop=32, epochs=1)
+    monkeypatch.setattr(module, 'SCREENS', dict(tiny=dict(small, size=64)))
+    monkeypatch.setattr(module, 'RECIPES', {'plain': plain, 'energies': dict(plain, energy=.5)})
+    monkeypatch.setattr(module, 'BASES', {'plain': ['energies']})
+    return module
+
+@pytest.mark.filterwarnings('ignore')
+def test_recipes(recipes, tmp_path, monkeypatch):
+    "Every read-out of each recipe, beside statistics of equal tiles; one that is there is not run again"
+    for k in recipes.RECIPES: recipes.execute(k, 'tiny', 0, tmp_path)
+    argv = ['recipes', '--screens', 'tiny', '--out', str(tmp_path), '--tables', str(tmp_path/'t')]
+    monkeypatch.setattr(sys, 'argv', argv)
+    recipes.main()
+    runs,gains = (pd.read_csv(tmp_path/f't/{k}.csv') for k in ('runs','gains'))
+    rows = {(k,of) for k in recipes.READ for of in ('alone','joined')}|{(k,'alone') for k in recipes.STATISTICS}
+    for _,t in runs.groupby('recipe'): assert {*zip(t.readout, t.of)}==rows and len(t)==len(rows)
+    assert runs.recall.between(0, 1).all() and set(runs.recipe)=={'plain','energies'}
+    assert gains.recipe.tolist()==['energies'] and np.isfinite(gains.gain).all()
+
 def tiny_screen(data, cache):
     "40 genes in pairs on 3 plates: the first of 6 directions is noise alone, and large"
     g,genes = np.random.default_rng(0),[f'G{i:02}' for i in range(40)]
