@@ -17,8 +17,8 @@ from cellmae.files import write_whole
 from cellmae.train import fit_mae
 from cellmae.wsl import fit_wsl, make_classifier
 
-ENCODERS = 'intensity statistics','spectrum statistics','untrained MAE','untrained DenseNet','MAE','MAE with energies','energies alone','CA-MAE','WSL'
-ENERGY = {'MAE with energies': .5, 'energies alone': 1.} # share of that loss
+ENCODERS = 'intensity statistics','spectrum statistics','untrained MAE','untrained DenseNet','MAE','MAE with energies','CA-MAE','WSL'
+ENERGY = {'MAE with energies': .5} # share of that loss
 
 
 def mitocheck(data, tmp):

@@ -141,7 +141,7 @@ def test_corrections(corrections, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', argv)
     corrections.main()
     t = pd.read_csv(tmp_path/'results.csv').set_index(['scale','correction','measure'])
-    assert len(t)==12 and t.value.notna().all()
+    assert len(t)==18 and t.value.notna().all()
     r,base = t.loc[('raw','Sphere()','recall pairs')],t.loc[('raw','CenterScale()','recall pairs')]
     assert base.gain==0 and base.p==1 and base.gain_low==base.gain_high==0
     np.testing.assert_allclose(r.value-base.value, r.gain, atol=1e-3)
