@@ -60,9 +60,10 @@ def draw_cells(
     n:int, # Cells
     rng:np.random.Generator, # Source of randomness
     shift=0., # Shift of the mean in units of `sd`: a number or one per parameter
-    params:pd.DataFrame=PARAMS, # Table of the parameters
+    params:pd.DataFrame=None, # Table of the parameters; None: `PARAMS`
 )->pd.DataFrame: # One row per cell, one column per row of `params`
     "Parameters of `n` cells"
+    params = PARAMS if params is None else params
     z = rng.standard_normal((n,len(params))) + shift
     x = params.base.values + params.sd.values*z
     return pd.DataFrame(x.clip(params.low.values, params.high.values), columns=params.index)
