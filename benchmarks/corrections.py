@@ -8,6 +8,7 @@ from anndata import AnnData
 from scipy.stats import t as student
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
+from timing import markdown
 
 from cellmae.choose import ReplicateWeights, choose_correction
 from cellmae.embed import embed
@@ -224,9 +225,7 @@ def as_markdown(table):
         t = t[t.measure.notna()].assign(cell=lambda o: o.apply(marked, axis=1))
         t = t.pivot_table('cell', ['set','measure'], 'correction', 'first', sort=False)
         t = t[[k for k in CORRECTIONS if k in t]].fillna('')
-        lines = [['set','measure',*t],['---']*(2+t.shape[1])]
-        lines += [[*k,*v] for k,v in zip(t.index, t.values)]
-        text += f'\n## {scale}\n\n' + '\n'.join(f'| {" | ".join(o)} |' for o in lines) + '\n'
+        text += f'\n## {scale}\n\n' + markdown(t.reset_index().to_dict('records')) + '\n'
     return text
 
 def write(table, out):

@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 from cellmae.embed import embed
 from cellmae.features import regress_features
 from cellmae.files import write_whole
-from cellmae.profiles import aggregate, read_profiles
+from cellmae.profiles import aggregate, join_profiles, read_profiles
 from cellmae.recall import compare_recall, recall
 from cellmae.screen import open_screen
 from cellmae.store import pack
@@ -99,11 +99,6 @@ class Clock(Callback):
     def state_dict(self): return dict(seconds=self.seconds())
     def load_state_dict(self, state): self.before,self.start = state['seconds'],time.process_time()
 
-def joined(*profiles):
-    "Corrected profiles side by side, each row of each of unit length"
-    X = [p.X/np.linalg.norm(p.X, axis=1, keepdims=True) for p in profiles]
-    return ad.AnnData(np.concatenate(X, 1), obs=profiles[0].obs)
-
 def told(t): return {k: float(t[k]) for k in ('recall','ci_low','ci_high')}
 
 def measured(profiles, stats, files):
@@ -113,7 +108,7 @@ def measured(profiles, stats, files):
     for k,p in {**profiles, **stats}.items():
         w = tvn(p)
         maps[k] = aggregate(w)
-        both = {} if k in stats else dict(joined=joined(w, bar))
+        both = {} if k in stats else dict(joined=join_profiles(w, bar))
         for of,m in {'alone': w, **both}.items():
             test = compare_recall(bar, m, known).iloc[0]
             rows.append(dict(readout=k, of=of, **told(recall(m, known, **TAILS).iloc[0]), gain=test.gain, p=test.p))

@@ -4,13 +4,14 @@ import argparse, json, os, shutil, time, warnings
 from pathlib import Path
 from statistics import median
 
-import anndata as ad, numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastai.callback.core import Callback
 from matplotlib import pyplot as plt
+from timing import markdown
 
 from cellmae.embed import embed
 from cellmae.files import write_whole
-from cellmae.profiles import read_profiles
+from cellmae.profiles import join_profiles, read_profiles
 from cellmae.recall import recall
 from cellmae.screen import open_screen
 from cellmae.store import pack
@@ -84,15 +85,12 @@ def plan(recipe, screen, out, size):
 
 # --- what it found
 
-def told(profiles, pairs):
-    "Recall after TVN, with its interval"
-    r = recall(TVN().fit_transform(profiles), pairs, thresholds=[(.05,.95)], n_perm=0).iloc[0]
-    return {k: float(r[k]) for k in ('recall','ci_low','ci_high')}
+def corrected(profiles): return TVN().fit_transform(profiles)
 
-def joined(*profiles):
-    "Profiles side by side, each after its own correction and of unit length"
-    X = [TVN().fit_transform(p).X for p in profiles]
-    return ad.AnnData(np.concatenate([x/np.linalg.norm(x, axis=1, keepdims=True) for x in X], 1), obs=profiles[0].obs)
+def told(wells, pairs):
+    "Recall of corrected wells, with its interval"
+    r = recall(wells, pairs, thresholds=[(.05,.95)], n_perm=0).iloc[0]
+    return {k: float(r[k]) for k in ('recall','ci_low','ci_high')}
 
 def kept(file, f):
     "What `f` gives, computed once"
@@ -102,7 +100,7 @@ def kept(file, f):
 
 def profiles_of(model, held, at, crop): return read_profiles(embed(model, held, size=crop, out=at, progress=False))
 
-def statistics(name, held, pairs, out, crop): return dict(recipe=name, **told(profiles_of(name, held, out/name, crop), pairs))
+def statistics(name, held, pairs, out, crop): return dict(recipe=name, **told(corrected(profiles_of(name, held, out/name, crop)), pairs))
 
 def point(recipe, minutes, epochs, screen, held, pairs, out, size):
     "A run of a budget, and what it found"
@@ -111,13 +109,9 @@ def point(recipe, minutes, epochs, screen, held, pairs, out, size):
     spent = Spent(at/'cpu.json')
     learn = train(recipe, screen, at, size, epochs, [spent])
     spent.tell()
-    p = profiles_of(learn.model, held, at/'profiles', crop)
-    both = recall_of_both(p, read_profiles(out/'spectrum/profiles.parquet'), pairs)
-    return dict(recipe=recipe, minutes=float(minutes), epochs=epochs, cpu_s=spent.total(), sites=len(screen), held=len(held), **told(p, pairs), joined=both)
-
-def recall_of_both(a, b, pairs):
-    "Of the map joined with one of statistics, without a second correction"
-    return float(recall(joined(a, b), pairs, thresholds=[(.05,.95)], n_boot=0, n_perm=0).recall.iat[0])
+    own,bar = map(corrected, (profiles_of(learn.model, held, at/'profiles', crop), read_profiles(out/'spectrum/profiles.parquet')))
+    both = told(join_profiles(own, bar), pairs)['recall']
+    return dict(recipe=recipe, minutes=float(minutes), epochs=epochs, cpu_s=spent.total(), sites=len(screen), held=len(held), **told(own, pairs), joined=both)
 
 # --- all of them
 
@@ -127,14 +121,13 @@ def write_tables(out, tables):
     t = t.reindex(columns='recipe minutes epochs cpu_s sites held recall ci_low ci_high joined'.split()).sort_values(['recipe','minutes'], ignore_index=True)
     tables.mkdir(exist_ok=True)
     t.to_csv(tables/'results.csv', index=False, float_format='%.4g')
-    (tables/'results.md').write_text(markdown(t))
+    (tables/'results.md').write_text(shown(t))
     draw(t, tables/'curve.png')
 
-def markdown(t):
+def shown(t):
     "A row per point"
-    shown = t.assign(hours=(t.cpu_s/3600).round(3))[['recipe','hours','epochs','recall','ci_low','ci_high','joined']].round(3).astype(object)
-    rows = [list(shown.columns), ['---']*shown.shape[1], *shown.where(shown.notna(), '').values.tolist()]
-    return '\n'.join('| '+' | '.join(map(str, r))+' |' for r in rows)+'\n'
+    t = t.assign(hours=(t.cpu_s/3600).round(3))[['recipe','hours','epochs','recall','ci_low','ci_high','joined']].round(3).astype(object)
+    return markdown(t.where(t.notna(), '').to_dict('records'))+'\n'
 
 def draw(t, file):
     "Recall against CPU hours"

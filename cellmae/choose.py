@@ -220,8 +220,8 @@ class ReplicateWeights(CenterScale):
         V = _first(R, self.max_components)
         R = R@V
         self.shrinkage_['replicates'] = share = self._share(R, names, units)
-        S,T = moments(R, names, units)
-        return V@wiener_map(S/len(set(names)), T/len(set(names)), share),
+        S,T = (o/len(set(names)) for o in moments(R, names, units))
+        return V@wiener_map(S, T, share),
 
     def _share(self, R, names, units):
         "The share of the sphere, and in `scores_` what halves of the screen said"

@@ -111,10 +111,10 @@ def fit_tvn(
 
 def correct_all(
     profiles:dict, # Name -> AnnData with one row per well
-): # Fitted corrections, and corrected profiles, both by name
+): # Fitted corrections, and corrected profiles, `JOINED` among them, both by name
     "Correct the batches of every encoder"
     tvns = {k:fit_tvn(v) for k,v in profiles.items()}
-    return tvns,{k:t.transform(profiles[k]) for k,t in tvns.items()}
+    return tvns,with_joined({k:t.transform(profiles[k]) for k,t in tvns.items()})
 
 def with_joined(
     corrected:dict, # Name -> AnnData with one row per well
@@ -143,7 +143,7 @@ def measure(
     relationships, # Known pairs, see `recall`
 ): # Corrected profiles by name, and a table of `recall_table`'s form
     "Correct the batches of every encoder, and recall before and after"
-    corrected = with_joined(correct_all(profiles)[1])
+    _,corrected = correct_all(profiles)
     return corrected,compare(profiles, corrected, relationships)
 
 # %% ../nbs/60_cli.ipynb #95e4ce8d
@@ -186,7 +186,6 @@ def findings(
     "Correct, measure and draw as far as the labels of a screen allow"
     done,no_tvn = attempt(correct_all, profiles)
     tvns,corrected = done or ({},{})
-    corrected = with_joined(corrected)
     table,no_recall = attempt(compare, profiles, corrected, relationships, **kwargs)
     whose = JOINED if JOINED in corrected else PAIR[0]
     chart,no_map = attempt(draw_map, (corrected or profiles)[whose])
