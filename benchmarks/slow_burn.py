@@ -139,12 +139,12 @@ def draw(t, file):
     fig.savefig(file, dpi=100)
     plt.close(fig)
 
-def burn(out, bed, size, recipes, tables):
+def burn(out, bed, size, recipes, minutes, tables):
     "Statistics first, then budgets from short to long, the recipes in turn"
     out.mkdir(parents=True, exist_ok=True)
     screen,held,pairs = screen_in(out, bed, size)
     for k in STATISTICS: kept(out/'points'/f'{k}.json', lambda: statistics(k, held, pairs, out, SIZES[size]['crop']))
-    for m in map(str, SIZES[size]['minutes']):
+    for m in map(str, minutes or SIZES[size]['minutes']):
         for r in recipes:
             done = out/'points'/f'{r}_{m}.json'
             if done.exists(): continue
@@ -159,6 +159,7 @@ def main():
     p.add_argument('--tables', type=Path, default=Path(__file__).parent/'slow_burn', help='where results.csv, results.md and curve.png go')
     p.add_argument('--bed', default='plain', help='of the simulated screen, see `synth_screen`')
     p.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES))
+    p.add_argument('--minutes', nargs='+', type=int, choices=SIZES['full']['minutes'], help='budgets in CPU minutes; all of them if not given')
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--nice', type=int, default=5, help='how far it stands back behind other programs')
     p.add_argument('--tiny', action='store_true', help='all of it, in seconds')
@@ -166,6 +167,6 @@ def main():
     warnings.filterwarnings('ignore')
     torch.set_num_threads(args.threads)
     if hasattr(os, 'nice'): os.nice(args.nice)
-    burn(args.out, args.bed, 'tiny' if args.tiny else 'full', args.recipes, args.tables)
+    burn(args.out, args.bed, 'tiny' if args.tiny else 'full', args.recipes, args.minutes, args.tables)
 
 if __name__=='__main__': main()
