@@ -12,23 +12,9 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from .files import moved
 from .labels import clean
-from .overview import plain
+from .overview import bare_panels, contrast, draw, plain
 
 # %% ../nbs/33_plots.ipynb #4b90ab03
-def _panels(rows, cols, width=1.15, height=1.15):
-    "A figure with a grid of bare axes"
-    fig,axs = plt.subplots(rows, cols, figsize=(cols*width, rows*height), squeeze=False,
-                           layout='constrained')
-    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
-    for ax in axs.flat: ax.set(xticks=[], yticks=[], frame_on=False)
-    return fig,axs
-
-def _show(ax, plane, lo, hi, cmap='gray'):
-    "Pixels as they are when enlarged, averaged when reduced"
-    enlarged = len(plane) < ax.figure.dpi*1.15
-    ax.imshow(plane, cmap=cmap, vmin=lo, vmax=hi,
-              interpolation='nearest' if enlarged else 'antialiased')
-
 def _array(x):
     return x.detach().cpu().float().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
@@ -49,10 +35,10 @@ def show_channels(
     x = x[None] if x.ndim==3 else x
     if x.ndim!=4: raise ValueError(f'images must be (C,H,W) or (B,C,H,W), not {x.shape}')
     lim = np.percentile(x, clip, axis=(0,2,3)) # (2,C)
-    fig,axs = _panels(*x.shape[:2])
+    fig,axs = bare_panels(*x.shape[:2])
     for ax,name in zip(axs[0], _names(channels, x.shape[1])): ax.set_title(name, size=9)
     for row,im in zip(axs, x):
-        for ax,plane,lo,hi in zip(row, im, *lim): _show(ax, plane, lo, hi)
+        for ax,plane,lo,hi in zip(row, im, *lim): draw(ax, plane, lo, hi)
     return fig
 
 # %% ../nbs/33_plots.ipynb #2895de08
@@ -88,12 +74,12 @@ def show_reconstruction(
     lim = np.percentile(views[0], (.5,99.8), axis=(0,2,3)) # (2,C)
     b,c = views[0].shape[:2]
     if channels is None and len(model.channels or [])==c: channels = model.channels
-    fig,axs = _panels(3*b, c)
+    fig,axs = bare_panels(3*b, c)
     cmap = plt.get_cmap('gray').with_extremes(bad='#2b5c8a')
     for ax,name in zip(axs[0], _names(channels, c)): ax.set_title(name, size=9)
     for k,row in enumerate(axs):
         row[0].set_ylabel(('input','visible','reconstruction')[k%3], size=8)
-        for ax,plane,lo,hi in zip(row, views[k%3][k//3], *lim): _show(ax, plane, lo, hi, cmap)
+        for ax,plane,lo,hi in zip(row, views[k%3][k//3], *lim): draw(ax, plane, lo, hi, cmap)
     return fig
 
 # %% ../nbs/33_plots.ipynb #5b604a4d

@@ -88,3 +88,27 @@ def write_report(
     body = [f'<section>{_h2(h)}\n{to_html(o)}</section>' for h,o in sections.items()]
     page = '\n'.join([_head, f'<title>{title}</title>', f'<h1>{title}</h1>', *body, '</html>'])
     return write_whole(path, lambda f: f.write_text(page, encoding='utf-8'))
+
+# %% ../nbs/12_report.ipynb #ae53bcc8
+_box = ('display:inline-block;max-width:100%;overflow-x:auto;box-sizing:border-box;'
+        'padding:.6rem .9rem;border:1px solid #8886;border-radius:.4rem')
+_row = 'display:flex;flex-wrap:wrap;margin:.3rem 0'
+
+def card(
+    title:str, # What it is
+    facts:dict, # Name -> what is known: text, numbers
+    *more, # Pictures and tables, whatever `to_html` takes
+)->str: # HTML
+    "How a notebook shows an object; names are escaped"
+    told = ((html.escape(str(o)) for o in kv) for kv in facts.items() if kv[1] not in ('',None))
+    cells = ''.join(f'<div><small style="opacity:.65">{k}</small><br>{v}</div>' for k,v in told)
+    return (f'<div style="{_box}"><strong>{html.escape(title)}</strong>'
+            f'<div style="{_row};gap:.3rem 1.4rem">{cells}</div>{to_html(more)}</div>')
+
+def strip(
+    pictures:dict, # Name -> HTML of a picture
+)->Html:
+    "Pictures beside each other, with their names"
+    figures = (f'<figure style="margin:0;font-size:.8rem">{o}<figcaption>{html.escape(k)}'
+               '</figcaption></figure>' for k,o in pictures.items())
+    return Html(f'<div style="{_row};gap:.5rem">{"".join(figures)}</div>')

@@ -13,7 +13,7 @@ from functools import lru_cache
 from os.path import splitext
 from pathlib import Path
 from .files import moved, progress, read_table, write_whole
-from .labels import did_you_mean, well_name
+from .labels import did_you_mean, label, well_name
 from .images import (STAINS, ImageError, canonical_stain, check_pixels, fit_range,
                             to_uint8)
 from .containers import OPENERS, is_remote, local, opener_of, seal_of
@@ -196,13 +196,23 @@ def _at(name, k, i):
 
 # %% ../nbs/14_screen.ipynb #8d14c978
 @patch
-def __repr__(self:Screen):
+def _counts(self:Screen):
+    "How much there is of what"
     t,w = self.table,self.wells
-    plates = len(t[WELL[:2]].drop_duplicates())
     batches,perturbations = t[['batch','perturbation']].mask(lambda o: o=='').nunique()
-    return (f'Screen(sites={len(t)}, wells={len(w)}, controls={w["control"].sum()}, '
-            f'plates={plates}, batches={batches}, perturbations={perturbations}, '
-            f'channels={self.channels})')
+    return dict(sites=len(t), wells=len(w), controls=int(w['control'].sum()),
+                plates=len(t[WELL[:2]].drop_duplicates()), batches=int(batches),
+                perturbations=int(perturbations))
+
+@patch
+def __repr__(self:Screen):
+    counts = ', '.join(f'{k}={v}' for k,v in self._counts().items())
+    return f'Screen({counts}, channels={self.channels})'
+
+@patch
+def _repr_html_(self:Screen):
+    from cellmae.overview import screen_card
+    return screen_card(self, 'Store' if self.packed else 'Screen', self._counts())
 
 # %% ../nbs/14_screen.ipynb #d05ca289
 @patch(as_prop=True)
@@ -561,8 +571,11 @@ def ranges(self:Screen, values):
 
 # %% ../nbs/14_screen.ipynb #0a93b5ef
 @patch
-def __getitem__(self:Screen, i:int):
-    "The pixels of site `i`, `(C,H,W)` uint8; of a store a view, for those who need a part of it"
+def __getitem__(self:Screen,
+    i, # Row of the table; or a well, `'B02'` or `'plate 1','B02'`
+): # Pixels `(C,H,W)` uint8, of a store a view for those who need a part of it; or a `Screen`
+    "The pixels of a site, or the screen of a well"
+    if isinstance(i, (str,tuple)): return self.subset(self._rows_of(listify(i)))
     return self._as_bytes(i, False)
 
 @patch
@@ -577,6 +590,37 @@ def _as_bytes(self:Screen, i, checked):
     r,x = self.fit_ranges(),self.read(i, checked)
     try: return to_uint8(x, r)
     except ValueError as e: raise self._bad(i, 'bad pixels', e) from e
+
+@patch
+def _rows_of(self:Screen, key):
+    "Sites of a well, named by itself or with its plate, or with batch and plate"
+    rows,left = np.arange(len(self)),self.table
+    for k,name in zip(WELL[-len(key):], key):
+        there,name = left[k].astype(str).to_numpy(),(well_name if k=='well' else label)(name)
+        if name not in there: raise ValueError(_no_such(k, name, pd.unique(there)))
+        rows,left = rows[there==name],left[there==name]
+    return rows
+
+def _no_such(k, name, there, most=8):
+    "What to say of a name that the table does not have"
+    more = f', .. {len(there):,} in all' if len(there)>most else ''
+    return (f'No {k} {name!r}: there are {", ".join(there[:most])}{more}.'
+            f'{did_you_mean(name, there)}')
+
+# %% ../nbs/14_screen.ipynb #cd49d348
+@patch
+def show(self:Screen,
+    n:int=4, # Sites: of control wells and of others, of plate after plate
+    channels=None, # Which, by name; default: all
+    colour:bool=False, # Also all channels in one picture?
+    seed:int=0, # Which sites
+): # Figure: a row per site, a column per channel
+    "Some sites, channel by channel, with their names"
+    from cellmae.overview import show_sites, some_sites
+    if not len(self): raise ValueError(NO_SITES)
+    odd = [c for c in channels or () if c not in self.channels]
+    if odd: raise ValueError(_no_such('channel', odd[0], self.channels))
+    return show_sites(self, some_sites(self.table, n, seed), channels, colour)
 
 # %% ../nbs/14_screen.ipynb #fecfb6b8
 @patch
