@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flipped', 'random_crop', 'centre_crop', 'put', 'Sites', 'Place', 'CropLoader', 'streams', 'reading_threads',
-           'one_ahead', 'check_options', 'given', 'check_names', 'check_size', 'split_panels', 'how_read', 'screen_dls']
+           'one_ahead', 'check_options', 'check_names', 'check_size', 'split_panels', 'how_read', 'screen_dls']
 
 # %% ../nbs/19_data.ipynb #785c4aa4
 import copy, warnings
@@ -23,7 +23,7 @@ from fastai.torch_core import apply, default_device, to_device
 from fastcore.basics import listify, patch, store_attr
 from .cells import as_cells, cell_crop, site_sizes, with_cells
 from .files import ahead, cores
-from .labels import did_you_mean
+from .labels import did_you_mean, given
 from .screen import open_screen, split
 from .sites import WELL, image_columns, in_words
 
@@ -393,12 +393,6 @@ def check_options(
         kind,text,holds = _limits[k]
         if isinstance(v, bool)!=(kind is bool) or not isinstance(v, kind) or not holds(v):
             raise ValueError(f'{k}={v!r}: it must be {text}.')
-
-def given(
-    **options, # Values, None where nothing was given
-)->dict: # Without None
-    "The options that were given"
-    return {k:v for k,v in options.items() if v is not None}
 
 # %% ../nbs/19_data.ipynb #d0847f41
 _gone = dict(cache_gb=' Images are no longer kept in memory: `pack(screen, folder)` makes a store, '

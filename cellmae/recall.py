@@ -96,6 +96,15 @@ def _warn_of_dates(names, where):
                             'like the dates or numbers that spreadsheets make of genes such as '
                             'SEPTIN1: correct them at the source')
 
+# %% ../nbs/44_recall.ipynb #0e26deac
+def read_early(
+    path, # Of known pairs
+):
+    "Find a wrong path or a file that is no table of pairs before it is needed"
+    path = Path(path)
+    if path.is_file(): read_relationships(path)
+    elif not path.exists(): raise FileNotFoundError(f'{path}: missing. Check its path.')
+
 # %% ../nbs/44_recall.ipynb #4ee99c7b
 def relationship_sets(
     relationships, # A table of pairs or its path, a dict of them by name, or a folder of such files

@@ -30,7 +30,7 @@ from .blocks import set_attention, set_recompute
 from .classifier import batch_norms
 from .device import BF16, as_before, free_memory, in_bf16, memory_kept, ran_out
 from .plots import plain
-from .data import given
+from .labels import given
 from .learner import Average
 from .zoo import Recipe, cost, create_model, ghost, list_models, recipe
 

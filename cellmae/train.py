@@ -18,7 +18,8 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.meta import delegates
 from .checkpoint import Checkpoint, about_data, about_model, note_lineage
-from .data import check_names, check_options, given, screen_dls
+from .labels import given
+from .data import check_names, check_options, screen_dls
 from .device import in_bf16, memory_kept, neighbourly
 from .files import locked, moved, write_whole
 from .blocks import compile_blocks, set_recompute

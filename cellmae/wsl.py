@@ -26,7 +26,8 @@ from fastai.torch_core import num_distrib
 from fastcore.meta import delegates
 from .checkpoint import about_data, about_model, short_hash
 from .classifier import Classifier, any_channels, arcface, batch_norms
-from .data import Place, check_options, given, screen_dls
+from .labels import given
+from .data import Place, check_options, screen_dls
 from .device import in_bf16
 from .imagenet import ImageNetEncoder
 from .labels import clean

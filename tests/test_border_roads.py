@@ -9,7 +9,8 @@ import tifffile
 import torch
 
 from cellmae.cli import (cellmae_check, cellmae_demo, cellmae_embed, cellmae_fit, cellmae_recall,
-                         draw_map, findings, own_screen, rehearse, strongest, usable)
+                         own_screen)
+from cellmae.demo import draw_map, findings, rehearse, strongest, usable
 from cellmae.embed import embed
 from cellmae.report import Aside, to_html
 from cellmae.screen import Screen
@@ -233,7 +234,7 @@ def test_debug_and_ctrl_c(folder, capsys, monkeypatch):
     with pytest.raises((FileNotFoundError,ValueError)):
         call(cellmae_recall, folder/'no.parquet', folder/'pairs.csv', '--debug')
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr('cellmae.cli.read_profiles', stop)
+    monkeypatch.setattr('cellmae.profiles.read_profiles', stop)
     assert run(cellmae_recall, folder/'no.parquet', folder/'pairs.csv') == 130
     assert capsys.readouterr().err == 'cellmae_recall: stopped\n'
 

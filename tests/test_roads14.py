@@ -12,7 +12,8 @@ import tifffile
 import zarr
 
 import cellmae
-from cellmae.cli import cellmae_check, cellmae_embed, cellmae_fit, cellmae_pack, demo
+from cellmae.cli import cellmae_check, cellmae_embed, cellmae_fit, cellmae_pack
+from cellmae.demo import demo
 from cellmae.embed import embed
 from cellmae.profiles import read_profiles
 from cellmae.screen import Screen, open_screen
@@ -147,7 +148,7 @@ def test_demo_decodes_images_once(plates, tmp_path, monkeypatch):
     demo(tmp_path/'run', Screen.open(plates), epochs=1, crop=32, bs=4)
     store = open_screen(tmp_path/'run/store')
     assert store.packed and len(store) == 8
-    monkeypatch.setattr('cellmae.cli.pack', None)
+    monkeypatch.setattr('cellmae.demo.pack', None)
     demo(tmp_path/'again', store, epochs=1, crop=32, bs=4)
     assert not (tmp_path/'again/store').exists()
 
