@@ -51,3 +51,4 @@ from .watch import *
 from .train import *
 from .wsl import *
 from .export import *
+from .trials import *
