@@ -1,7 +1,8 @@
 "The house rules of CONTRIBUTING.md"
-import ast, re, subprocess, sys
+import ast, builtins, dis, importlib, re, subprocess, sys
 from collections import Counter
 from pathlib import Path
+from types import CodeType
 
 import nbformat, yaml
 from nbdev.config import get_config
@@ -13,7 +14,7 @@ root = Path(__file__).resolve().parents[1]
 cfg = get_config(path=root)
 flags = set(cfg.tst_flags.split())
 known = flags | {'default_exp', 'export', 'exports', 'exporti', 'hide', 'hide_line', 'exec_doc',
-                 'eval:', 'echo:', 'output:', 'include:', 'code-fold:', 'fig-alt:'}
+                 'eval:', 'echo:', 'output:', 'include:', 'code-fold:', 'code-summary:', 'fig-alt:', 'fig-cap:'}
 files = sorted(nbglob(cfg.nbs_path, as_path=True))
 nbs = {f.relative_to(cfg.nbs_path).as_posix(): nbformat.read(f, as_version=4) for f in files}
 modules = sorted(f for f in cfg.lib_path.glob('*.py') if f.name[0] != '_')
@@ -118,3 +119,42 @@ def test_code_fits_the_page():
     "Exported and shown code has lines of at most 100 columns"
     check(f'{at} line {i}: {len(l)} columns' for at,c,ds in code if 'hide' not in ds
           for i,l in enumerate(c.source.splitlines(), 1) if len(l) > 100)
+
+def shown(ds): return not any(o.startswith('export') or o == 'hide' for o in ds) and ds.get('echo:') != ['false']
+
+def names(code):
+    "Names that the cell `code` sets, and those it reads from cells before: functions look when all of it has run"
+    gets,puts,sets,reads = ('LOAD_NAME', 'LOAD_GLOBAL'),('STORE_NAME', 'STORE_GLOBAL'),set(),set()
+    for o in dis.get_instructions(code):
+        if o.opname in puts: sets.add(o.argval)
+        if o.opname in gets and o.argval not in sets: reads.add(o.argval)
+    for c in filter(lambda o: isinstance(o, CodeType), code.co_consts): reads |= names(c)[1] - sets
+    return sets,reads - set(dir(builtins))
+
+def star_names(t):
+    "Names that `from ... import *` brings"
+    mods = (importlib.import_module(o.module) for o in imports(t) if o.names[0].name == '*')
+    return {k for m in mods for k in getattr(m, '__all__', vars(m))}
+
+def hidden_names(nb):
+    "Cells of `nb` that a reader sees, with a name they read that was last set where he does not see it"
+    at = {}
+    for c in nb.cells:
+        if c.cell_type != 'code': continue
+        t,ds = tree(c),extract_directives(c, remove=False)
+        sets,reads = names(compile(t, c.id, 'exec'))
+        if shown(ds): yield from ((c, k, at[k]) for k in reads if at.get(k))
+        seen = shown(ds) or any(o.startswith('export') for o in ds)
+        at |= dict.fromkeys(sets | star_names(t), not seen and c.id)
+
+def test_code_that_is_shown_uses_what_is_shown():
+    "What a page shows can be pasted: names of hidden cells belong into a folded one (CONTRIBUTING.md)"
+    check(f'{name} cell {c.id} uses {k} of the hidden cell {at}' for name,nb in nbs.items() for c,k,at in hidden_names(nb))
+
+def test_hidden_names_are_found():
+    cell = nbformat.v4.new_code_cell
+    nb = nbformat.v4.new_notebook(cells=[
+        cell('#| hide\nfrom fastcore.test import *'), cell('#| hide\nx = y = z = 1'), cell('x = 2'),
+        cell('def f(a): return a+y+[o for o in z][0]'), cell('#| hide\nq = z'), cell('test_eq(x, f(2))')])
+    found = [(c.source[:3], k) for c,k,_ in hidden_names(nb)]
+    assert sorted(found) == [('def','y'), ('def','z'), ('tes','test_eq')]

@@ -130,14 +130,19 @@ class Page:
             return '<div class="output">\n' + '\n'.join(l.strip() for l in s.splitlines() if l.strip()) + '\n</div>'
         return fence(''.join(o.get('text') or data['text/plain']), ' { .text .output }' if self.site else 'text')
 
+    def fold(self, s, title, how='true'):
+        "The Markdown `s`, to be opened by a click if `how` is `true`, and to be closed by one if it is `show`"
+        if how not in ('true', 'show'): return s
+        if self.site: return f'???{"+" * (how == "show")} quote "{title}"\n\n{indent(s, "    ")}'
+        return f'<details{" open" * (how == "show")}>\n<summary>{title}</summary>\n\n{s}\n\n</details>'
+
     def code(self, cell):
         "A code cell and its outputs, as far as its options show them"
         opts = dict(re.findall(r'^#\| *([\w-]+): *"?(.*?)"?$', cell.source, re.M))
         src = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
         if opts.get('include') == 'false': return
         if src and opts.get('echo') != 'false':
-            fold = 'code-fold' in opts and self.site
-            yield '???+ quote "Source"\n\n' + indent(fence(src, 'python'), '    ') if fold else fence(src, 'python')
+            yield self.fold(fence(src, 'python'), opts.get('code-summary', 'Code'), opts.get('code-fold'))
         if opts.get('output') != 'false':
             yield from (self.output(cell, i, o, opts) for i,o in enumerate(cell.get('outputs', [])))
 
