@@ -30,6 +30,7 @@ re_math = re.compile(r'\$\$(?P<block>.+?)\$\$'
 re_callout = re.compile(r'^::: *\{\.callout-(\w+)(?:[^}\n]*?title="([^"\n]*)")?[^}\n]*\}\n(.*?)^:::[ \t]*$', re.M|re.S)
 re_remote = re.compile(r'<(?:(?:script|img|iframe)[^>]* src|link[^>]*stylesheet[^>]* href)="?(?:https?:)?//[^ >]*')
 re_raw_link = re.compile(r'\]\([\w./]+\.md[^)]*\)')   # a link around a name that is a link already
+re_include = re.compile(r'^\{\{< include (\S+) >\}\}$', re.M)
 re_item = re.compile(r'[-*+] |\d+[.)] |\|')
 
 
@@ -101,8 +102,13 @@ class Page:
         if not self.site: return indent(f'**{title}.** {body}', '> ', lambda l: True)
         return f'!!! {kinds[kind]} "{title}"\n\n{indent(body, "    ")}\n'
 
+    def included(self, m):
+        "A file that the page shows as it is, without its title"
+        return re.sub(r'\A# .*\n+', '', (root/'nbs'/dirname(self.src)/m[1]).read_text())
+
     def text(self, s):
         "Markdown of a notebook as Markdown of the page"
+        s = re_include.sub(self.included, s)
         if self.site: s = spaced(outside_code(lambda t: re_math.sub(mathml, t), s))
         s = outside_code(lambda t: re.sub(r'\]\(([^)\s]+)\)', lambda m: f']({self.url(m[1])})', t), s)
         return re_callout.sub(self.callout, s)
