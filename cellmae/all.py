@@ -47,6 +47,7 @@ from .features import *
 from .rxrx3 import *
 from .choose import *
 from .neighbours import *
+from .explore import *
 from .watch import *
 from .train import *
 from .wsl import *

@@ -189,7 +189,10 @@ def on(table, plates):
     return keys(table).isin(keys(plates))
 
 # %% ../nbs/13_overview.ipynb #bba09ac6
-def _jpeg(x):
+def jpeg_uri(
+    x, # `(H,W)` or `(H,W,3)` uint8
+)->str: # For the `src` of an `img`
+    "A picture that needs no file"
     from PIL import Image
     buf = io.BytesIO()
     Image.fromarray(x).save(buf, 'JPEG', quality=80)
@@ -198,7 +201,7 @@ def _jpeg(x):
 def picture(plane, lo, hi, alt=''):
     "A plane between two intensities, also one that is no good"
     x = (np.nan_to_num(plane)-lo)*(255/(hi-lo))
-    return f'<img alt="{html.escape(alt)}" src="{_jpeg(x.clip(0, 255).astype(np.uint8))}">'
+    return f'<img alt="{html.escape(alt)}" src="{jpeg_uri(x.clip(0, 255).astype(np.uint8))}">'
 
 # %% ../nbs/13_overview.ipynb #3b376a3a
 def bare_panels(rows, cols, width=1.15, height=1.15):
@@ -243,6 +246,26 @@ def composite(
     from matplotlib.colors import to_rgb
     rgb = np.array([to_rgb(c) for c in colours_of(channels)])
     return np.einsum('chw,ck->hwk', np.nan_to_num(x).clip(0, 1), rgb).clip(0, 1)
+
+# %% ../nbs/13_overview.ipynb #daf33c10
+def middle_of(
+    x, # `(C,H,W)`
+    crop=336, # Pixels of a side
+    side=SIDE, # Pixels of a side at most, in the end
+)->np.ndarray: # `(C,h,w)`
+    "The middle of a site, small"
+    top,left = (max(0, (n-crop)//2) for n in x.shape[1:])
+    return np.stack([small(p, side) for p in x[:,top:top+crop,left:left+crop]])
+
+def site_picture(
+    screen, # Screen
+    i, # Row of its table
+    **kwargs # Of `middle_of`
+)->str: # For the `src` of an `img`; empty where the site cannot be read
+    "The middle of a site as one small picture in colour"
+    try: x = middle_of(screen[i], **kwargs)/255
+    except (ValueError,OSError): return '' # `ImageError` among them
+    return jpeg_uri(np.uint8(255*composite(x, screen.channels)))
 
 # %% ../nbs/13_overview.ipynb #0c0c7597
 def some_sites(
