@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from .cavit import CAMAE
 from .imagenet import ImageNetEncoder
-from .vit import MAE
+from .vit import MAE, model_card
 
 # %% ../nbs/28_classifier.ipynb #d67371ef
 def neck(
@@ -80,6 +80,10 @@ class Classifier(nn.Module):
         return ClassifierOutput(self.softmax(z), a@b.T, z)
 
 BACKBONES = dict(MAE=MAE, CAMAE=CAMAE, ImageNetEncoder=partial(ImageNetEncoder, pretrained=False))
+
+# %% ../nbs/28_classifier.ipynb #e199b881
+@patch
+def _repr_html_(self:Classifier): return model_card(self)
 
 # %% ../nbs/28_classifier.ipynb #c5b05977
 def batch_norms(

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from timm.models import is_model_in_modules
 from .images import standardise
 from .patching import patchify, from_conv, sincos_positions
-from .vit import MAE, pool_tokens
+from .vit import MAE, model_card, pool_tokens
 from .cavit import CAMAE
 
 # %% ../nbs/27_imagenet.ipynb #47cd76a6
@@ -91,6 +91,10 @@ def _recolour(net, in_chans, rgb):
     kernels = rgb_kernels(old.weight.data, in_chans, rgb)
     new.load_state_dict({**old.state_dict(), 'weight': kernels})
     net.set_submodule(name, new)
+
+# %% ../nbs/27_imagenet.ipynb #f11d3b81
+@patch
+def _repr_html_(self:ImageNetEncoder): return model_card(self)
 
 # %% ../nbs/27_imagenet.ipynb #e0ed40e7
 def _on_a_copy(norm, _):

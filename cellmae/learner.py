@@ -37,6 +37,7 @@ from .data import CropLoader, Place, check_options
 from .device import BF16, in_bf16, memory_told
 from .files import spared, watched, write_whole
 from .masking import part_of
+from .overview import title_of
 from .plots import show_channels, show_reconstruction
 from .zoo import whole
 
@@ -408,8 +409,9 @@ def show_results(self:SafeLearner, ds_idx=1, dl=None, max_n=2, **kwargs):
     dl = dl or self.dls[ds_idx]
     if not len(dl): dl = self.dls.train
     x,ids = dl.new(shuffle=False).one_batch()
-    screen,_ = dl.sites.where(int(ids[0]))
-    with self.averaged() as model: return show_reconstruction(model, x[:max_n], screen.channels)
+    channels,titles = dl.told(ids[:max_n])
+    with self.averaged() as model:
+        return show_reconstruction(model, x[:max_n], channels, titles=titles)
 
 @patch
 def summary(self:SafeLearner):
@@ -419,11 +421,19 @@ def summary(self:SafeLearner):
     return '\n'.join([*rows, f'{"all":20} {type(self.model).__name__:20} {n(self.model)}'])
 
 @patch
+def told(self:CropLoader,
+    ids, # Numbers of sites of a batch
+): # Names of the channels, and of each site
+    "What to write beside crops"
+    screens,rows = zip(*[self.sites.where(int(i)) for i in ids])
+    return screens[0].channels,[title_of(s.table.iloc[j], 20) for s,j in zip(screens, rows)]
+
+@patch
 def show_batch(self:CropLoader, b=None, max_n=4, **kwargs):
     "Crops of a batch, one row each, channel by channel"
     x,ids = self.one_batch() if b is None else b
-    screen,_ = self.sites.where(int(ids[0]))
-    return show_channels(x[:max_n], screen.channels)
+    channels,titles = self.told(ids[:max_n])
+    return show_channels(x[:max_n], channels, titles=titles)
 
 # %% ../nbs/35_learner.ipynb #72bc98ae
 _no_answer = ('An encoder of images has no predictions to list. Use `embed(learn.model, screen)` '

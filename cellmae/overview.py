@@ -204,10 +204,10 @@ def picture(plane, lo, hi, alt=''):
     return f'<img alt="{html.escape(alt)}" src="{jpeg_uri(x.clip(0, 255).astype(np.uint8))}">'
 
 # %% ../nbs/13_overview.ipynb #3b376a3a
-def bare_panels(rows, cols, width=1.15, height=1.15):
-    "A figure with a grid of bare axes"
+def bare_panels(rows, cols, beside=0., side=1.15):
+    "A figure with a grid of bare axes, and some inches for words beside them"
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(rows, cols, figsize=(cols*width, rows*height), squeeze=False,
+    fig,axs = plt.subplots(rows, cols, figsize=(cols*side+beside, rows*side), squeeze=False,
                            layout='constrained')
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
     for ax in axs.flat: ax.set(xticks=[], yticks=[], frame_on=False)
@@ -301,7 +301,7 @@ def show_sites(
     names = list(channels or screen.channels)
     seen = [look(screen, i, names) for i in rows]
     lim = _limits_of(screen, [x for x in seen if not isinstance(x, str)], names)
-    fig,axs = bare_panels(len(seen), len(names)+bool(colour))
+    fig,axs = bare_panels(len(seen), len(names)+bool(colour), 1.2)
     for ax,name in zip(axs[0], [*names, 'all']): ax.set_title(plain(name), size=8)
     for i,row,x in zip(rows, axs, seen):
         row[0].set_ylabel(title_of(screen.table.iloc[i]), size=7, rotation=0, ha='right',
@@ -353,7 +353,7 @@ def screen_card(screen, what, counts):
     t = t.drop(columns=[c for c in t if c in image_columns(t, light=True) or c[:7]=='source_'])
     counts = {k: f'{v:,}' for k,v in counts.items()}
     return card(what, {**counts, 'channels': ', '.join(screen.channels), 'pixels': pixels, **how,
-                       'illum': screen.illum or None, 'folder': screen.root},
+                       'illum': screen.illum or None, 'folder': screen.root.resolve().name},
                 pictures, t.head(3))
 
 # %% ../nbs/13_overview.ipynb #766fc69c

@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from .files import moved
-from .labels import clean
-from .overview import bare_panels, contrast, draw, plain
+from .labels import clean, is_control
+from .overview import bare_panels, draw, plain
 
 # %% ../nbs/33_plots.ipynb #4b90ab03
 def _array(x):
@@ -24,19 +24,25 @@ def _names(channels, c):
     if len(channels)==c: return [plain(o) for o in channels]
     raise ValueError(f'{len(channels)} names for {c} channels: {", ".join(map(str, channels))}')
 
+def _tell(ax, *lines):
+    "What a row of pictures shows, to its left"
+    ax.set_ylabel('\n'.join(o for o in lines if o), size=8, rotation=0, ha='right', va='center')
+
 # %% ../nbs/33_plots.ipynb #aab1b3da
 def show_channels(
     img, # `(C,H,W)`, or several images `(B,C,H,W)`; array or tensor
     channels=None, # Names of the channels
     clip=(.5,99.8), # Percentiles of a channel, over all images shown, that are black and white
+    titles=(), # What to write beside the images, such as the names of their wells
 )->Figure: # One row per image, one column per channel
     "Images, channel by channel"
-    x = _array(img)
+    x,titles = _array(img),list(titles)
     x = x[None] if x.ndim==3 else x
     if x.ndim!=4: raise ValueError(f'images must be (C,H,W) or (B,C,H,W), not {x.shape}')
     lim = np.percentile(x, clip, axis=(0,2,3)) # (2,C)
-    fig,axs = bare_panels(*x.shape[:2])
+    fig,axs = bare_panels(*x.shape[:2], 1.2*bool(len(titles)))
     for ax,name in zip(axs[0], _names(channels, x.shape[1])): ax.set_title(name, size=9)
+    for row,title in zip(axs, titles): _tell(row[0], title)
     for row,im in zip(axs, x):
         for ax,plane,lo,hi in zip(row, im, *lim): draw(ax, plane, lo, hi)
     return fig
@@ -68,17 +74,19 @@ def show_reconstruction(
     x, # Images `(B,C,H,W)`, as the model takes them
     channels=None, # Names of the channels; default: the model's
     seed=0, # Of the mask
+    titles=(), # What to write beside the images, such as the names of their wells
 )->Figure: # Three rows per image: input, visible part, reconstruction
     "Input, visible part and reconstruction of images"
     views = reconstruct(model, x, seed)
     lim = np.percentile(views[0], (.5,99.8), axis=(0,2,3)) # (2,C)
     b,c = views[0].shape[:2]
     if channels is None and len(model.channels or [])==c: channels = model.channels
-    fig,axs = bare_panels(3*b, c)
+    fig,axs = bare_panels(3*b, c, 1.2)
     cmap = plt.get_cmap('gray').with_extremes(bad='#2b5c8a')
     for ax,name in zip(axs[0], _names(channels, c)): ax.set_title(name, size=9)
     for k,row in enumerate(axs):
-        row[0].set_ylabel(('input','visible','reconstruction')[k%3], size=8)
+        title = titles[k//3] if k%3==0 and len(titles)>k//3 else ''
+        _tell(row[0], title, ('input','visible','reconstruction')[k%3])
         for ax,plane,lo,hi in zip(row, views[k%3][k//3], *lim): draw(ax, plane, lo, hi, cmap)
     return fig
 
@@ -142,27 +150,74 @@ def plot_pca(
 
 # %% ../nbs/33_plots.ipynb #313cc85a
 def plot_map(
-    adata, # AnnData with one row per gene (from `aggregate`), or DataFrame indexed by gene
-    max_names=60, # Names are written if there are no more genes than this
-    size=5., # Side of the figure, inches
-)->Figure:
+    adata, # AnnData with a row per gene (from `aggregate`), or a table indexed by gene
+    groups=None, # Pathways: column of `obs`, or `{gene: pathway}`; default: alike ones together
+    max_names=100, # Names are written if there are no more than this, else those of pathways
+    size=None, # Side of the figure, inches; default: by the number of genes
+)->Figure: # Without controls; colours end where 99 % of the pairs do
     "Cosines of all pairs of genes, alike ones side by side"
-    t = _profiles(adata)
-    n,norm = len(t),np.linalg.norm(t, axis=1, keepdims=True)
-    if not 2<n<=5000:
-        raise ValueError(f'the map has {n} rows, 3 to 5000 can be drawn: aggregate wells to genes, '
-                         'or choose the genes of interest')
-    if not norm.all(): raise ValueError(f'{t.index[norm[:,0]==0][0]} has only zeros: drop it')
-    Z = t.to_numpy()/norm
-    order = leaves_list(linkage(Z, 'average', metric='cosine'))
+    t = _of_genes(adata)
+    Z,size = t.to_numpy(float),size or np.clip(.09*len(t), 4, 8)
+    Z = Z/np.linalg.norm(Z, axis=1, keepdims=True)
+    own = _groups_of(adata, t.index, groups)
+    order = _in_groups(Z, own)
+    cos = (Z@Z.T)[np.ix_(order,order)]
+    most = np.quantile(np.abs(cos[~np.eye(len(cos), dtype=bool)]), .99)
     fig,ax = plt.subplots(figsize=(size,.85*size), layout='constrained')
-    im = ax.imshow((Z@Z.T)[np.ix_(order,order)], cmap='RdBu_r', vmin=-1, vmax=1,
-                   interpolation='nearest')
-    ax.set(xticks=[], yticks=[], xlabel=f'{n} genes')
-    if n<=max_names:
-        ax.set_yticks(range(n), [plain(o) for o in t.index[order]], size=min(8, 36*size/n))
-    fig.colorbar(im, ax=ax, label='cosine', shrink=.7)
+    im = ax.imshow(cos, cmap='RdBu_r', vmin=-most, vmax=most,
+                   interpolation='nearest' if len(t)<=60*size else 'antialiased')
+    ax.set(xticks=[], yticks=[], xlabel=f'{len(t):,} genes')
+    _mark_groups(ax, own[order], len(t)>max_names)
+    if len(t)<=max_names:
+        ax.set_yticks(range(len(t)), [plain(o) for o in t.index[order]],
+                      size=min(8, 44*size/len(t)))
+    fig.colorbar(im, ax=ax, label='cosine', shrink=.7, extend='both')
     return fig
+
+# %% ../nbs/33_plots.ipynb #9b556abc
+def _of_genes(adata):
+    "Profiles of genes that can be drawn, without controls"
+    t = _profiles(adata)
+    obs = getattr(adata, 'obs', {})
+    control = obs['control'].astype(bool) if 'control' in obs else map(is_control, t.index)
+    t = t[~np.fromiter(control, bool, len(t))]
+    if not 2<len(t)<=5000:
+        raise ValueError(f'the map has {len(t)} rows, 3 to 5000 can be drawn: aggregate wells to '
+                         'genes, or choose the genes of interest')
+    zero = ~t.any(axis=1)
+    if zero.any(): raise ValueError(f'{t.index[zero][0]} has only zeros: drop it')
+    return t
+
+def _groups_of(adata, names, groups):
+    "Pathway of each gene, empty where it has none"
+    if groups is None: return np.full(len(names), '', object)
+    if isinstance(groups, str):
+        if groups not in getattr(adata, 'obs', {}): raise ValueError(f'no column {groups!r} in obs')
+        groups = adata.obs[groups]
+    return clean(pd.Series(groups, dtype=object).reindex(names))
+
+def _alike_together(Z):
+    "Rows in an order in which neighbours are alike"
+    if len(Z)<3: return np.arange(len(Z))
+    return leaves_list(linkage(Z, 'average', optimal_ordering=len(Z)<=500))
+
+def _in_groups(Z, own):
+    "Rows group by group, alike groups and alike rows side by side; those without a group last"
+    names = pd.unique(own[own!=''])
+    parts = [np.flatnonzero(own==k) for k in names]
+    if parts: parts = [parts[i] for i in _alike_together(np.stack([Z[p].mean(0) for p in parts]))]
+    parts.append(np.flatnonzero(own==''))
+    return np.concatenate([p[_alike_together(Z[p])] for p in parts])
+
+def _mark_groups(ax, own, named):
+    "A frame around each pathway, and its name, if there is room"
+    begins = np.flatnonzero(np.r_[True, own[1:]!=own[:-1]])
+    ends,ticks = np.r_[begins[1:], len(own)],{}
+    for a,b in zip(begins, ends):
+        if own[a]=='' or b-a<len(own)/100: continue
+        ax.add_patch(plt.Rectangle((a-.5,a-.5), b-a, b-a, fill=False, lw=.6))
+        if b-a>=len(own)/60: ticks[(a+b-1)/2] = plain(own[a])
+    if named: ax.set_yticks([*ticks], [*ticks.values()], size=6)
 
 # %% ../nbs/33_plots.ipynb #d28cd2c4
 def plot_recall(

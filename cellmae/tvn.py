@@ -7,6 +7,7 @@ __all__ = ['Correction', 'CenterScale', 'Sphere', 'PCACenterScale', 'TVN', 'save
 
 # %% ../nbs/42_tvn.ipynb #030bf6e0
 import json, warnings
+from contextlib import contextmanager
 import numpy as np, pandas as pd
 from pathlib import Path
 from anndata import AnnData
@@ -18,6 +19,7 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 from .files import moved, write_whole
+from .report import Aside, card
 from .profiles import aligned, batches_of, controls_of, opened, positions
 from .profiles import table_with, wells_of
 
@@ -61,9 +63,10 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.n_controls_,self.shrinkage_ = _enough(controls, b),{}
         _need_spread(w.X[controls])
         rows = _rows(b)
-        A = _varied(w.X, controls, rows, self._names)
-        self.shared_ = self._learn(A, controls, rows, **self._besides(w, y, b))
-        self.centres_,self.maps_ = self._batches(A, controls, rows)
+        with self._noted():
+            A = _varied(w.X, controls, rows, self._names)
+            self.shared_ = self._learn(A, controls, rows, **self._besides(w, y, b))
+            self.centres_,self.maps_ = self._batches(A, controls, rows)
         return self
 
     def transform(self,
@@ -90,6 +93,18 @@ def fit_transform(self:Correction, X, y=None, controls=None, batches=None):
     "`fit`, then `transform` of the same rows"
     X = opened(X)
     return self.fit(X, y, controls=controls, batches=batches).transform(X, batches=batches)
+
+# %% ../nbs/42_tvn.ipynb #85fc9161
+@patch
+@contextmanager
+def _noted(self:Correction):
+    "What is warned of inside is kept, and warned of"
+    self.warned_ = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        yield
+    self.warned_ = [str(o.message) for o in said]
+    for o in said: warnings.warn_explicit(o.message, o.category, o.filename, o.lineno)
 
 # %% ../nbs/42_tvn.ipynb #6d8f71d0
 def _apply(A, batches, centres, maps):
@@ -172,6 +187,24 @@ def _note(self:Correction):
     params = ', '.join(f'{k}={v!r}' for k,v in self.get_params().items())
     shares = ', '.join(f'{k} {v:.2f}' for k,v in self.shrinkage_.items())
     return f'{type(self).__name__}({params})' + (f', shrinkage of {shares}' if shares else '')
+
+# %% ../nbs/42_tvn.ipynb #0df78c96
+@patch
+def _repr_html_(self:Correction):
+    params = {k: repr(v) for k,v in self.get_params().items()}
+    if not hasattr(self, 'maps_'): return card(type(self).__name__, params, 'Not fitted yet.')
+    n = pd.Series(self.n_controls_)
+    few = f'{n.min()}' if n.min()==n.max() else f'{n.min()} to {n.max()}'
+    shares = ', '.join(f'{k} {v:.2f}' for k,v in self.shrinkage_.items())
+    facts = dict(features=f'{self.n_features_in_} in, {len(self.get_feature_names_out())} out',
+                 batches=len(n), controls=f'{n.sum():,}, {few} in a batch', shrinkage=shares)
+    each = n.rename_axis('batch').rename('controls').reset_index()
+    return card(type(self).__name__, params|facts, *map(Aside, self.warned_), each)
+
+@patch
+def _repr_mimebundle_(self:Correction, **kwargs):
+    "Before scikit-learn's own picture of an estimator"
+    return {'text/plain': repr(self), 'text/html': self._repr_html_()}
 
 # %% ../nbs/42_tvn.ipynb #e52c3bc8
 _LEAST = .1 # Of the typical share
@@ -523,7 +556,7 @@ def _plain(t):
     "All else that a fitted correction knows"
     names = getattr(t, 'feature_names_in_', None)
     return dict(kind=type(t).__name__, params=t.get_params(), batched=t.batched_,
-                n_controls=t.n_controls_, shrinkage=t.shrinkage_,
+                n_controls=t.n_controls_, shrinkage=t.shrinkage_, warned=t.warned_,
                 features=t.n_features_in_ if names is None else list(names))
 
 def _packed(t, prefix=''):
@@ -567,7 +600,7 @@ def _unpacked(head, arrays, where):
         raise ValueError(f'{where} holds a {head["kind"]}: import that class first')
     t = kinds[head['kind']](**head['params'])
     t.batched_,t.n_controls_,t.shrinkage_ = (head[k] for k in ('batched','n_controls','shrinkage'))
-    f = head['features']
+    t.warned_,f = head.get('warned', []),head['features']
     t._know(*((f,None) if isinstance(f, int) else (len(f),f)))
     shared,t.centres_,t.maps_ = ({k:arrays[i] for k,i in head[p].items()}
                                  for p in ('shared','centres','maps'))

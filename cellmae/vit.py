@@ -15,6 +15,7 @@ from fastcore.basics import patch, store_attr
 from timm.layers import LayerNorm
 from .labels import did_you_mean
 from .images import exporting, standardise
+from .report import card
 from .patching import patchify, unpatchify, sincos_positions, PatchEmbed
 from .masking import MASKINGS, Mask, draw, random_mask, restore, shape_noise, take
 from .fourier import (band_energies, fourier_loss, image_fourier_loss, masked_mean, mix,
@@ -529,3 +530,35 @@ def _patch_energies(self:MAE, e, latent, z, m):
 
 @patch
 def _pooled(self:MAE, latent, m, n): return pool_tokens(latent, 'meanstd')[:,None]
+
+# %% ../nbs/24_vit.ipynb #75118476
+def _size(m): return sum(p.numel() for p in m.parameters())
+
+def _millions(n): return f'{n/1e6:,.1f} million' if n>=1e5 else f'{n:,}'
+
+_told = 'data','source','sites','epochs','seconds','steps','bs','lr','seed','label','licence'
+
+def _training(model, most=80):
+    "What is known of the training of a model, in words"
+    about = getattr(model, 'provenance', None) or {}
+    said = ', '.join(f'{k} {about[k]}' for k in _told if about.get(k) is not None)
+    return said[:most]+'..'*(len(said)>most) or 'none, or not known'
+
+def model_card(
+    model:nn.Module, # Any model of this package
+)->str: # HTML
+    "How a notebook shows a model"
+    core = getattr(model, 'backbone', model)
+    c,parts = core.config,[(k,_size(m)) for k,m in model.named_children() if _size(m)]
+    channels = ', '.join(model.channels or []) or f'{core.in_chans}, without names'
+    parts = ', '.join(f'{k} {_millions(n)}' for k,n in parts)
+    how = {k: c.get(k) for k in ('embed_dim','depth','num_heads','widths','mask_ratio','arch')}
+    name = getattr(model, 'name', None)
+    kind = type(model).__name__+(f' on {type(core).__name__}' if core is not model else '')
+    facts = dict(kind=kind if name else '', channels=channels, crop=f"{c['img_size']} px",
+                 patch=f"{c['patch_size']} px" if 'patch_size' in c else '', parameters=parts)
+    return card(str(name or kind), facts|how|dict(training=_training(model)))
+
+# %% ../nbs/24_vit.ipynb #97c3f1cf
+@patch
+def _repr_html_(self:MAE): return model_card(self)

@@ -23,6 +23,7 @@ from fastai.callback.mixup import CutMix
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric
 from fastai.torch_core import num_distrib
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from .checkpoint import about_data, about_model, short_hash
 from .classifier import Classifier, any_channels, arcface, batch_norms
@@ -33,6 +34,8 @@ from .imagenet import ImageNetEncoder
 from .labels import clean
 from .learner import NumbersOnly, SafeLearner, as_list, guards, parts_of, records
 from .many_gpus import join_processes
+from .overview import plain
+from .plots import show_channels
 from .train import asked_of, equip, make_loaders, run_whole, sort_options
 from .zoo import Recipe, check_savable, create_model, list_models, load_model, recipe
 
@@ -177,6 +180,8 @@ class GatherScores(Callback):
 
 class ClassLearner(SafeLearner):
     "A `SafeLearner` that names the classes of its own images"
+    class_names = None # in the order of their numbers; `fit_wsl` knows them
+
     def _do_epoch_validate(self, ds_idx=1, dl=None):
         if dl is not None and getattr(dl, 'sites', None) is not self.dls.train.sites:
             raise ValueError('The labels are those of the screen that this learner trains on. '
@@ -191,6 +196,21 @@ class ClassLearner(SafeLearner):
         dl = self.dls[ds_idx].new(shuffle=False) if dl is None else dl
         self.validate(dl=dl, cbs=(seen := GatherScores()))
         return torch.cat(seen.said),torch.cat(seen.true)
+
+# %% ../nbs/51_wsl.ipynb #ae0181f6
+@patch
+def show_results(self:ClassLearner, ds_idx=1, dl=None, max_n=4, **kwargs):
+    "Crops, what was done to them, and what the network says"
+    dl = dl or self.dls[ds_idx]
+    if not len(dl): dl = self.dls.train
+    first = dl.new(shuffle=False).one_batch()[1].tolist()
+    dl = dl.new(shuffle=False, ids=list(dict.fromkeys(first)))
+    x,ids = dl.one_batch()
+    p,k = self.get_preds(dl=dl)[0][:max_n].max(1)
+    channels,titles = dl.told(ids[:max_n])
+    names = self.class_names or range(self.model.config['n_classes'])
+    said = [f'says {plain(names[i])} ({o:.0%})' for i,o in zip(k, p)]
+    return show_channels(x[:max_n], channels, titles=map('\n'.join, zip(titles, said)))
 
 # %% ../nbs/51_wsl.ipynb #533d089e
 def wsl_learner(
@@ -286,6 +306,7 @@ def _learner(dls, r, arch, out, embed_dim, own, save_every, cbs):
         architecture=net.name, classes=len(names), labels=short_hash(y, names))
     learn = wsl_learner(dls, net, WSLLoss(y, own['share']), out, settings, r.lr, r.wd, r.betas,
                         r.clip, own['cutmix'], own['bf16'], save_every, cbs)
+    learn.class_names = names
     return learn,names
 
 def _recipe(r):
