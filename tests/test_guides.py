@@ -86,3 +86,8 @@ def test_tables_are_those_of_today(path, monkeypatch):
         assert not shell.exc, shell.exc
         now = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outs)
         assert now == shown(c), f'run tools/run_nbs.py nbs/guide/{path.name}: cell {c.id} shows other things today'
+
+@pages
+def test_files_of_the_repository_are_there(path):
+    named = {o for s in map(shown, cells(path)) for o in re.findall(r'benchmarks/[\w./]*\w', s)}
+    assert all((root/o).exists() for o in named), [o for o in named if not (root/o).exists()]
