@@ -48,6 +48,7 @@ from .rxrx3 import *
 from .choose import *
 from .neighbours import *
 from .explore import *
+from .story import *
 from .watch import *
 from .train import *
 from .wsl import *

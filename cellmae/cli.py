@@ -363,7 +363,6 @@ def cellmae_recall(
 
 # %% ../nbs/60_cli.ipynb #c849ca53
 __getattr__ = moved(__name__, **dict.fromkeys(
-    ('PAIR','JOINED','simulated','baselines','summary','attempt','fit_tvn','correct_all',
-     'with_joined','compare','measure','strongest','draw_map','Findings','findings','rehearse',
-     'usable','describe','look_at','packed','embed_all','demo_sections','finding_sections','demo',
-     'told'), 'demo'))
+    ('PAIR','JOINED','summary','attempt','fit_tvn','correct_all','with_joined','compare','measure',
+     'Findings','findings','rehearse','describe'), 'story'), strongest='explore', **dict.fromkeys(
+    ('simulated','baselines','usable','look_at','packed','embed_all','demo','told'), 'demo'))

@@ -135,7 +135,9 @@ def colour_columns(
     "Columns of `obs` by which points can be coloured"
     n = {k: len(pd.unique(clean(obs[k]))) for k in obs if k not in ('name','control')}
     number = lambda k: pd.api.types.is_float_dtype(obs[k]) or pd.api.types.is_integer_dtype(obs[k])
-    return [k for k,m in n.items() if m>1 and (number(k) or m<=most)]
+    late = ['batch','plate','well','site','n','sites','n_sites','n_tiles'] # say less
+    found = [k for k,m in n.items() if m>1 and (number(k) or m<=most)]
+    return sorted(found, key=lambda k: late.index(k)+1 if k in late else 0)
 
 # %% ../nbs/57_explore.ipynb #bedd6ca5
 class Explorer:
@@ -385,10 +387,18 @@ def explore_map(
     by:str|None=None, # Column to colour by at first; default: the first that tells points apart
     wells:bool=False, # A point per well, instead of one per perturbation?
     pictures:int=300, # Points that have a picture
+    also=None, # DataFrame of more columns to colour by, indexed by perturbation
     most:int=500, # Perturbations in the view of all pairs
     seed:int=0,
 )->Explorer: # Shown by itself at the end of a cell; `save` makes a page
     "A map to be asked: names, neighbours and cells where the mouse is"
-    genes = map_points(x, wells)
+    genes = _known(map_points(x, wells), also)
     shown = pictures_of(screen, genes, pictures) if screen is not None and pictures else None
     return Explorer(genes, shown, by, most, seed)
+
+def _known(genes, also):
+    "Points with what else is known of their perturbations"
+    if also is None or 'perturbation' not in genes.obs: return genes
+    more = also.reindex(genes.obs['perturbation']).set_axis(genes.obs_names)
+    genes.obs = pd.concat([more, genes.obs.drop(columns=[*more], errors='ignore')], axis=1)
+    return genes

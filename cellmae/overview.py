@@ -394,7 +394,7 @@ def _grouped(problems):
                      'first': place_of_problem(o), 'cure': o['cure']})
     return pd.DataFrame(rows)
 
-def _problems(problems, most=300):
+def problem_tables(problems, most=300):
     "Problems by kind, and folded all of them"
     if not len(problems): return 'None: every image was there, readable, and like the others.'
     groups,said = _grouped(problems),f'All {len(problems):,}'
@@ -589,7 +589,7 @@ def _sections(screen, seen, views):
     drawn = [Aside(f'{few} of {every} plates are drawn: the first, and those with most problems.')]
     return {
         'What it is': [_facts(screen, seen), _channels(screen, seen, ranges), *part],
-        'What is wrong': [_problems(problems), *filter(None, [flagged(screen, problems, ranges)])],
+        'What is wrong': [problem_tables(problems), *filter(None, [flagged(screen, problems, ranges)])],
         'Plates': [*drawn*(few<every), *maps(screen, d, plates)],
         'Pictures': [_as_seen, pictures(screen, views, rows, ranges)],
         **({'Plates side by side': side_by_side(screen, d)} if len(plates)>1 and len(d) else {}),

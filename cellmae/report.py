@@ -122,6 +122,7 @@ img{max-width:100%;height:auto;display:block;margin:1rem 0;background:#fff;borde
 .row{display:flex;flex-wrap:wrap;gap:.3rem 1.5rem;align-items:flex-start}
 figure{margin:0;max-width:11.5rem;font-size:.8rem;line-height:1.3}
 figure img{margin:0 0 .2rem}
+.pair{display:flex;gap:.3rem;margin-bottom:.8rem}
 figure.wide{max-width:100%;margin:1rem 0}
 figcaption{color:var(--soft)}
 figure.wide figcaption{font-size:.9rem;max-width:46rem;margin-top:.3rem}
