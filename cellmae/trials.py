@@ -264,7 +264,7 @@ def over_seeds(
 def plot_trials(
     table:pd.DataFrame, # From `trials`
     value='recall', # Column to draw
-)->'Figure':
+): # Figure
     "What each recipe found: a line per seed, and a bar for their mean"
     from matplotlib import pyplot as plt
     names = list(pd.unique(table.recipe))
