@@ -53,7 +53,9 @@ def skipped(
 class Attention(attention.Attention):
     "timm's self-attention, computed by `attend`"
     fused = None # True or False forces a kernel, see `set_attention`
-    def project(self, x):
+    def project(self,
+        x, # Tokens `(B,N,D)`
+    ):
         q,k,v = self.qkv(x).unflatten(-1, (3,self.num_heads,-1)).unbind(2) # (B,L,heads,d)
         return self.q_norm(q),self.k_norm(k),v
 
@@ -68,7 +70,10 @@ class Block(vision_transformer.Block):
         **kwargs, # Further arguments of timm's `Block`
     ): super().__init__(dim, num_heads, mlp_ratio, attn_layer=Attention, **kwargs)
 
-    def project(self, x): return self.attn.project(self.norm1(x))
+    def project(self,
+        x, # Tokens `(B,N,D)`
+    ):
+        return self.attn.project(self.norm1(x))
     def forward(self, x, scales=(None,None)):
         x = x + skipped(self.ls1(self.attn(self.norm1(x))), scales[0])
         return x + skipped(self.ls2(self.mlp(self.norm2(x))), scales[1])
@@ -77,7 +82,9 @@ class Block(vision_transformer.Block):
 class ParallelBlock(vision_transformer.ParallelScalingBlock):
     "timm's parallel block with this attention, and with the bias of the MLP inside the product"
     fused = None # as in `Attention`
-    def project(self, x):
+    def project(self,
+        x, # Tokens `(B,N,D)`
+    ):
         bias = self.in_proj.bias
         if self.mlp_bias is not None: bias = F.pad(self.mlp_bias, (0,3*x.shape[-1]))
         hidden,*qkv = F.linear(self.in_norm(x), self.in_proj.weight, bias).split(self.in_split, -1)
@@ -109,19 +116,27 @@ class Blocks(nn.Sequential):
             if blocks and i in blocks: after[i] = x
         return x if blocks is None else [after[i] for i in blocks]
 
-    def scales(self, x):
+    def scales(self,
+        x, # Tokens `(B,N,D)`
+    ):
         "What branches of each block are multiplied by `(depth,2,B,1,1)`; or nothing"
         if not (self.training and self.drop_path): return ()
         keep = 1-torch.linspace(0, self.drop_path, len(self), device=x.device)[:,None]
         scales = (draw(x.shape[0], len(self), 2, device=x.device)<keep)/keep # (B,depth,2)
         return scales.permute(1,2,0)[...,None,None].to(x.dtype),
 
-    def run(self, block, *args):
+    def run(self,
+        block, # One of them
+        *args, # Of the block
+    ):
         "Call a block, and keep what its backward pass needs, or only what it was called with"
         if not (self.recompute and self.training and torch.is_grad_enabled()): return block(*args)
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def set_grad_checkpointing(self, enable=True): self.recompute = enable
+    def set_grad_checkpointing(self,
+        enable=True, # Compute blocks twice, to save memory?
+    ):
+        self.recompute = enable
 
 # %% ../nbs/23_blocks.ipynb #7b375a64
 def decoder_blocks(

@@ -92,7 +92,9 @@ class Cells:
         "Number of cells on each site `(n,)`"
         return np.diff(self.starts)
 
-    def of(self, i):
+    def of(self,
+        i, # Number of the site
+    ):
         "Centres `(n,2)` of the cells of site `i`, `y,x` in pixels"
         return self.yx[self.starts[i]:self.starts[i+1]]
 

@@ -487,7 +487,9 @@ def check_same(
         'or the same data and settings to go on with it, or `resume=False` to start over.')
 
 # %% ../nbs/34_checkpoint.ipynb #3e10ea5f
-def short_hash(*parts)->str:
+def short_hash(
+    *parts, # Tensors, or what can be printed
+)->str:
     "12 hex digits that stand for tensors, or for what can be printed"
     h = hashlib.sha256()
     for p in parts: h.update(_bytes(p) if isinstance(p, Tensor) else repr(p).encode())

@@ -112,7 +112,12 @@ def dealt(names, units, seed=0):
     return order[units].to_numpy()%2
 
 # %% ../nbs/53_choose.ipynb #421c7d2b
-def halves(R, names, units, seed=0):
+def halves(
+    R, # Profiles `(n,D)`, one row per well
+    names, # Perturbation of each row `(n,)`
+    units, # What is kept together, such as plates `(n,)`
+    seed=0, # Which units go into which half
+):
     "Two mean profiles `(P,D)` of each perturbation, from different units, and names `(P)`"
     half = dealt(names, units, seed)
     A,B = (pd.DataFrame(R[half==k]).groupby(names[half==k]).mean() for k in (0,1))
@@ -160,7 +165,7 @@ def folds_of(
     names, # `(n)` perturbations
     n_folds=5, # At most
     least=20, # Perturbations in a fold
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->np.ndarray: # `(n)`, the same for all wells of a perturbation
     "Fold of each well"
     p,found = pd.factorize(np.asarray(names))

@@ -570,7 +570,11 @@ _mapped = deque() # `(Images,number)` of the shards that are mapped, the oldest 
 
 class Images:
     "An array of a Zarr folder, each of whose images is found without Zarr"
-    def __init__(self, folder, meta, chain):
+    def __init__(self,
+        folder, # Of the array
+        meta, # Content of its `zarr.json`
+        chain, # Names of its codecs
+    ):
         self.folder,self.key,self.maps = folder,_keys(meta),{}
         self.shape,self.dtype = tuple(meta['shape']),np.dtype('u1')
         self.each = prod(self.shape[1:]) # bytes of an image

@@ -152,7 +152,7 @@ class CropLoader(DataLoader):
         seed:int=0, # With epoch and batch number decides all randomness
         apart:str=None, # Column whose values never meet in a batch, such as `batch`
         num_workers:int=None, # Threads that read ahead; default: `reading_threads` of the device
-        **kwargs
+        **kwargs, # Of fastai's `DataLoader`
     ):
         self.ids,self.per_batch = np.asarray(ids, dtype=int),max(1, bs//crops)
         self.at_once = self.per_batch # sites of a batch, of validation those of a part

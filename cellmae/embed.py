@@ -43,7 +43,13 @@ class Site(NamedTuple):
 
 class Cut:
     "The tiles of a site, the crop in its middle, or crops at its cells"
-    def __init__(self, screen, order, size=None, cells=None, middle=False):
+    def __init__(self,
+        screen, # `Screen`
+        order, # Channels, in the order that the encoder takes them
+        size=None, # Side of a tile in pixels; default: the whole site
+        cells=None, # `Cells`, if crops are to be at them
+        middle=False, # One crop, in the middle?
+    ):
         same = list(order)==list(range(len(screen.channels)))
         self.order = slice(None) if same else order
         self.screen,self.size,self.cells,self.middle = screen,size,cells,middle
@@ -202,7 +208,10 @@ class Means:
 # %% ../nbs/41_embed.ipynb #7b4d7bed
 class Averages:
     "Mean vectors of the sites of a part, or of its wells"
-    def __init__(self, rows, part):
+    def __init__(self,
+        rows, # `Rows` of the screen
+        part, # Which part of them
+    ):
         at = rows.parts[part]
         self.rows,self.sites = rows,Means(at, rows.site[at])
         sites = self.sites.groups
@@ -232,7 +241,10 @@ def _mean(sums):
 # %% ../nbs/41_embed.ipynb #1a7ca03f
 class Each:
     "A row for each tile or cell, numbered in its site"
-    def __init__(self, rows, part):
+    def __init__(self,
+        rows, # `Rows` of the screen
+        part, # Which part of them
+    ):
         self.rows,self.before,self.n = rows,{},0 # tiles of sites that the table lists again
 
     def add(self, row, v):
@@ -259,7 +271,15 @@ class Piece(NamedTuple):
 # %% ../nbs/41_embed.ipynb #077b2271
 class Job:
     "A screen, an encoder, and how one goes through the other"
-    def __init__(self, encoder, rows, cut, bs, leave_out=False, workers=None, n_adapt=64):
+    def __init__(self,
+        encoder, # `AnyEncoder`
+        rows, # `Rows` of the screen
+        cut, # `Cut`
+        bs, # Tiles in a batch; default: as the encoder says
+        leave_out=False, # Leave out sites that cannot be read?
+        workers=None, # Threads; default: one per core
+        n_adapt=64, # Tiles that an encoder is adapted on
+    ):
         self.encoder,self.rows,self.cut,self.screen = encoder,rows,cut,cut.screen
         self.bs,self.leave_out,self.n_adapt = bs or encoder.bs,leave_out,n_adapt
         self.bs_adapt = bs or 256

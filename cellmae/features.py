@@ -65,10 +65,10 @@ def regress_features(
     features, # DataFrame of measured features, one row per row of `x`
     groups='batch', # Column of `obs` (plates) whose values are kept together
     category=feature_category, # Category of a feature, from its name
-    n_folds=5,
+    n_folds=5, # Parts that groups are dealt to
     alphas=tuple(10.**np.arange(-1, 6)), # Strengths of the ridge to choose from
     n_boot=200, # Bootstraps over groups
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->tuple: # Tables of features (`category, r2, ci_low, ci_high`) and of categories (`n`, medians)
     "How much of each measured feature an embedding explains on plates it has not seen"
     w = wells_of(x)

@@ -105,7 +105,9 @@ def _on_a_copy(norm, _):
 def _as_before(norm, *_): norm._buffers.update(norm.__dict__.pop('kept', {}))
 
 @patch
-def set_grad_checkpointing(self:ImageNetEncoder, enable=True):
+def set_grad_checkpointing(self:ImageNetEncoder,
+    enable=True, # Compute blocks twice, to save memory?
+):
     "timm's way to compute twice, in which batch norms measure what comes in the forward pass only"
     self.net.set_grad_checkpointing(enable)
     for m in self.net.modules():

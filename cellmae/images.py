@@ -78,7 +78,11 @@ PANELS = dict(rxrx=_numbered('DNA ER actin RNA mito golgi'), # Number -> stain, 
 # %% ../nbs/02_images.ipynb #6d869fd9
 class ImageError(ValueError):
     "What is wrong, in which file, and the cure"
-    def __init__(self, problem, file='', cure=''):
+    def __init__(self,
+        problem, # What is wrong
+        file='', # Which file
+        cure='', # What to do about it, a sentence
+    ):
         where = ': '.join(filter(None, [str(file), problem]))
         super().__init__(f'{where}. {cure}' if cure else where)
         self.problem,self.file,self.cure = problem,str(file),cure

@@ -60,25 +60,39 @@ def only(values):
     return values.pop() if len(values)==1 else None
 
 # %% ../nbs/08_instruments.ipynb #ae2ae725
-def fields_of(elements, **tags):
+def fields_of(
+    elements, # XML elements
+    **tags, # Name of a column -> tag of a child
+):
     "A row per XML element, a column per child that has text: `site='FieldID'`"
     text = lambda o, tag: (o.findtext(tag) or '').strip() or None
     rows = [[text(o, tag) for tag in tags.values()] for o in elements]
     return pd.DataFrame(rows, columns=list(tags), dtype=object).dropna(axis=1, how='all')
 
-def attributes_of(elements, **keys):
+def attributes_of(
+    elements, # XML elements
+    **keys, # Name of a column -> attribute
+):
     "A row per XML element, a column per attribute that is there: `site='FieldIndex'`"
     rows = [[o.get(k) for k in keys.values()] for o in elements]
     return pd.DataFrame(rows, columns=list(keys), dtype=object).dropna(axis=1, how='all')
 
-def measures(size=None, rows=None, cols=None, um=1.):
+def measures(
+    size=None, # Of a pixel, in units of `um`
+    rows=None, # Of the plate
+    cols=None, # Of the plate
+    um=1., # um in a unit of `size`
+):
     "`pixel_size` in um and `plate_shape`, as far as they are said"
     out = {}
     if size: out['pixel_size'] = float(f'{float(str(size).replace(",", "."))*um:.6g}')
     if rows and cols: out['plate_shape'] = int(rows),int(cols)
     return out
 
-def wells_of(rows, cols):
+def wells_of(
+    rows, # From 1
+    cols, # From 1, as many
+):
     "Names of wells from numbers of rows and columns that count from 1"
     name = {(r,c): f'{row_letters(int(r)-1)}{int(c):02d}' for r,c in {*zip(rows, cols)}}
     return [name[o] for o in zip(rows, cols)]
@@ -377,7 +391,10 @@ def _harmony_measures(root):
 
 # %% ../nbs/08_instruments.ipynb #d4869243
 @layout('phenix', 'Opera Phenix or Operetta', _of_harmony)
-def phenix(listing, found)->Scan:
+def phenix(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+)->Scan:
     "Plates that Harmony exported; of a folder with two indexes the older form counts"
     first = {home_of(o): o for o in reversed(found)}
     return joined(listing, _harmony, sorted(first.values()))
@@ -484,7 +501,10 @@ def _metaxpress_part(listing, of):
 
 # %% ../nbs/08_instruments.ipynb #7eaa2df5
 @layout('imagexpress', 'ImageXpress', _of_metaxpress)
-def imagexpress(listing, found)->Scan:
+def imagexpress(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+)->Scan:
     "Plates of MetaXpress: exported with a table, as in its database, or only called so"
     listing = whole(listing, found)
     tables = [o for o in found if o.lower().endswith('.htd')]
@@ -528,7 +548,10 @@ def _projections(table):
 
 # %% ../nbs/08_instruments.ipynb #b7b7699f
 @layout('yokogawa', 'Yokogawa CV7000, CV8000 or CQ1', '*.mlf')
-def yokogawa(listing, found)->Scan:
+def yokogawa(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+)->Scan:
     "Plates of Yokogawa, by their records"
     return joined(listing, _measurement, found)
 
@@ -579,7 +602,10 @@ def _incell_name(file):
 
 # %% ../nbs/08_instruments.ipynb #a2fad951
 @layout('incell', 'InCell', '*.xdce')
-def incell(listing, found)->Scan:
+def incell(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+)->Scan:
     "Plates of InCell, by their records, or by names where there are none"
     return joined(listing, _stack, found)
 
@@ -599,7 +625,10 @@ def _stack(listing, xdce):
 
 # %% ../nbs/08_instruments.ipynb #488d429a
 @layout('scanr', 'Olympus ScanR', 'metadata.ome.xml')
-def scanr(listing, found)->Scan:
+def scanr(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+)->Scan:
     "Plates of ScanR, by the images of their OME-XML"
     return joined(listing, _positions, found)
 

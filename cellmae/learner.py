@@ -74,7 +74,10 @@ class FixedMasks(Callback):
 class History(Callback):
     "Write `history.csv`, one row per epoch"
     order = 55
-    def __init__(self, file): self.file = Path(file)
+    def __init__(self,
+        file, # Where to write
+    ):
+        self.file = Path(file)
     def after_epoch(self):
         values,names = self.recorder.values,self.recorder.metric_names[1:]
         rows = pd.DataFrame([list(r) for r in values], columns=names[:len(values[0])])
@@ -84,7 +87,11 @@ class History(Callback):
 class Reconstructions(Callback):
     "Draw what the model makes of a few validation images into `folder`, `n` times during the run"
     order = 65 # before the checkpoint that says that the epoch is done
-    def __init__(self, folder, n=5): self.folder,self.n = Path(folder),n
+    def __init__(self,
+        folder, # Where to draw
+        n=5, # How many times in the run
+    ):
+        self.folder,self.n = Path(folder),n
     def after_epoch(self):
         if not self.learn.due(self.n) or not len(self.dls.valid): return
         fig,name = self.learn.show_results(),f'epoch_{self.epoch+1:03d}.png'
@@ -96,7 +103,10 @@ class Reconstructions(Callback):
 class Lines(Callback):
     "Say how far training is in plain lines, if nobody watches a progress bar"
     order = 60
-    def __init__(self, every=30): self.every,self.said = every,time.monotonic()
+    def __init__(self,
+        every=30, # Seconds between lines
+    ):
+        self.every,self.said = every,time.monotonic()
     def after_create(self):
         if watched(): return self.learn.remove_cb(self)
         self.learn.remove_cb(ProgressCallback)
@@ -153,7 +163,11 @@ class Waits(Callback):
 class SafeLearner(Learner):
     "A fastai `Learner` that can start in the middle, and leaves what it entered whatever happens"
     first_epoch,accumulate,time_over,averaged_model = 0,1,False,None
-    def __init__(self, *args, settings=None, records=None, **kwargs):
+    def __init__(self, *args,
+        settings=None, # What makes this run another than others
+        records=None, # Callbacks that only watch
+        **kwargs,
+    ):
         self.settings,self.records = settings or {},listify(records)
         super().__init__(*args, **kwargs)
 
@@ -456,7 +470,9 @@ def tta(self:SafeLearner, *args, **kwargs):
     raise NotImplementedError(_no_answer)
 
 # %% ../nbs/35_learner.ipynb #cc70d5c1
-def as_list(cbs)->list[Callback]:
+def as_list(
+    cbs, # As they were given
+)->list[Callback]:
     "Callbacks as fastai takes them: none, one, some, or their classes"
     return [cb() if isinstance(cb, type) else cb for cb in listify(cbs)]
 
@@ -606,15 +622,24 @@ def mae_loss(
     "The loss that the model computed"
     return out.loss
 
-def mse(out, ids):
+def mse(
+    out, # What the model gave
+    ids, # Numbers of the sites, not used
+):
     "Pixel part of the loss"
     return out.parts['mse']
 
-def fourier(out, ids):
+def fourier(
+    out, # What the model gave
+    ids, # Numbers of the sites, not used
+):
     "Fourier part of the loss"
     return out.parts['fourier']
 
-def energy(out, ids):
+def energy(
+    out, # What the model gave
+    ids, # Numbers of the sites, not used
+):
     "Energy part of the loss"
     return out.parts['energy']
 
@@ -646,7 +671,10 @@ def mae_learner(
         records=[*records(out, save_every, cbs), *pictures])
 
 # %% ../nbs/35_learner.ipynb #0167a985
-def check_length(epochs=None, seconds=None):
+def check_length(
+    epochs=None, # Epochs of the whole run
+    seconds=None, # Or how long it may take
+):
     "Refuse a run that is to end twice"
     check_options(epochs=epochs, seconds=seconds)
     if epochs and seconds: raise ValueError(f'epochs={epochs} and seconds={seconds}: a run ends '

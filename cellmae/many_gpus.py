@@ -138,7 +138,11 @@ class Shards(Together):
         self.learn.model,self.learn.opt = self.plain.to(self.dls.device),None
 
 # %% ../nbs/37_many_gpus.ipynb #475908f7
-def shard_model(model, device, ranks):
+def shard_model(
+    model, # Whose weights are to be split
+    device, # Kind of device, `cuda` or `cpu`
+    ranks, # How many processes share the weights
+):
     "Split blocks, and what else there is; returns what is split by itself"
     try: from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     except ImportError: raise ImportError('shard=True needs torch 2.6 or newer.') from None

@@ -112,7 +112,10 @@ def _draw(self:MUNet, x, tokens, m):
     return latent,self._cut(self.decoder(maps)),None # (B,L,P)
 
 @patch
-def set_objective(self:MUNet, energy=0., **objective):
+def set_objective(self:MUNet,
+    energy=0., # Share of the energy loss, in `[0,1]`
+    **objective, # `alpha` and `mask_ratio`, which a U-Net takes as well
+):
     "As in `MAE`, without energies"
     if energy: raise ValueError('Energies are read from tokens, and a U-Net has none: '
                                 'leave `energy` out.')
@@ -147,6 +150,9 @@ def encode(self:MUNet,
     return [pool_tokens(o, pool) for o in z] if isinstance(z, list) else pool_tokens(z, pool)
 
 @patch
-def attention_maps(self:MUNet, x, block=None):
+def attention_maps(self:MUNet,
+    x, # Images `(B,C,H,W)`
+    block=None, # Not used: there is no attention
+):
     "Says that there are none"
     raise ValueError('A convolutional network has no attention.')

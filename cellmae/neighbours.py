@@ -78,7 +78,7 @@ def nearest(
     relationships=None, # Known pairs, as in `recall`
     similarity='cosine', # Or `pearson`, `spearman`, `abs_cosine`, `euclidean`, `manhattan`
     n_boot=500, # Draws of wells for the intervals; 0 for none
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->pd.DataFrame: # Per gene: `rank` (of 1 ..), `similarity`, its interval (NaN: one well), `known`
     "The nearest genes of a gene, and how sure that is"
     check_whole(1, n=n)
@@ -155,7 +155,7 @@ def cluster_test(
     n_perm=1000, # Random sets of each size
     similarity='cosine', # As in `nearest`; `abs_cosine` takes opposite for alike
     ks=False, # Add EFAAR's test of pairs inside against pairs to the outside?
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->pd.DataFrame: # Per set: `n` of `size` genes, mean `within`, mean of the `null`, `z`, `p`, `q`
     "Are the genes of a set more alike than random sets of as many?"
     check_whole(2, min_genes=min_genes)

@@ -528,7 +528,10 @@ def _ome_size(ome):
     return float(size)*UM[unit] if size and unit in UM else None
 
 @layout('ome_tiff', 'OME-TIFF', _ome_tiffs)
-def ome_tiff(listing, found):
+def ome_tiff(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "Images that OME-XML describes: plates and positions in one file, sets of files, companions"
     rows,said,left,done,size = [],[],[],set(),None
     for name in found:
@@ -560,7 +563,10 @@ def _raw_images(store):
     return [{**o, **places.get(i.get('ID'), {})} for o,i in zip(rows, images)]
 
 @layout('bioformats2raw', 'Zarr of bioformats2raw', lambda o: [s.name for s in _raw_stores(o)])
-def bioformats2raw(listing, found):
+def bioformats2raw(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "Images in order, with plates, wells and names from OME-XML"
     parts,said = [],[]
     for store in _raw_stores(listing):
@@ -599,7 +605,10 @@ def _plate_each(df):
     return df.assign(plate=short if short.nunique()==df['stem'].nunique() else df['stem'])
 
 @layout('positions', 'Files of Nikon, Leica or Zeiss', lambda o: [] if o.lead else o.named(*_own))
-def positions(listing, found):
+def positions(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "A series for each position, in one file per plate or per well"
     df = pd.DataFrame(sum((_positions(listing, o) for o in found), []))
     df['label'] = df['label'].str.replace(_matrix, r'\1', regex=True)

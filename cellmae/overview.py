@@ -311,7 +311,12 @@ def show_sites(
         if colour: draw(row[-1], composite([(p-lo)/(hi-lo) for p,(lo,hi) in zip(x, lim)], names))
     return fig
 
-def look(screen, i, names, side=230):
+def look(
+    screen, # `Screen`
+    i, # Number of the site
+    names, # Its channels, in the order of the screen
+    side=230, # Of the picture, in pixels
+):
     "Small planes of a site, or what is wrong with it"
     where = [screen.channels.index(c) for c in names]
     try: return [small(p, side) for p in screen.read(i)[where]]

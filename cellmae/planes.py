@@ -645,11 +645,15 @@ def read_plane(
     "Read one plane"
     return read_site([address], z, t)[0]
 
-def size_of(address)->tuple: # `(H,W)`
+def size_of(
+    address, # Of an image, or of several that are planes of one
+)->tuple: # `(H,W)`
     "Height and width of an image, from its header"
     with _opened(_planes_of(address)[0]) as s: return tuple(s.shape[s.axes.index(k)] for k in 'YX')
 
-def names_of(address)->list|None: # None: the file has none
+def names_of(
+    address, # Of an image, or of several that are planes of one
+)->list|None: # None: the file has none
     "Names of the channels as the file has them"
     return look_into(_planes_of(address)[0]).names
 

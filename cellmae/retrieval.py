@@ -220,7 +220,7 @@ def mean_average_precision(
     ap, # From `average_precision`, without rows that do not matter, such as controls
     by='perturbation', # Columns that make a group
     n_null=10_000, # Random rankings
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->pd.DataFrame: # Row per group: `by`, `mean_average_precision`, `chance`, `n` wells, `p` and `q`
     "Mean over the wells of each group, with p-value and false discovery rate"
     check_whole(1, n_null=n_null)
@@ -288,7 +288,7 @@ def consistency(
     null='wells', # Sets to compare with: of treated `'wells'` or of `'controls'`
     batch='batch', # Column, None for one batch; null sets have as many wells of every batch
     n_null=1000, # Random sets
-    seed=0,
+    seed=0, # Fixes what is drawn at random
     similarity='cosine', # As in `average_precision`
     average='mean', # Over the pairs of replicates, or `'median'`
     sep=None, # Between the labels of a cell, such as `'|'`
@@ -330,7 +330,7 @@ def activity(
     batch='batch', # Column, None for one batch; null sets have as many controls of every batch
     n_null=1000, # Random sets of controls
     max_controls=2000, # More are sampled
-    seed=0,
+    seed=0, # Fixes what is drawn at random
     similarity='cosine', # As in `average_precision`
     sep=None, # Between the labels of a cell, such as `'|'`
 )->pd.DataFrame: # As from `consistency`, of perturbations with replicates that differ in `not_same`
@@ -379,7 +379,7 @@ def magnitude(
     batch='batch', # Column, None for one batch; null sets have as many controls of every batch
     n_null=1000, # Random sets of controls
     max_controls=2000, # More are sampled
-    seed=0,
+    seed=0, # Fixes what is drawn at random
     sep=None, # Between the labels of a cell, such as `'|'`
 )->pd.DataFrame: # As from `consistency`
     "Energy distance of each perturbation from the controls, against sets of controls"
@@ -434,10 +434,10 @@ def probe(
     x, # AnnData, or `(X, obs)`
     label='perturbation', # Column to predict
     groups='batch', # Column whose values are kept together
-    n_folds=5,
+    n_folds=5, # Parts that groups are dealt to
     C=1., # Inverse strength of the penalty
     n_boot=200, # Bootstraps over groups
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->dict: # `accuracy` (balanced), `ci_low`, `ci_high`, `chance`, `n_classes`, `n_groups`
     "Balanced accuracy of logistic regression on groups it has not seen"
     check_whole(2, n_folds=n_folds)
@@ -468,7 +468,7 @@ def balanced_accuracy(
     pred, # Predicted classes `(n,)`
     groups, # Values that are drawn whole `(n,)`, such as the plate of each row
     n_boot=200, # Bootstraps over groups; 0: no interval
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->tuple: # Value, and the ends of its 95 % interval
     "Balanced accuracy and its interval over groups"
     rng,members = np.random.default_rng(seed),pd.Series(range(len(y))).groupby(groups).indices

@@ -86,7 +86,7 @@ def compound_gene_ap(
     genes, # DataFrame of profiles, index gene
     truth, # Table `treatment, gene_symbol, nM_value`, or its file
     n_seeds=100, # Samples of non-targets
-    seed=0,
+    seed=0, # Fixes what is drawn at random
 )->pd.DataFrame: # Per concentration, and `max` over them: `n`, `ap`, `auc`, `baseline`, `z`
     "Do compounds look like the knock-outs of their targets?"
     G,C = (to_sphere(o.to_numpy(dtype=float)) for o in (genes,compounds))

@@ -235,7 +235,10 @@ def files(self:Screen,
     why = f'No file of {gone}. Add it to the table, or leave the site out.'
     raise ImageError('missing', '', f'{why} {self._where(i)}')
 
-def place_of_site(screen, i):
+def place_of_site(
+    screen, # `Screen`
+    i, # Number of the site
+):
     "Where site `i` is, in all the words of `SITE`"
     return ', '.join(f'{k} {v}' for k,v in screen.table[SITE].iloc[i].items())
 
@@ -660,7 +663,10 @@ def write_sites(
     for c in t.columns[t.dtypes==object]: t[c] = t[c].where(t[c].notna(), '').astype(str)
     return write_whole(Path(folder)/'screen.parquet', lambda f: t.to_parquet(f, index=False))
 
-def way_to(root, folder):
+def way_to(
+    root, # Folder of the images
+    folder, # From where
+):
     "The way from a folder to the images; the whole path where there is none, on another drive"
     try: return Path(os.path.relpath(root.resolve(), folder.resolve())).as_posix()
     except ValueError: return root.resolve().as_posix()

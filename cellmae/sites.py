@@ -581,7 +581,9 @@ def _said(df):
     return out
 
 # %% ../nbs/05_sites.ipynb #a0ca2f61
-def disagreeing(t):
+def disagreeing(
+    t, # Table of sites
+):
     "Which sites are of a well whose sites have two perturbations, or are a control and none"
     each = t.groupby(WELL, observed=True)[LABEL]
     return (each.transform('nunique')>1).any(axis=1)

@@ -186,7 +186,10 @@ def _each_once(df):
 
 # %% ../nbs/09_tables.ipynb #9e01057d
 @layout('load_data', "CellProfiler's LoadData", load_tables)
-def load_data(listing, found):
+def load_data(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "Tables of CellProfiler, one or one per plate"
     use = fullest(found)
     df = pd.concat([_load_data_of(listing, o, p) for o,p in _called(use).items()],
@@ -234,7 +237,10 @@ def _only_table(found):
                      'there, or open the folder of each collection by itself.')
 
 @layout('rxrx', 'RxRx', _rxrx_tables)
-def rxrx(listing, found):
+def rxrx(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "RxRx1, 2, 19 and 3: names of files say where, one table says what"
     df,stains = _rxrx_planes(listing.images, listing.images)
     said = [] if stains else ['Channels are not the six of RxRx: give their names']
@@ -256,7 +262,10 @@ def _complete(df, key=('batch','plate','well','site')):
     return df[n==df['channel'].nunique()],[said]*bool(len(short))
 
 @layout('rxrx3_core', 'RxRx3-core', lambda o: tables_with(o, '__key__'))
-def rxrx3_core(listing, found):
+def rxrx3_core(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "Parquet files with an image per row, and the table of wells if it is beside them"
     keys = [(k,f'{o}#row={i}') for o in found for i,k in enumerate(_keys_of(listing, o))]
     df,stains = _rxrx_planes(*map(list, zip(*keys)))
@@ -357,7 +366,10 @@ def _with_files(listing, name):
 
 # %% ../nbs/09_tables.ipynb #9e01072d
 @layout('channel_rows', 'A table with a row per channel', _long_tables)
-def channel_rows(listing, found):
+def channel_rows(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "CHAMMI-75, or any table that has a row per file"
     use,parts,said = fullest(found),[],[]
     for o in use:
@@ -403,7 +415,10 @@ def _first_is_there(listing, name, title):
 
 # %% ../nbs/09_tables.ipynb #9e01074c
 @layout('sites', 'A table with a row per site', _site_tables)
-def site_table(listing, found):
+def site_table(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "Tables of which each row is a site, with files by channel or one file for all"
     parts = []
     for o in (use := fullest(found)):
@@ -501,6 +516,9 @@ def _crops(listing, name):
         f'file_{n}': [f'{name}#{key},i={i}{end}' for i in at] for n,end in zip(names, tail)})
 
 @layout('arrays', 'Arrays with a table', _stacks)
-def arrays(listing, found):
+def arrays(
+    listing, # Files of a folder, see `Listing`
+    found, # Names of the files by which it was recognised
+):
     "Crops or fields in `npz` or HDF5 files, and a table of them"
     return Scan(pd.concat([_crops(listing, o) for o in found], ignore_index=True).fillna(''))

@@ -444,7 +444,9 @@ def features(self:MAE,
     return z[0] if isinstance(blocks, int) else z
 
 @patch
-def forward_features(self:MAE, x):
+def forward_features(self:MAE,
+    x, # Images `(B,C,H,W)`
+):
     "timm's name for `features`"
     return self.features(x)
 

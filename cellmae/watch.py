@@ -161,7 +161,10 @@ def untouched(
 class Measured(Metric):
     "A column of the history whose value someone else sets"
     name = value = None # plain attributes, where fastai computes
-    def __init__(self, name): self.name,self.value = name,np.nan
+    def __init__(self,
+        name, # Of the column
+    ):
+        self.name,self.value = name,np.nan
 
 # %% ../nbs/49_watch.ipynb #b4f3ae91
 class Watch(Callback):
