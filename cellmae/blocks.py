@@ -56,6 +56,7 @@ class Attention(attention.Attention):
     def project(self,
         x, # Tokens `(B,N,D)`
     ):
+        "Queries, keys and values `(B,heads,N,d)` of tokens"
         q,k,v = self.qkv(x).unflatten(-1, (3,self.num_heads,-1)).unbind(2) # (B,L,heads,d)
         return self.q_norm(q),self.k_norm(k),v
 
@@ -73,7 +74,9 @@ class Block(vision_transformer.Block):
     def project(self,
         x, # Tokens `(B,N,D)`
     ):
+        "Queries, keys and values `(B,heads,N,d)` of tokens, which are normalised first"
         return self.attn.project(self.norm1(x))
+
     def forward(self, x, scales=(None,None)):
         x = x + skipped(self.ls1(self.attn(self.norm1(x))), scales[0])
         return x + skipped(self.ls2(self.mlp(self.norm2(x))), scales[1])
@@ -85,6 +88,7 @@ class ParallelBlock(vision_transformer.ParallelScalingBlock):
     def project(self,
         x, # Tokens `(B,N,D)`
     ):
+        "Queries, keys and values `(B,heads,N,d)` of tokens, which are normalised first"
         bias = self.in_proj.bias
         if self.mlp_bias is not None: bias = F.pad(self.mlp_bias, (0,3*x.shape[-1]))
         hidden,*qkv = F.linear(self.in_norm(x), self.in_proj.weight, bias).split(self.in_split, -1)
@@ -136,6 +140,7 @@ class Blocks(nn.Sequential):
     def set_grad_checkpointing(self,
         enable=True, # Compute blocks twice, to save memory?
     ):
+        "timm's name for it"
         self.recompute = enable
 
 # %% ../nbs/23_blocks.ipynb #7b375a64

@@ -58,7 +58,9 @@ class Cut:
         try: return Site(i, self.windows(i))
         except ValueError as e: return Site(i, [], e)
 
-    def windows(self, i):
+    def windows(self,
+        i, # Number of the site
+    ):
         "Views of the image of site `i`"
         x = self.screen.whole(i)[self.order]
         try:

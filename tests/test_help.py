@@ -98,5 +98,5 @@ def test_help_of_commands_imports_nothing_heavy():
 
 
 def test_without_docstrings_nothing_is_explained():
-    res = python('-OO', '-c', 'import cellmae.recall, cellmae.cli; print(cellmae.recall.recall.__doc__)')
+    res = python('-OO', '-c', 'import cellmae.cli, cellmae.screen; print(cellmae.screen.open_screen.__doc__)')   # anndata does not import
     assert (res.stdout.strip(), res.stderr) == ('None','')
