@@ -141,7 +141,9 @@ def demo(
     print(f'\nReport: {page}')
     return found.table
 
-def told(table):
+def told(
+    table, # From `compare`, with a row or more
+):
     "The recall table as lines of text"
     t = table.iloc[0]
     return (f'\nRecall of {t.n_pairs} known relationships among {t.n_genes} genes [95 % interval]; '
