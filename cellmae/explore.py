@@ -257,6 +257,7 @@ def point_view(
     from bokeh.layouts import column, row
     from bokeh.models import ColumnDataSource, HoverTool
     source,p = ColumnDataSource(m.data()),_plane(match_aspect=True)
+    p.x_range.range_padding = p.y_range.range_padding = .15 # room for names
     parts = [_points(p, source, i, k) for i,k in enumerate(m.columns)]
     if not parts: parts = [[p.scatter('x', 'y', source=source, size=9, nonselection_alpha=.08)]]
     p.text('x', 'y', 'label', source=source, x_offset=6, y_offset=4, text_font_size='11px',
@@ -372,7 +373,7 @@ def save(self:Explorer,
     title='A map of perturbations',
 )->Path: # The file
     "A page of its own, which needs neither a network nor Python"
-    return write_report(path, title, {f'{len(self):,} points': self.html()})
+    return write_report(path, title, {f'{len(self):,} points': self})
 
 @patch
 def _repr_html_(self:Explorer):

@@ -61,7 +61,7 @@ class Caption(NamedTuple):
     text:str # Stands below, and for the picture where it is not seen
 
 def to_html(
-    o, # A string, `Aside`, `Html`, `DataFrame`, matplotlib figure, path of a PNG, or a list
+    o, # A string, `Aside`, `Html`, `DataFrame`, figure, path of a PNG, what has `html()`, or a list
     fold=True, # Fold tables of many rows?
     alt='', # For those who do not see a picture; default: what a figure says of itself
 )->str: # A piece of HTML that needs no other file
@@ -71,6 +71,7 @@ def to_html(
     if isinstance(o, pd.DataFrame): return _table(o, 12 if fold else len(o))
     if isinstance(o, Html): return o
     if hasattr(o, 'savefig'): return _fig(o, alt)
+    if hasattr(o, 'html'): return o.html()
     if isinstance(o, Path): return _img(o.read_bytes(), alt or o.stem)
     kind = next((f' class={k.__name__.lower()}' for k in (Aside,How) if isinstance(o, k)), '')
     return f'<p{kind}>{html.escape(str(o))}</p>'
@@ -126,7 +127,8 @@ figure img{margin:0 0 .2rem}
 figure.wide{max-width:100%;margin:1rem 0}
 figcaption{color:var(--soft)}
 figure.wide figcaption{font-size:.9rem;max-width:46rem;margin-top:.3rem}
-@media (max-width:40rem){body{padding:1rem .9rem 3rem}h1{font-size:1.5rem}h2{margin-top:2.2rem}}
+@media (max-width:40rem){.table td:last-child{min-width:13rem}
+body{padding:1rem .9rem 3rem}h1{font-size:1.5rem}h2{margin-top:2.2rem}}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--ground:#fff;--band:#fff}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}
 figure,tr,.facts{break-inside:avoid}h2{break-after:avoid}.table{overflow:visible}}

@@ -14,13 +14,11 @@ import html, platform, shlex, sys, time, warnings
 import numpy as np, pandas as pd
 from anndata import AnnData
 from . import __version__
-from .explore import explore_map, map_points, pictures_of, strongest
+from .explore import explore_map, map_points, strongest
 from .labels import clean, count_of
 from .neighbours import nearest
-from .overview import (middle_of, pages_of_plates, plot_plates, problem_tables, show_sites,
-                              site_picture, some_sites)
-from .profiles import (aggregate, batches_of, controls_of, join_profiles, opened, tidy,
-                              wells_of)
+from .overview import plot_plates, problem_tables, show_sites, site_picture, some_sites
+from .profiles import batches_of, controls_of, join_profiles, opened, tidy, wells_of
 from .recall import recall
 from .report import Aside, Caption, How, Html, to_html, write_report
 from .retrieval import activity, consistency
@@ -237,10 +235,11 @@ def describe_wells(
 def the_screen(s):
     "What it is, and some sites of it"
     if s.screen is None: return [describe_wells(s.wells), Aside('No images were given.')]
-    sites = some_sites(s.screen.table, 4)
-    what = 'Some sites, controls first, channel by channel and all in one, as a model sees them.'
-    return [describe(s.screen), *[Aside('\n'.join(s.said))][:len(s.said)],
-            Caption(show_sites(s.screen, sites, colour=True), what)]
+    sites,what = some_sites(s.screen.table, 4),describe(s.screen)
+    more = '\n'.join(o for o in s.said if o!=what)
+    shown = 'Some sites, controls first, channel by channel and all in one, as a model sees them.'
+    return [what, *[Aside(more)]*bool(more),
+            Caption(show_sites(s.screen, sites, colour=True), shown)]
 
 def the_problems(s):
     "What `check` found"
@@ -258,15 +257,22 @@ def the_training(s):
     return [f'{count_of(len(t), "epoch")}; at the end {last}.', plot_history(t)]
 
 # %% ../nbs/58_story.ipynb #61d0df87
-def _crops(model, screen, rows):
-    "Middles `(C,h,w)` of the sites that have one and can be read, and which these are"
+def _tiles(x, side, most):
+    "Squares `(k,C,side,side)` around the middle of a site, at most `most` times `most`"
+    rows,cols = (min(n//side, most) for n in x.shape[1:])
+    top,left = (x.shape[1]-rows*side)//2,(x.shape[2]-cols*side)//2
+    x = x[:,top:top+rows*side,left:left+cols*side].reshape(len(x), rows, side, cols, side)
+    return x.transpose(1, 3, 0, 2, 4).reshape(rows*cols, len(x), side, side)
+
+def _crops(model, screen, rows, most):
+    "Tiles of each site that can be read and is large enough, and which site it is"
     from cellmae.classifier import crop_size
     from cellmae.encoders import match_channels
     where,side = match_channels(model.channels, screen.channels),crop_size(model)
     for i in rows:
-        try: x = middle_of(screen[i][where], side, side)
+        try: x = _tiles(screen[i][where], side, most)
         except (ValueError,OSError): continue
-        if x.shape[1:]==(side,side): yield i,x
+        if len(x): yield i,x
 
 def _off(model, x, seed):
     "Mean square error `(B,C)` where nothing was shown"
@@ -283,13 +289,11 @@ def drawing_errors(
     seed:int=0, # Of the masks
 )->pd.DataFrame: # A row per site, under its number: where it is, and an error per channel
     "How far a model is off where it was not shown anything"
-    found = [*_crops(model, screen, sorted(in_turn(screen.table, seed)[:most]))]
-    if not found: raise ValueError('no site can be read that is as large as a crop')
-    rows,xs = zip(*found)
-    parts = np.array_split(np.stack(xs), -(-len(xs)//16))
-    names = model.channels or screen.channels
-    errors = pd.DataFrame(np.concatenate([_off(model, x, seed) for x in parts]), rows, names)
-    return screen.table[[*SITE,'perturbation','control']].iloc[[*rows]].join(errors)
+    errors = {i: _off(model, x, seed).mean(0)
+              for i,x in _crops(model, screen, sorted(in_turn(screen.table, seed)[:most]), 2)}
+    if not errors: raise ValueError('no site can be read that is as large as a crop')
+    errors = pd.DataFrame(errors, model.channels or screen.channels).T
+    return screen.table[[*SITE,'perturbation','control']].loc[errors.index].join(errors)
 
 # %% ../nbs/58_story.ipynb #0f83b9ee
 def _errors(s):
@@ -302,7 +306,8 @@ def _drawn(s, rows):
     "Input, visible part and reconstruction of some sites"
     from cellmae.plots import show_reconstruction
     import torch
-    x = np.stack([x for _,x in _crops(s.model, s.screen, rows)])
+    tiles = [x for _,x in _crops(s.model, s.screen, rows, 3)]
+    x = np.stack([o[o.std((2,3)).sum(1).argmax()] for o in tiles]) # where there is most to see
     return show_reconstruction(s.model, torch.from_numpy(x), list(_errors(s)[1]))
 
 def the_reconstructions(s):
@@ -418,16 +423,16 @@ def the_hits(s, most=8):
 # %% ../nbs/58_story.ipynb #29d5d66b
 def _sure(hits):
     "Which perturbations are hits, to colour by"
-    return pd.DataFrame(dict(hit=np.where(hits.q<.05, 'yes', 'no')), hits.index) if len(hits) else None
+    if len(hits): return pd.DataFrame(dict(hit=np.where(hits.q<.05, 'yes', 'no')), hits.index)
 
 def the_map(s):
     "The interactive map, and who it is of"
     _,wells = points_of(s.wells)
-    m = explore_map(s.wells, s.screen, wells=wells, also=_sure(s.found.hits))
+    m = explore_map(s.wells, s.screen, wells=wells, also=None if wells else _sure(s.found.hits))
     what = 'perturbations, without controls'
     if wells: what = 'wells, as there are too few perturbations'
     said = f'{len(m):,} {what}. Profiles: {s.best}'
-    return [said+('.' if s.found.corrected else ', batches not corrected.'), m.html()]
+    return [said+('.' if s.found.corrected else ', batches not corrected.'), m]
 
 def _near(s, gene, n=5):
     "The nearest of a gene in words"
@@ -488,7 +493,7 @@ def the_making(s):
     facts |= dict(run=s.run and str(Path(s.run).resolve()), took=took, python=_machine())
     facts |= {k: v for k,v in s.made.items() if k!='began'}
     rows = [(k, str(v)) for k,v in facts.items() if v not in (None,'')]
-    return [Html(to_html(pd.DataFrame(rows, columns=['what','']), fold=False))]
+    return [Html(to_html(pd.DataFrame(rows, columns=['',' ']), fold=False))]
 
 # %% ../nbs/58_story.ipynb #591f3f0b
 class Section(NamedTuple):
@@ -547,15 +552,15 @@ def facts_of(
     "The numbers that people ask for first"
     w,t = wells_of(s.wells),s.found.table
     b,hits = batches_of(w, otherwise='all'),s.found.hits
-    facts = dict(wells=f'{len(w.X):,}', batches=len(np.unique(b)))
-    if s.screen is not None: facts |= dict(channels=len(s.screen.channels))
-    if s.problems is not None: facts |= dict(problems=f'{len(s.problems):,}')
-    if len(hits): facts |= dict(hits=f'{(hits.q<.05).sum():,} of {len(hits):,}')
+    told = [count_of(len(w.X), 'well'), count_of(len(np.unique(b)), 'batch', 'batches')]
+    if s.screen is not None: told.append(count_of(len(s.screen.channels), 'channel'))
+    if s.problems is not None: told.append(count_of(len(s.problems), 'problem'))
+    facts = [o.split(' ', 1) for o in told]
+    if len(hits): facts.append((f'{(hits.q<.05).sum():,}', f'of {len(hits):,} are hits'))
     if len(t):
         best = t[(t.encoder==s.best)&(t.low==.05)].recall.iloc[-1]
-        facts |= {'recall (chance .10)': f'{best:.2f}'}
-    told = ((html.escape(str(v)), k) for k,v in facts.items())
-    cells = ''.join(f'<div><b>{v}</b><span>{k}</span></div>' for v,k in told)
+        facts.append((f'{best:.2f}', 'recall (.10 by chance)'))
+    cells = ''.join(f'<div><b>{n}</b><span>{what}</span></div>' for n,what in facts)
     return Html(f'<div class=facts>{cells}</div>')
 
 # %% ../nbs/58_story.ipynb #7b0fe46b
