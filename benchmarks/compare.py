@@ -1,10 +1,8 @@
 "The paper's comparison in miniature: every run in a process of its own, resumable; tables as CSV"
-import argparse, json, os, resource, subprocess, sys, time, warnings
-from concurrent.futures import ThreadPoolExecutor
+import argparse, json, resource, sys, time, warnings
 from pathlib import Path
 
 import anndata as ad, numpy as np, pandas as pd, torch
-from fastprogress.fastprogress import progress_bar
 
 from cellmae.cavit import CAMAE
 from cellmae.classifier import Classifier
@@ -16,6 +14,7 @@ from cellmae.screen import Screen
 from cellmae.files import write_whole
 from cellmae.synth import STAINS6, synth_screen
 from cellmae.train import fit_mae, given
+from cellmae.trials import run_processes
 from cellmae.tvn import TVN, CenterScale, PCACenterScale, Sphere
 from cellmae.profiles import aggregate
 from cellmae.wsl import fit_wsl, make_classifier
@@ -184,14 +183,9 @@ def execute(key, run, out, size, seed):
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
 
 
-def spawn(key, args, seed):
-    "One run in a process of its own, with one thread; what it says goes to a file"
-    done = args.out/'runs'/f'{key}_{seed}.json'
-    if done.exists(): return
-    done.parent.mkdir(parents=True, exist_ok=True)
-    cmd = [sys.executable, __file__, '--run', key, '--seeds', str(seed), '--size', args.size, '--out', str(args.out)]
-    with open(done.with_suffix('.log'), 'w') as log: code = subprocess.run(cmd, stdout=log, stderr=log, env={**os.environ, 'OMP_NUM_THREADS': str(args.threads)}).returncode
-    if code: print(f'{key}, seed {seed}: failed, see {done.with_suffix(".log")}', flush=True)
+def command(key, seed, args):
+    "What does one run in a process of its own"
+    return [sys.executable, __file__, '--run', key, '--seeds', str(seed), '--size', args.size, '--out', str(args.out)]
 
 def collect(out):
     "Tables of all runs that are done"
@@ -244,8 +238,7 @@ def main():
     for s in args.seeds:
         for n in {r.get('n_inactive') for r in runs.values()}: open_synth(args.out, args.size, s, n)
         if 'channels' in args.parts: open_synth(args.out, args.size, s+100)
-    jobs = [(k,s) for s in args.seeds for k in runs]
-    with ThreadPoolExecutor(args.workers) as pool: list(progress_bar(pool.map(lambda j: spawn(j[0], args, j[1]), jobs), total=len(jobs)))
+    run_processes({args.out/'runs'/f'{k}_{s}.json': command(k, s, args) for s in args.seeds for k in runs}, args.workers, args.threads)
     t = write_tables(args.out, args.tables, args.seeds)
     print(t[t.correction=='TVN'].groupby(['part','family','label','view','pool'], sort=False).recall.agg(['mean','min','max','size']).round(3).to_string())
 

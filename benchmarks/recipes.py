@@ -1,10 +1,8 @@
 "Which recipe finds most in a few CPU-minutes? Every run in a process of its own, resumable, on simulated screens"
-import argparse, json, os, subprocess, sys, time, warnings
-from concurrent.futures import ThreadPoolExecutor
+import argparse, json, sys, warnings
 from pathlib import Path
 
 import anndata as ad, numpy as np, pandas as pd, torch
-from fastai.callback.core import Callback
 from cellmae.embed import embed
 from cellmae.features import regress_features
 from cellmae.files import write_whole
@@ -14,6 +12,7 @@ from cellmae.screen import open_screen
 from cellmae.store import pack
 from cellmae.synth import synth_screen
 from cellmae.train import fit_mae
+from cellmae.trials import Stopwatch, compare_trials, run_processes
 from cellmae.tvn import TVN, CenterScale
 from cellmae.zoo import create_model
 
@@ -91,14 +90,6 @@ def statistics(out, name, size):
 
 # --- one run
 
-class Clock(Callback):
-    "Seconds of processor time in training, those before a run was stopped included"
-    before = 0.
-    def before_fit(self): self.start = time.process_time()
-    def seconds(self): return self.before+time.process_time()-self.start
-    def state_dict(self): return dict(seconds=self.seconds())
-    def load_state_dict(self, state): self.before,self.start = state['seconds'],time.process_time()
-
 def told(t): return {k: float(t[k]) for k in ('recall','ci_low','ci_high')}
 
 def measured(profiles, stats, files):
@@ -118,12 +109,12 @@ def execute(key, screen_name, seed, out):
     "Train, embed, measure, and write what came out"
     at,run = out/'runs'/f'{key}_{screen_name}_{seed}',dict(RECIPES[key])
     screen,files = screen_of(out, screen_name)
-    clock,net = Clock(),run.pop('net', {})
+    watch,net = Stopwatch(),run.pop('net', {})
     torch.manual_seed(seed)
     crop = run.get('crop', 64)
     model = create_model(run.pop('model'), in_chans=len(screen.channels), img_size=crop, **net)
-    learn = fit_mae(screen, model, out=at, seed=seed, bf16=True, n_pictures=0, save_every=60, num_workers=0, cbs=[clock], **run)
-    cost,history = clock.seconds(),pd.read_csv(at/'history.csv').iloc[-1].to_dict()
+    learn = fit_mae(screen, model, out=at, seed=seed, bf16=True, n_pictures=0, save_every=60, num_workers=0, cbs=[watch], **run)
+    cost,history = watch.spent[1],pd.read_csv(at/'history.csv').iloc[-1].to_dict()
     profiles = read_outs(learn.model, screen)
     rows,maps = measured(profiles, statistics(out, screen_name, crop), files)
     truth = read_profiles(files/'truth.csv', prefix='Truth_')
@@ -133,16 +124,9 @@ def execute(key, screen_name, seed, out):
     result = dict(recipe=key, screen=screen_name, seed=seed, cpu_s=cost, r2=r2.r2.to_dict(), history=history, rows=rows)
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
 
-def spawn(job, args):
-    "One run in a process of its own, with one thread; what it says goes to a file"
-    key,screen,seed = job
-    done = args.out/'runs'/f'{key}_{screen}_{seed}.json'
-    if done.exists(): return
-    done.parent.mkdir(parents=True, exist_ok=True)
-    cmd = [sys.executable, '-W', 'ignore', __file__, '--run', key, '--screens', screen, '--seeds', str(seed), '--out', str(args.out)]
-    with open(done.with_suffix('.log'), 'w') as log:
-        code = subprocess.run(cmd, stdout=log, stderr=log, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode
-    print(f'{key}, {screen}, seed {seed}: {"failed, see "+str(done.with_suffix(".log")) if code else "done"}', flush=True)
+def command(key, screen, seed, args):
+    "What does one run in a process of its own"
+    return [sys.executable, '-W', 'ignore', __file__, '--run', key, '--screens', screen, '--seeds', str(seed), '--out', str(args.out)]
 
 def collect(out):
     "One row per run and read-out; `gain` and its `p` are over spectrum statistics"
@@ -157,14 +141,12 @@ def collect(out):
 def against(runs, out, base, readout='meanstd'):
     "Recall of each recipe less that of a base of the same seed, and its paired test"
     rows = []
-    for (screen,seed),own in runs.groupby(['screen','seed']):
-        maps = {r: ad.read_h5ad(out/'runs'/f'{r}_{screen}_{seed}'/f'{readout}.h5ad') for r in own.recipe.unique()}
-        if base not in maps: continue
-        _,files = screen_of(out, screen)
-        for r in (r for r in BASES[base] if r in maps):
-            t = compare_recall(maps[base], maps[r], files/'relationships.csv').iloc[0]
-            rows.append(dict(recipe=r, screen=screen, seed=seed, recall=t.b, base=t.a, gain=t.gain, p=t.p))
-    return pd.DataFrame(rows)
+    for screen,own in runs.groupby('screen'):
+        seeds = own.seed[own.recipe==base]
+        done = own[own.recipe.isin([base,*BASES[base]]) & own.seed.isin(seeds)][['recipe','seed']].drop_duplicates()
+        maps = {(r,s): ad.read_h5ad(out/'runs'/f'{r}_{screen}_{s}'/f'{readout}.h5ad') for r,s in zip(done.recipe, done.seed)}
+        if done.recipe.nunique()>1: rows.append(compare_trials(maps, screen_of(out, screen)[1]/'relationships.csv', base).assign(screen=screen))
+    return pd.concat(rows)[['recipe','screen','seed','recall','base','gain','p']] if rows else pd.DataFrame()
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
@@ -179,7 +161,7 @@ def main():
     warnings.filterwarnings('ignore')
     if args.run: return execute(args.run, args.screens[0], args.seeds[0], args.out)
     jobs = [(r,s,k) for k in args.seeds for s in args.screens for r in args.recipes]
-    with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(lambda j: spawn(j, args), jobs))
+    run_processes({args.out/'runs'/f'{r}_{s}_{k}.json': command(r, s, k, args) for r,s,k in jobs}, args.jobs)
     runs = collect(args.out)
     gains = pd.concat([against(runs, args.out, base) for base in BASES])
     for name,t in dict(runs=runs, gains=gains).items():
