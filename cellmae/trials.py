@@ -45,7 +45,7 @@ class Stopwatch(Callback):
         return self.before+(0 if self.start is None else self._now()-self.start)
 
 class Quiet(Callback):
-    "No bars and no lines"
+    "No bars"
     def after_create(self):
         self.learn.remove_cb(ProgressCallback)
         self.learn.logger = noop
@@ -108,15 +108,22 @@ class Trial(NamedTuple):
 def _file_name(recipe): return re.sub(r'[^\w.-]+', '_', recipe).strip('._')
 
 # %% ../nbs/55_trials.ipynb #ad1cef61
+def _check_recipe(name, options):
+    "Refuse options that no recipe can have"
+    own = {'screen','out','seed'} & {*options}
+    if own: raise ValueError(f'{own.pop()} is for `trials` to say, not for recipe {name!r}')
+    check_names(run_trial, options)
+    if not isinstance(options.get('model', ''), str): raise ValueError(
+        f'the model of {name!r} is an object, which each seed would train on: give its name, and '
+        'what differs in it as `net`')
+
 def _check_recipes(recipes, common):
     "Refuse recipes before the first of them is trained"
     if not isinstance(recipes, dict) or not recipes: raise ValueError(
         "recipes are dicts of options by name, such as {'as ever': {}, 'half': {'mask_ratio': .5}}")
     files = {}
     for k,options in recipes.items():
-        own = {'screen','out','seed'} & {*common,*options}
-        if own: raise ValueError(f'{own.pop()} is for `trials` to say, not for recipe {k!r}')
-        check_names(run_trial, {**common, **options})
+        _check_recipe(k, {**common, **options})
         twin = files.setdefault(_file_name(str(k)).lower(), k)
         if twin!=k or not _file_name(str(k)): raise ValueError(
             f'recipe {k!r} would have the folder of {twin!r}: call it something else')
@@ -141,6 +148,7 @@ _no_matter = 'n_pictures','save_every','num_workers','device','resume','tracker'
 
 def _said(v):
     "A value of an option as it can be written down and compared"
+    if isinstance(v, (list,tuple)): return [_said(o) for o in v]
     if isinstance(v, Screen): return v.fingerprint()
     return json.loads(json.dumps(v, default=str))
 

@@ -104,11 +104,11 @@ def test_ascii():
     check(f'{at}: {m[0]!r}' for at,s in texts.items() if (m := re.search(r'[^\x00-\x7F].{0,20}', s)))
 
 def test_evaluation_imports_stay_light():
-    "Someone with embeddings from any model needs neither torchvision nor fastai"
-    prog = "import sys, cellmae.tvn, cellmae.recall; print({'torchvision', 'timm', 'fastai'} & set(sys.modules) or '')"
+    "Someone with embeddings from any model needs neither torch nor fastai"
+    prog = "import sys, cellmae.tvn, cellmae.recall, cellmae.choose, cellmae.neighbours; print({'torch', 'torchvision', 'timm', 'fastai'} & set(sys.modules) or '')"
     res = subprocess.run([sys.executable, '-c', prog], cwd=root, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
-    assert not res.stdout.strip(), f'tvn or recall imports {res.stdout}'
+    assert not res.stdout.strip(), f'tvn, recall, choose or neighbours imports {res.stdout}'
 
 def test_rooms_keep_what_is_private():
     pat = re.compile(r'^from \.\w+ import (.*)$', re.M)
