@@ -100,3 +100,10 @@ def test_help_of_commands_imports_nothing_heavy():
 def test_without_docstrings_nothing_is_explained():
     res = python('-OO', '-c', 'import cellmae.cli, cellmae.screen; print(cellmae.screen.open_screen.__doc__)')   # anndata does not import
     assert (res.stdout.strip(), res.stderr) == ('None','')
+
+
+def test_llms_txt_names_every_page():
+    from llms import llms
+    from nbdev.doclinks import nbglob
+    said = re.findall(r'^- \[(.+)\]\(http\S+/(\S+)\.html\): \S.*$', llms(), re.M)
+    assert len(said) == len({page for _,page in said}) == len(nbglob(root/'nbs'))

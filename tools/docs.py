@@ -11,6 +11,7 @@ from execnb.nbio import read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html, nbglob
 from nbdev.serve_drv import main as process
+from llms import llms
 from pages import Page, Shown
 
 extensions = ['attr_list', 'admonition', 'footnotes', 'md_in_html', 'tables', 'pymdownx.superfences',
@@ -96,6 +97,7 @@ def write_pages(book, docs):
         for f,data in p.files.items(): write(docs/f, data)
     shutil.copytree('nbs/images', docs/'images', dirs_exist_ok=True)
     shutil.copy('nbs/styles.css', docs)
+    write(docs/'llms.txt', llms())
 
 
 def render(book, src):
