@@ -47,6 +47,7 @@ from .features import *
 from .rxrx3 import *
 from .choose import *
 from .neighbours import *
+from .interpret import *
 from .explore import *
 from .story import *
 from .watch import *
