@@ -8,27 +8,26 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from cellmae.overview import composite
 from cellmae.plots import reconstruct
 from cellmae.profiles import aggregate, read_profiles
 from cellmae.screen import open_screen
 from cellmae.tvn import TVN
 from cellmae.zoo import load_model
 
-COLOURS = dict(DNA=(.25,.45,1.), ER=(.1,.8,.45), actin=(1.,.55,.1), mito=(1.,.2,.35))
+SHOWN = ['DNA','ER','actin','mito']
 DARK,GAP = '#10131a',(.13,.21,.33)
 
 
-def composite(x, channels, limits):
-    "Stains `(C,H,W)` as one picture in colours `(H,W,3)`; what is hidden (NaN) in a dark blue"
-    unit = {k: np.clip((x[channels.index(k)]-lo)/(hi-lo), 0, 1) for k,(lo,hi) in limits.items()}
-    rgb = np.clip(sum(v[...,None]*np.array(COLOURS[k]) for k,v in unit.items()), 0, 1)
-    return np.where(np.isnan(rgb), GAP, rgb)
+def in_colour(x, channels, limits):
+    "Stains `(C,H,W)` as one picture `(H,W,3)`; what is hidden (NaN) in a dark blue"
+    planes = [(x[channels.index(c)]-lo)/(hi-lo) for c,(lo,hi) in zip(SHOWN, limits)]
+    return np.where(np.isnan(planes[0])[...,None], GAP, composite(np.stack(planes), SHOWN))
 
 
 def limits_of(images, channels):
-    "Black and white of each stain"
-    at = {k: images[:,channels.index(k)] for k in COLOURS}
-    return {k: np.nanpercentile(v, (5,99.7)) for k,v in at.items()}
+    "Black and white of each stain that is shown"
+    return [np.nanpercentile(images[:,channels.index(c)], (5,99.7)) for c in SHOWN]
 
 
 def montage(tiles, cols, gap=5):
@@ -57,11 +56,11 @@ def panels(screen, model, profiles, crop, seed):
     channels,rng = list(screen.channels),np.random.default_rng(seed)
     wells = np.stack([screen[i][:,16:112,16:112] for i in rng.choice(len(screen), 24, replace=False)])
     near = limits_of(wells, channels)
-    plate = montage(np.stack([composite(x.astype(float), channels, near) for x in wells]), 6)
+    plate = montage(np.stack([in_colour(x.astype(float), channels, near) for x in wells]), 6)
     x = torch.as_tensor(wells[:1,:,:crop,:crop].copy()).float()
     target,seen,drawn = reconstruct(model, x, seed)
     own = limits_of(target, channels)
-    views = [composite(v[0], channels, own) for v in (seen,drawn)]
+    views = [in_colour(v[0], channels, own) for v in (seen,drawn)]
     titles = 'plates', 'a quarter is visible', 'the model draws the rest', 'the map of genes'
     return dict(zip(titles, (plate, *views, cosines(profiles))))
 
