@@ -4,7 +4,7 @@ from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
-from textwrap import indent
+from textwrap import fill, indent
 
 import yaml
 from execnb.nbio import read_nb
@@ -127,7 +127,8 @@ class own_imports(Processor):
         if not (self.room and has(cell, 'export') and only_imports(cell)): return
         module = f'{get_config().lib_name}.{self.room}'
         private = ', '.join(sorted(self.private - set(import_module(module).__all__)))
-        own = [f'from {module} import *'] + [f'from {module} import {private}'] * bool(private)
+        named = fill(f'from {module} import ({private})', 99, subsequent_indent='    ')
+        own = [f'from {module} import *'] + [named if '\n' in named else named.translate({40:'', 41:''})] * bool(private)
         cell.source = '\n'.join(['#| code-fold: true', '#| code-summary: Set up', cell.source, *own])
         cell.directives_.pop('export')
 

@@ -77,6 +77,22 @@ def slim(png):
     return min(png, b64encode(to.getvalue()).decode(), key=len)
 
 
+def halved(png):
+    "The picture `png` (base64) with half as many pixels in each direction"
+    im = Image.open(BytesIO(b64decode(png))).convert('RGB')
+    im.reduce(2).save(to := BytesIO(), 'PNG', optimize=True)
+    return slim(b64encode(to.getvalue()).decode())
+
+
+def fit_pictures(nb, limit=390e3):
+    "Give up the pixels that only sharp screens show, largest picture first, until `nb` has less than `limit` bytes"
+    outs = [o for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('metadata', {})]
+    for o in sorted(outs, key=lambda o: -len(o.data['image/png'])):
+        if len(nbformat.writes(nb)) < limit: return
+        o.data['image/png'] = halved(o.data['image/png'])
+        del o.metadata['image/png']
+
+
 def clean(nb):
     "What `nbdev_clean` does, on a notebook in memory, small pictures, and no trace of jupytext or of vanished bars"
     cfg = get_config(path=root)
@@ -85,6 +101,7 @@ def clean(nb):
     for c in nb.cells:
         if 'outputs' in c: c.outputs = [o for o in c.outputs if not is_blank(o)]
         for d in [o.data for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]: d['image/png'] = slim(d['image/png'])
+    fit_pictures(nb)
     clean_nb(nb, cfg.clear_all, *keys, clean_ids=cfg.clean_ids)
 
 
@@ -96,7 +113,8 @@ def run_nb(
     "Run notebook `path` and store its outputs; the file is written only if all cells passed"
     nb,start = nbformat.read(path, as_version=4),time.time()
     runner = Runner(nb, timeout=timeout, kernel_name='python3', record_timing=False,
-                    extra_arguments=['--log-level=ERROR'], resources=dict(metadata=dict(path=str(path.parent))))
+                    extra_arguments=['--log-level=ERROR', '--InlineBackend.figure_format=retina'],
+                    resources=dict(metadata=dict(path=str(path.parent))))
     runner.skip = skip
     runner.execute(env=kernel_env())
     clean(nb)
