@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_screen', 'own_cells', 'command', 'cellmae_demo', 'cellmae_check', 'cellmae_pack', 'cellmae_fit', 'cellmae_embed',
-           'cellmae_recall']
+           'cellmae_recall', 'cellmae_report']
 
 # %% ../nbs/60_cli.ipynb #abe2a234
 import re, sys, warnings
@@ -360,6 +360,26 @@ def cellmae_recall(
     table = recall(wells, relationships, seed=seed)
     print(table.drop(columns='version').round(3).to_string(index=False))
     if out: write_whole(out, lambda f: table.to_csv(f, index=False))
+
+# %% ../nbs/60_cli.ipynb #d0ac557d
+@command
+@delegates(own_screen)
+def cellmae_report(
+    profiles:str, # Table of profiles, one row per well (.parquet, .csv or .h5ad), from any model
+    screen:str=None, # The plates that they are of, for pictures
+    relationships:str=None, # CSV of known pairs of your perturbations, columns entity1 and entity2
+    out:str='report.html', # Where the page goes
+    prefix:str=None, # How the names of feature columns begin; default: where that is obvious
+    debug:store_true=False, # Show the whole traceback of an error
+    **kwargs
+):
+    "Hits, plates, the map, neighbours and recall of profiles, on one page to mail"
+    from cellmae.profiles import read_profiles
+    from cellmae.recall import read_early
+    from cellmae.story import write_story
+    if relationships: read_early(relationships)
+    plates = own_screen(screen, **kwargs) if screen else None
+    print(f'Report: {write_story(out, read_profiles(profiles, prefix), plates, relationships)}')
 
 # %% ../nbs/60_cli.ipynb #c849ca53
 __getattr__ = moved(__name__, **dict.fromkeys(

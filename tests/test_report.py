@@ -102,6 +102,13 @@ def test_embeddings_alone_give_what_their_labels_allow(how, missing):
     assert set(left) == missing | always
     assert all(o.startswith('Left out: ') and len(o) > 15 and 'Error' not in o for o in left.values()), left
 
+def test_a_command_reports_a_table(tmp_path, capsys):
+    from cellmae.cli import cellmae_report
+    x = profiles(n=6, controls=4)
+    pd.concat([x.obs, x.to_df().add_prefix('emb_')], axis=1).to_csv(tmp_path/'x.csv', index=False)
+    cellmae_report(str(tmp_path/'x.csv'), out=str(tmp_path/'r.html'))
+    assert 'Report: ' in capsys.readouterr().out and '10 wells' in (tmp_path/'r.html').read_text()
+
 def test_an_array_of_one_well(tmp_path):
     page = write_story(tmp_path/'r.html', np.ones((1,4))).read_text()
     assert 'The map' in left_out(page) and '1 well, 4 features' in page and 'Error' not in ''.join(left_out(page).values())
