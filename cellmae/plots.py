@@ -196,6 +196,7 @@ def _groups_of(adata, names, groups):
         groups = adata.obs[groups]
     return clean(pd.Series(groups, dtype=object).reindex(names))
 
+# %% ../nbs/33_plots.ipynb #eb480168
 def _alike_together(Z):
     "Rows in an order in which neighbours are alike"
     if len(Z)<3: return np.arange(len(Z))

@@ -60,9 +60,8 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         controls,b = controls_of(w, controls),batches_of(w, batches)
         self._know(w.X.shape[1], w.features)
         self.batched_ = batches is not None or w.obs is not None
-        self.n_controls_,self.shrinkage_ = _enough(controls, b),{}
+        self.n_controls_,self.shrinkage_,rows = _enough(controls, b),{},_rows(b)
         _need_spread(w.X[controls])
-        rows = _rows(b)
         with self._noted():
             A = _varied(w.X, controls, rows, self._names)
             self.shared_ = self._learn(A, controls, rows, **self._besides(w, y, b))
