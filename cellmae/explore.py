@@ -58,7 +58,7 @@ def strongest(
 # %% ../nbs/57_explore.ipynb #1913c7bf
 def place_alike(
     X, # Profiles `(n,D)`
-    seed:int=0,
+    seed:int=0, # Fixes the places
 )->np.ndarray: # `(n,2)`
     "Places in the plane such that those that are alike by cosine are close"
     from sklearn.manifold import TSNE
@@ -129,7 +129,7 @@ def blocks_of(
 
 # %% ../nbs/57_explore.ipynb #4bf86b4d
 def colour_columns(
-    obs:pd.DataFrame,
+    obs:pd.DataFrame, # What is known of each point
     most:int=40, # Names that colours can tell, with some patience
 )->list:
     "Columns of `obs` by which points can be coloured"
@@ -142,7 +142,13 @@ def colour_columns(
 # %% ../nbs/57_explore.ipynb #bedd6ca5
 class Explorer:
     "A map that answers to the mouse, in a notebook, in a page of its own, or in a report"
-    def __init__(self, genes, pictures=None, by=None, most=500, seed=0):
+    def __init__(self,
+        genes, # AnnData with one row per point
+        pictures=None, # HTML of a picture per point
+        by=None, # Column to colour by at first; default: the first that tells points apart
+        most=500, # Perturbations in the view of all pairs
+        seed=0, # Fixes the places
+    ):
         self.genes,self.most,columns = genes,most,colour_columns(genes.obs)
         if by and by not in columns: raise ValueError(f'by={by!r}: no column to colour by. There '
             f'are {", ".join(map(str, columns)) or "none"}')
@@ -161,7 +167,9 @@ class Explorer:
                     picture=self.pictures, label=self.labels(),
                     **{f'c{i}': _values(self.genes.obs[k]) for i,k in enumerate(self.columns)})
 
-    def labels(self, most=40):
+    def labels(self,
+        most=40, # Names at most
+    ):
         "Names that are written beside points: of the strongest, where there is room for them"
         far = np.linalg.norm(self.genes.X-self.genes.X.mean(0), axis=1)
         at,shown = self.at/np.maximum(np.ptp(self.at, axis=0), 1e-9),[]
@@ -370,7 +378,7 @@ def html(self:Explorer,
 @patch
 def save(self:Explorer,
     path='map.html', # Where it goes
-    title='A map of perturbations',
+    title='A map of perturbations', # Of the page
 )->Path: # The file
     "A page of its own, which needs neither a network nor Python"
     return write_report(path, title, {f'{len(self):,} points': self})
@@ -390,7 +398,7 @@ def explore_map(
     pictures:int=300, # Points that have a picture
     also=None, # DataFrame of more columns to colour by, indexed by perturbation
     most:int=500, # Perturbations in the view of all pairs
-    seed:int=0,
+    seed:int=0, # Fixes the places
 )->Explorer: # Shown by itself at the end of a cell; `save` makes a page
     "A map to be asked: names, neighbours and cells where the mouse is"
     genes = _known(map_points(x, wells), also)

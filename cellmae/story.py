@@ -232,7 +232,9 @@ def describe_wells(
         said.append(count_of(len({*names}-{''}), 'perturbation'))
     return ', '.join(said)+'.'
 
-def the_screen(s):
+def the_screen(
+    s, # `Story`
+):
     "What it is, and some sites of it"
     if s.screen is None: return [describe_wells(s.wells), Aside('No images were given.')]
     sites,what = some_sites(s.screen.table, 4),describe(s.screen)
@@ -241,12 +243,16 @@ def the_screen(s):
     return [what, *[Aside(more)]*bool(more),
             Caption(show_sites(s.screen, sites, colour=True), shown)]
 
-def the_problems(s):
+def the_problems(
+    s, # `Story`
+):
     "What `check` found"
     return [problem_tables(need(s.problems, 'the images were not checked (`screen.check()`)'))]
 
 # %% ../nbs/58_story.ipynb #e5b6e26b
-def the_training(s):
+def the_training(
+    s, # `Story`
+):
     "Losses by epoch"
     from cellmae.plots import plot_history
     history = Path(need(s.run, 'no run was given'))/'history.csv'
@@ -310,7 +316,9 @@ def _drawn(s, rows):
     x = np.stack([o[o.std((2,3)).sum(1).argmax()] for o in tiles]) # where there is most to see
     return show_reconstruction(s.model, torch.from_numpy(x), list(_errors(s)[1]))
 
-def the_reconstructions(s):
+def the_reconstructions(
+    s, # `Story`
+):
     "Sites that are drawn as well as most are"
     t,e,whole = _errors(s)
     usual = (whole-whole.median()).abs().sort_values(kind='stable').index[:2]
@@ -320,7 +328,9 @@ def the_reconstructions(s):
     return [table, Caption(_drawn(s, usual), what)]
 
 # %% ../nbs/58_story.ipynb #27924c1e
-def the_errors(s):
+def the_errors(
+    s, # `Story`
+):
     "Where the model cannot draw what is there"
     t,e,whole = _errors(s)
     spread = max(1.4826*(whole-whole.median()).abs().median(), 1e-6)
@@ -345,7 +355,9 @@ def _before_after(s):
     name = PAIR[0] if s.best==JOINED else s.best
     return name,s.profiles[name],s.found.corrected[name]
 
-def the_correction(s):
+def the_correction(
+    s, # `Story`
+):
     "What was corrected, why, and what it changed"
     from cellmae.diagnose import plot_correction
     name,before,after = _before_after(s)
@@ -364,7 +376,9 @@ def _on_plates(x):
     far = np.linalg.norm(w.X-w.X[c if c.any() else slice(None)].mean(0), axis=1)
     return pc*np.sign(pc[np.abs(pc).argmax()] or 1),far
 
-def the_plates(s):
+def the_plates(
+    s, # `Story`
+):
     "Two numbers of each well, before and after correction"
     obs = tidy(wells_of(s.wells).obs)
     for k in ('plate','well'):
@@ -402,14 +416,17 @@ def _picture(s, i, what):
             f'<figcaption>{where}</figcaption></figure>')
 
 def hit_pictures(
-    s:Story,
+    s:Story, # What there is to tell
     names, # Of perturbations
 )->Html:
     "Each beside a control of its plate"
     pairs = [f'{_picture(s, i, o)}{_picture(s, c, "control")}' for o,i,c in _beside(s, names)]
     return Html(f'<div class=row>{"".join(f"<div class=pair>{o}</div>" for o in pairs)}</div>')
 
-def the_hits(s, most=8):
+def the_hits(
+    s, # `Story`
+    most=8, # How many at most
+):
     "The surest, with images, and all of them in a table"
     t = s.found.hits
     sure = int((t.q<.05).sum())
@@ -425,7 +442,9 @@ def _sure(hits):
     "Which perturbations are hits, to colour by"
     if len(hits): return pd.DataFrame(dict(hit=np.where(hits.q<.05, 'yes', 'no')), hits.index)
 
-def the_map(s):
+def the_map(
+    s, # `Story`
+):
     "The interactive map, and who it is of"
     _,wells = points_of(s.wells)
     m = explore_map(s.wells, s.screen, wells=wells, also=None if wells else _sure(s.found.hits))
@@ -444,7 +463,10 @@ def _near(s, gene, n=5):
             +' (known)'*bool(known[k]) for k,o in t.iterrows()]
     return ', '.join(said)
 
-def the_neighbours(s, most=12):
+def the_neighbours(
+    s, # `Story`
+    most=12, # How many at most
+):
     "The nearest of the surest hits"
     genes,wells = points_of(s.wells)
     if wells: raise ValueError('there are too few perturbations to be near each other')
@@ -452,7 +474,9 @@ def the_neighbours(s, most=12):
     names = [o for o in names if o in {*genes.obs['name']}][:most]
     return [pd.DataFrame({'perturbation': names, 'nearest': [_near(s, o) for o in names]})]
 
-def the_recall(s):
+def the_recall(
+    s, # `Story`
+):
     "Known relationships that are found, before and after correction"
     from cellmae.plots import plot_recall
     t = s.found.table
@@ -483,7 +507,9 @@ def _of_screen(s):
     return dict(images=str(Path(s.root).resolve()), channels=', '.join(s.channels),
                 controls=', '.join(controls[:8]) or 'none')
 
-def the_making(s):
+def the_making(
+    s, # `Story`
+):
     "Date, version, command, seed, model, channels, controls, files and time"
     began = s.made.get('began')
     took = f'{(time.time()-began)/60:.1f} minutes' if began else None
@@ -498,7 +524,7 @@ def the_making(s):
 # %% ../nbs/58_story.ipynb #591f3f0b
 class Section(NamedTuple):
     "A part of a report"
-    title:str
+    title:str # Its heading
     make:Callable # Of a `Story`; gives what `to_html` takes
     how:str # How it is read
 
@@ -530,7 +556,7 @@ SECTIONS = [
 
 # %% ../nbs/58_story.ipynb #9fe2e019
 def sections_of(
-    s:Story,
+    s:Story, # What there is to tell
 )->dict: # Title -> what to show, or why it is left out
     "All that can be told"
     shown = {}
@@ -547,7 +573,7 @@ def _tried(make, s):
         except Exception as e: return None,f'{type(e).__name__}: {e}'
 
 def facts_of(
-    s:Story,
+    s:Story, # What there is to tell
 )->Html:
     "The numbers that people ask for first"
     w,t = wells_of(s.wells),s.found.table

@@ -100,7 +100,9 @@ class Trial(NamedTuple):
         file = self.folder/'trial.json'
         return json.loads(file.read_text()) if file.exists() else {}
 
-    def tell(self, **told):
+    def tell(self,
+        **told, # What is known of it by now
+    ):
         "Write this of it"
         told = json.dumps(dict(recipe=self.recipe, seed=self.seed, **told), indent=1, default=float)
         write_whole(self.folder/'trial.json', lambda f: f.write_text(told))

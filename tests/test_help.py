@@ -13,7 +13,7 @@ rooms = [import_module(f'cellmae.{m.name}') for m in pkgutil.iter_modules(cellma
 
 # What only their own room calls, or fastai does: steps of a run, which nobody uses by themselves
 steps = '''Averages Average Batch BatchStats Budget Checkpoint CropLoader Each FixedMasks Guard Images Job Lines Means MultiDecoder Packing Rows
-           SafeLearner Shards Sites Team Together WSLLoss Watch'''.split()
+           SafeLearner Shards Sites Stopwatch Team Together WSLLoss Watch'''.split()
 
 
 def told(o):
