@@ -130,6 +130,7 @@ def _check_recipes(recipes, common):
         if twin!=k or not _file_name(str(k)): raise ValueError(
             f'recipe {k!r} would have the folder of {twin!r}: call it something else')
 
+# %% ../nbs/55_trials.ipynb #bba1a4db
 def plan_trials(
     recipes:dict, # Name -> options that differ, see above
     seeds=(0,1,2), # One trial for each
