@@ -20,14 +20,16 @@ def picture(**meta): return v4.new_output('display_data', data={'image/png': png
 
 def code(src, *outputs): return v4.new_code_cell(src, outputs=[*outputs])
 
-def documented(name): return code(f'show_doc({name})', v4.new_output('display_data', data={'text/markdown': f'### {name}\n'}))
+def documented(name):
+    return code(f'show_doc({name})', v4.new_output('display_data', data={'text/markdown': f'### {name}\n'}))
 
 @pytest.fixture
 def page(tmp_path):
     def drawn(*cells, site=True, src='21_masking.ipynb'):
         write(v4.new_notebook(cells=[v4.new_raw_cell(fm), *cells]), path := tmp_path/'a.ipynb')
         book = SimpleNamespace(home='https://here/', srcs={}, rooms={'21_masking.ipynb':'masking'},
-                               drawn_by=lambda s: 'Bars' if 'plot_bars' in s else '', titles={'other.ipynb': ('Other', 'About it')},
+                               drawn_by=lambda s: 'Bars' if 'plot_bars' in s else '',
+                               titles={'other.ipynb': ('Other', 'About it')},
                                section={'Tutorials': ['other.ipynb']}.__getitem__)
         page = Page(path, src, book, site)
         book.pages = {'other.ipynb': SimpleNamespace(name='other.md', thumbnail=lambda: 'figures/o.png'), src: page}
@@ -60,7 +62,8 @@ def test_the_top_says_what_is_here_and_where(page):
 
 def test_pictures_say_what_they_show(page):
     md = v4.new_markdown_cell
-    s = page(md('## Depth\n\nFirst words. The left half of `x` is [dark](a.png):'), code('show(x)', picture()), code('show(x)', picture()))
+    text = '## Depth\n\nFirst words. The left half of `x` is [dark](a.png):'
+    s = page(md(text), code('show(x)', picture()), code('show(x)', picture()))
     assert '![Depth: The left half of x is dark](' in s and '![Depth: The left half of x is dark (2)](' in s
     assert '![Masking: Bars (loss against step)](' in page(code("plot_bars(x, xlabel='step', ylabel='loss')", picture()))
     s = page(code('#| fig-cap: "Two cells"\nshow(x)', picture(**{'image/png': dict(width=300)})))
@@ -71,8 +74,10 @@ def test_no_picture_of_the_notebooks_is_nameless(page):
     assert page(code('x', picture())).count('![Masking: What it is for](') == 1
 
 def test_long_tables_of_losses_say_how_it_ended():
-    def table(n): return ('<table class="fastprogress"><thead><tr><th>epoch</th><th>loss</th><th>time</th></tr></thead><tbody>' +
-                          ''.join(f'<tr><td>{i}</td><td>{1/(i+1):.2f}</td><td></td></tr>' for i in range(n)) + '</tbody></table>')
+    def table(n):
+        rows = ''.join(f'<tr><td>{i}</td><td>{1/(i+1):.2f}</td><td></td></tr>' for i in range(n))
+        head = '<table class="fastprogress"><thead><tr><th>epoch</th><th>loss</th><th>time</th></tr></thead>'
+        return f'{head}<tbody>{rows}</tbody></table>'
     fold = lambda n: re_losses.sub(few_losses, table(n))
     assert fold(5) == table(5)
     assert '<summary>8 epochs, at the end loss 0.12</summary>' in fold(8) and table(8) in fold(8)

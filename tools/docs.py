@@ -48,7 +48,8 @@ class Book:
         self.titles = {o: re_title.match(nb.cells[0].source).groups() for o,nb in raw.items()}
         rooms = ((o, re.search(r'#\| *default_exp +(\w+)', c.source)) for o,nb in raw.items() for c in nb.cells)
         self.rooms = {o: m[1] for o,m in rooms if m}
-        self.docs = dict(re.findall(r'def (\w+)\([^"]*?:\n    "([^"\n]+)"', ''.join(f.read_text() for f in cfg.lib_path.glob('*.py'))))
+        lib = '\n'.join(f.read_text() for f in sorted(cfg.lib_path.glob('*.py')))
+        self.docs = dict(re.findall(r'^def (\w+)\([^"]*?:\n    "([^"\n]+)"', lib, re.M))
         self.pages = {o: self.page(cfg.nbs_path/o, o, site) for o in only or srcs}
 
     def page(self, path, src, site):
@@ -64,8 +65,9 @@ class Book:
 
     def section(self, name):
         "The notebooks of a section of the sidebar"
-        found = [o['contents'] for o in website()['sidebar']['contents'] if isinstance(o, dict) and o['section'] == name]
-        return found[0] if found else sys.exit(f'_quarto.yml: the sidebar has no section {name}')
+        parts = [o for o in website()['sidebar']['contents'] if isinstance(o, dict)]
+        found = {o['section']: o['contents'] for o in parts}
+        return found[name] if name in found else sys.exit(f'_quarto.yml: the sidebar has no section {name}')
 
 
 def nav(contents, pages):

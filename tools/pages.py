@@ -77,7 +77,8 @@ def plain(s):
 
 def last_sentence(s):
     "What the Markdown `s` says at its end, which is about what follows"
-    prose = [o for o in re.split(r'\n\n+', re_code.sub(lambda m: m[0].strip('`') if '\n' not in m[0] else '', s)) if o.strip()]
+    s = re_code.sub(lambda m: m[0].strip('`') if '\n' not in m[0] else '', s)
+    prose = [o for o in re.split(r'\n\n+', s) if o.strip()]
     said = re.split(r'(?<=[.!?:;]) +(?=[A-Z])', plain(prose[-1] if prose else ''))
     while len(said) > 1 and len(said[-1].split()) < 4: said[-2:] = [' '.join(said[-2:])]
     return said[-1].rstrip(' .:;')
@@ -128,8 +129,10 @@ class own_imports(Processor):
         module = f'{get_config().lib_name}.{self.room}'
         private = ', '.join(sorted(self.private - set(import_module(module).__all__)))
         named = fill(f'from {module} import ({private})', 99, subsequent_indent='    ')
-        own = [f'from {module} import *'] + [named if '\n' in named else named.translate({40:'', 41:''})] * bool(private)
-        cell.source = '\n'.join(['#| code-fold: true', '#| code-summary: Set up', cell.source, *own])
+        if '\n' not in named: named = named.replace('(', '').replace(')', '')
+        own = [f'from {module} import *', named if private else '']
+        setup = '#| code-fold: true', '#| code-summary: Set up'
+        cell.source = '\n'.join([*setup, cell.source, *filter(None, own)])
         cell.directives_.pop('export')
 
 
@@ -223,9 +226,11 @@ class Page:
         self.files[join(dirname(self.name), name)] = base64.b64decode(png)
         alt,width,caption = self.alt(cell, opts),size.get('width'),opts.get('fig-cap')
         width = f' width="{width}"' * bool(width)
-        if not self.site: return f'<img src="{name}" alt="{html.escape(alt)}"{width}>' + f'\n\n*{caption}*' * bool(caption)
+        image = f'<img src="{name}" alt="{html.escape(alt)}"{width}>'
+        if not self.site: return image + f'\n\n*{caption}*' * bool(caption)
         image = f'![{alt}]({name}){{ .picture{width} }}'
-        return image if not caption else f'<figure markdown="span">\n{image}\n<figcaption>{caption}</figcaption>\n</figure>'
+        if not caption: return image
+        return f'<figure markdown="span">\n{image}\n<figcaption>{caption}</figcaption>\n</figure>'
 
     def output(self, cell, i, o, opts):
         "Output number `i` of `cell`: the richest form it was stored in"
@@ -266,15 +271,19 @@ class Page:
         at = f'{cfg.git_url}/blob/{cfg.branch}'
         room = self.book.rooms.get(self.src)
         names = [o for o in self.headings if '.' not in o]
-        links = ' '.join(f'[`{o}`](#{symbol_id(o)})' for o in names[:n]) + f' and {len(names)-n} more' * (len(names) > n)
+        links = ' '.join(f'[`{o}`](#{symbol_id(o)})' for o in names[:n])
+        if len(names) > n: links += f' and {len(names)-n} more'
         module = [f'**`{cfg.lib_name}.{room}`**', links] if room else []
-        files = [f'[notebook]({at}/{cfg.nbs_path.name}/{self.src})'] + [f'[source]({at}/{cfg.lib_name}/{room}.py)'] * bool(room)
-        return ' &middot; '.join(filter(None, [*module, *files])) + '\n{: .head }'
+        source = [f'[source]({at}/{cfg.lib_name}/{room}.py)'] if room else []
+        notebook = f'[notebook]({at}/{cfg.nbs_path.name}/{self.src})'
+        return ' &middot; '.join(filter(None, [*module, notebook, *source])) + '\n{: .head }'
 
     def thumbnail(self):
-        "The first picture of the page"
-        outs = [(c, i) for c in self.nb.cells for i,o in enumerate(c.get('outputs', [])) if 'image/png' in o.get('data', {})]
-        return join(dirname(self.name), f'{self.figures}_{outs[0][0].id}_{outs[0][1]}.png') if outs else 'images/logo.svg'
+        "The first picture of the page, or the logo"
+        outs = ((c, i, o) for c in self.nb.cells for i,o in enumerate(c.get('outputs', [])))
+        names = (f'{self.figures}_{c.id}_{i}.png' for c,i,o in outs if 'image/png' in o.get('data', {}))
+        name = next(names, None)
+        return join(dirname(self.name), name) if name else 'images/logo.svg'
 
     def card(self, src):
         title,about = self.book.titles[src]
@@ -285,8 +294,9 @@ class Page:
 
     def cards(self, m):
         "The pages of a section of the sidebar, each with a picture"
-        s = '\n\n'.join(map(self.card, self.book.section(m[1]))) if self.site else '\n'.join(map(self.card, self.book.section(m[1])))
-        return f'<div class="grid cards" markdown="1">\n\n{s}\n\n</div>' if self.site else s
+        cards = [self.card(o) for o in self.book.section(m[1])]
+        if not self.site: return '\n'.join(cards)
+        return '\n\n'.join(['<div class="grid cards" markdown="1">', *cards, '</div>'])
 
     def folded(self, parts):
         "`parts` of the page, where what stands under a heading in `asides` is folded"
