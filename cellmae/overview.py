@@ -594,7 +594,8 @@ def _sections(screen, seen, views):
     drawn = [Aside(f'{few} of {every} plates are drawn: the first, and those with most problems.')]
     return {
         'What it is': [_facts(screen, seen), _channels(screen, seen, ranges), *part],
-        'What is wrong': [problem_tables(problems), *filter(None, [flagged(screen, problems, ranges)])],
+        'What is wrong': [problem_tables(problems),
+                          *filter(None, [flagged(screen, problems, ranges)])],
         'Plates': [*drawn*(few<every), *maps(screen, d, plates)],
         'Pictures': [_as_seen, pictures(screen, views, rows, ranges)],
         **({'Plates side by side': side_by_side(screen, d)} if len(plates)>1 and len(d) else {}),

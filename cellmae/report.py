@@ -82,7 +82,7 @@ def _captioned(what, text):
     return f'<figure class=wide>{to_html(what, alt=text)}{line}</figure>'
 
 # %% ../nbs/12_report.ipynb #38699da9
-STYLE = """
+_text = """
 :root{--ink:#1f2430;--soft:#5b6170;--line:#dfe2e8;--ground:#fff;--band:#f5f6f8;--blue:#3949ab;
 color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e8ee;--soft:#a3a9b8;--line:#363b48;
@@ -107,6 +107,10 @@ th{font-weight:600;color:var(--soft)}
 td{max-width:32rem}
 tr:hover td{background:var(--band)}
 .table{overflow-x:auto}
+"""
+
+# %% ../nbs/12_report.ipynb #359aa46f
+_pieces = """
 .how{color:var(--soft);font-size:.95rem;margin:.2rem 0 1rem}
 .how::before{content:"How to read this: ";font-weight:600}
 .aside{white-space:pre-line;padding:.6rem 1rem;color:var(--soft);background:var(--band);
@@ -133,6 +137,9 @@ body{padding:1rem .9rem 3rem}h1{font-size:1.5rem}h2{margin-top:2.2rem}}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}
 figure,tr,.facts{break-inside:avoid}h2{break-after:avoid}.table{overflow:visible}}
 """
+STYLE = _text+_pieces
+
+# %% ../nbs/12_report.ipynb #ed220241
 _head = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
