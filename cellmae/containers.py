@@ -606,6 +606,7 @@ class Images:
             with suppress(IndexError): (old,n) = _mapped.popleft(); old.maps.pop(n, None)
         return s
 
+# %% ../nbs/03_containers.ipynb #7a7e5c3a
 def _torn(problem, file, why):
     cure = 'Copy it again, or, if cellmae packed it, let `repack(store)` write it anew.'
     return ImageError(problem, file, f'{why}. {cure}')

@@ -305,6 +305,7 @@ class Job:
         if site.problem and not self.leave_out: raise site.problem
         return bool(site.problem)
 
+# %% ../nbs/41_embed.ipynb #d406ec2e
 def _of_two(batches):
     "A window that is alone in its batch joins the batch before: batch norm needs two"
     last = None

@@ -180,6 +180,7 @@ class Explorer:
 
 def _short(name, most=24): return name if len(name)<=most else name[:most-2]+'..'
 
+# %% ../nbs/57_explore.ipynb #fc06d162
 def _values(v):
     "Numbers, or names, for which nothing is a name as well"
     number = pd.api.types.is_numeric_dtype(v) and v.dtype!=bool

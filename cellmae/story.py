@@ -243,6 +243,7 @@ def the_screen(
     return [what, *[Aside(more)]*bool(more),
             Caption(show_sites(s.screen, sites, colour=True), shown)]
 
+# %% ../nbs/58_story.ipynb #0080b80e
 def the_problems(
     s, # `Story`
 ):
@@ -376,6 +377,7 @@ def _on_plates(x):
     far = np.linalg.norm(w.X-w.X[c if c.any() else slice(None)].mean(0), axis=1)
     return pc*np.sign(pc[np.abs(pc).argmax()] or 1),far
 
+# %% ../nbs/58_story.ipynb #ab229214
 def the_plates(
     s, # `Story`
 ):
@@ -423,6 +425,7 @@ def hit_pictures(
     pairs = [f'{_picture(s, i, o)}{_picture(s, c, "control")}' for o,i,c in _beside(s, names)]
     return Html(f'<div class=row>{"".join(f"<div class=pair>{o}</div>" for o in pairs)}</div>')
 
+# %% ../nbs/58_story.ipynb #7f5d3907
 def the_hits(
     s, # `Story`
     most=8, # How many at most
@@ -474,6 +477,7 @@ def the_neighbours(
     names = [o for o in names if o in {*genes.obs['name']}][:most]
     return [pd.DataFrame({'perturbation': names, 'nearest': [_near(s, o) for o in names]})]
 
+# %% ../nbs/58_story.ipynb #fa2fc4e9
 def the_recall(
     s, # `Story`
 ):
