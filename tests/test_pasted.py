@@ -2,42 +2,38 @@
 import inspect, re
 from pathlib import Path
 
-import matplotlib.pyplot as plt, nbformat, pytest
+import matplotlib.pyplot as plt, nbformat
 from cellmae import cli
 
 root = Path(__file__).resolve().parents[1]
-block = re.compile(r'^```(\w+)\n(.*?)^```', re.M|re.S)
-command = re.compile(r'\b(cellmae_[a-z]+)\b([^\n|;&]*)')
-pages = [root/'README.md', *sorted(root.glob('nbs/**/*.ipynb'))]
-
-def text_of(path):
-    "The Markdown of a page"
-    if path.suffix == '.md': return path.read_text()
-    return '\n'.join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'markdown')
-
-def blocks(path, *kinds): return [s for kind,s in block.findall(text_of(path)) if kind in kinds]
-
-def unknown(shell):
-    "Commands and options of lines for a shell that do not exist"
-    for name,rest in command.findall(shell.replace('\\\n', ' ')):
-        f = getattr(cli, name, None)
-        if f is None: yield name; continue
-        known = set(inspect.signature(f).parameters) | {'help','debug'}
-        yield from (f'{name} --{o}' for o in re.findall(r'(?<!\S)--([\w-]+)', rest) if o not in known)
-
-
-def test_unknown_options_are_found():
-    assert list(unknown('cellmae_fit store --epochs 3 \\\n  --modle x && cellmae_mend y')) == ['cellmae_fit --modle', 'cellmae_mend']
-
-@pytest.mark.parametrize('path', pages, ids=[o.stem for o in pages])
-def test_commands_have_their_options(path):
-    assert not [o for s in blocks(path, 'sh', 'bash', 'console') for o in unknown(s)]
+readme = (root/'README.md').read_text()
 
 def test_readme_runs_as_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    python,space = blocks(root/'README.md', 'python'), {'__name__':'__main__'}
+    python,space = re.findall(r'^```python\n(.*?)^```', readme, re.M|re.S),{'__name__':'__main__'}
     assert len(python) > 2
     for s in python: exec(compile(s, 'block of the README', 'exec'), space)
     assert plt.get_fignums() and (tmp_path/'tiny/run/model').is_dir() # something to be seen, and a model
     assert space['found'].recall.iloc[0] > .2 # twice what chance finds
     plt.close('all')
+
+COMMANDS = {k: o for k,o in vars(cli).items() if re.fullmatch('cellmae_[a-z]+', k)}
+
+def calls(text):
+    "Commands of ours in a text, each with its options"
+    text = text.replace('\\\n', ' ')
+    for name,rest in re.findall(r'\b(cellmae_[a-z]+)\)?((?:[ \t]+[^\s|;&`"\']+)*)', text):
+        if name in COMMANDS: yield name,re.findall(r'(?<!\S)--(\w+)', re.split(r'\scellmae_', rest)[0])
+
+def test_commands_that_pages_show_have_these_options():
+    pages = {f: '\n'.join(c.source for c in nbformat.read(f, as_version=4).cells if c.cell_type=='markdown')
+             for f in (root/'nbs').rglob('*.ipynb')}
+    shown = [(f.name,*o) for f,s in {**pages, root/'README.md': readme}.items() for o in calls(s)]
+    known = {k: inspect.signature(o).parameters for k,o in COMMANDS.items()}
+    wrong = [f'{f}: {k} has no --{o}' for f,k,options in shown for o in options if o not in known[k]]
+    assert not wrong, '\n'.join(wrong)
+    assert {k for _,k,_ in shown} == set(COMMANDS) and sum(len(o) for *_,o in shown) > 40
+
+def test_calls():
+    text = 'torchrun --nproc_per_node 8 $(which cellmae_fit) store --bs 2048 --out run\nand `cellmae_check plates` or --none'
+    assert [*calls(text)] == [('cellmae_fit',['bs','out']),('cellmae_check',[])]
