@@ -11,8 +11,8 @@ from timing import markdown
 
 from cellmae.embed import embed
 from cellmae.files import write_whole
-from cellmae.profiles import join_profiles, read_profiles
-from cellmae.recall import recall
+from cellmae.profiles import aggregate, join_profiles, read_profiles
+from cellmae.recall import compare_recall, recall
 from cellmae.screen import open_screen
 from cellmae.store import pack
 from cellmae.synth import synth_screen
@@ -92,6 +92,10 @@ def told(wells, pairs):
     r = recall(wells, pairs, thresholds=[(.05,.95)], n_perm=0).iloc[0]
     return {k: float(r[k]) for k in ('recall','ci_low','ci_high')}
 
+def against(base, wells, pairs):
+    "p of a paired test of a map against another"
+    return float(compare_recall(aggregate(base), aggregate(wells), pairs).p.iloc[0])
+
 def kept(file, f):
     "What `f` gives, computed once"
     if not file.exists():
@@ -110,15 +114,16 @@ def point(recipe, minutes, epochs, screen, held, pairs, out, size):
     learn = train(recipe, screen, at, size, epochs, [spent])
     spent.tell()
     own,bar = map(corrected, (profiles_of(learn.model, held, at/'profiles', crop), read_profiles(out/'spectrum/profiles.parquet')))
-    both = told(join_profiles(own, bar), pairs)['recall']
-    return dict(recipe=recipe, minutes=float(minutes), epochs=epochs, cpu_s=spent.total(), sites=len(screen), held=len(held), **told(own, pairs), joined=both)
+    both = join_profiles(own, bar)
+    found = dict(**told(own, pairs), p=against(bar, own, pairs), joined=told(both, pairs)['recall'], joined_p=against(bar, both, pairs))
+    return dict(recipe=recipe, minutes=float(minutes), epochs=epochs, cpu_s=spent.total(), sites=len(screen), held=len(held), **found)
 
 # --- all of them
 
 def write_tables(out, tables):
-    "A table and a picture of all that is finished"
+    "A table and a picture of all that is finished; `p` of paired tests against spectrum statistics"
     t = pd.DataFrame([json.loads(f.read_text()) for f in sorted((out/'points').glob('*.json'))])
-    t = t.reindex(columns='recipe minutes epochs cpu_s sites held recall ci_low ci_high joined'.split()).sort_values(['recipe','minutes'], ignore_index=True)
+    t = t.reindex(columns='recipe minutes epochs cpu_s sites held recall ci_low ci_high p joined joined_p'.split()).sort_values(['recipe','minutes'], ignore_index=True)
     tables.mkdir(exist_ok=True)
     t.to_csv(tables/'results.csv', index=False, float_format='%.4g')
     (tables/'results.md').write_text(shown(t))
@@ -126,7 +131,8 @@ def write_tables(out, tables):
 
 def shown(t):
     "A row per point"
-    t = t.assign(hours=(t.cpu_s/3600).round(3))[['recipe','hours','epochs','recall','ci_low','ci_high','joined']].round(3).astype(object)
+    ps = {k: t[k].map('{:.1g}'.format, na_action='ignore') for k in ('p','joined_p')}
+    t = t.assign(hours=(t.cpu_s/3600).round(3)).round(3).assign(**ps)[['recipe','hours','epochs','recall','ci_low','ci_high','p','joined','joined_p']].astype(object)
     return markdown(t.where(t.notna(), '').to_dict('records'))+'\n'
 
 def draw(t, file):
@@ -139,7 +145,7 @@ def draw(t, file):
     fig.savefig(file, dpi=100)
     plt.close(fig)
 
-def burn(out, bed, size, recipes, minutes, tables):
+def burn(out, bed, size, recipes, tables, minutes=None):
     "Statistics first, then budgets from short to long, the recipes in turn"
     out.mkdir(parents=True, exist_ok=True)
     screen,held,pairs = screen_in(out, bed, size)
@@ -167,6 +173,6 @@ def main():
     warnings.filterwarnings('ignore')
     torch.set_num_threads(args.threads)
     if hasattr(os, 'nice'): os.nice(args.nice)
-    burn(args.out, args.bed, 'tiny' if args.tiny else 'full', args.recipes, args.minutes, args.tables)
+    burn(args.out, args.bed, 'tiny' if args.tiny else 'full', args.recipes, args.tables, args.minutes)
 
 if __name__=='__main__': main()

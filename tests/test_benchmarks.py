@@ -8,13 +8,13 @@ import numpy as np, pandas as pd, pytest, torch
 from anndata import AnnData
 
 root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root/'benchmarks')) # scripts import each other
 
 @pytest.mark.parametrize('script,args', [
     ('train_step','--model mae_vitt8 --bf16'), ('train_step','--model camae_vitt8 --small-decoder --as-used'),
     ('train_step','--model mae_vitt8 --part loss --size 256'), ('train_step','--model mae_vitt8 --part lion'),
     ('embed','--model mae_vitt8'), ('embed','--model camae_vitt8 --bf16 --as-used'), ('embed','--model camae_vitt8 --split 1 2')])
 def test_script(script, args, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(root/'benchmarks'))
     args = [*f'--size 32 --depth 1 --bs 2 --rounds 1 --threads {torch.get_num_threads()}'.split(), *args.split(), '--out', str(tmp_path/'r.json')]
     monkeypatch.setattr(sys, 'argv', [script, *args])
     import timing
