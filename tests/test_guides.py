@@ -10,7 +10,8 @@ from cellmae.zoo import list_models
 
 root = Path(__file__).resolve().parents[1]
 guides = sorted((root/'nbs/guide').glob('*.ipynb'))
-pages = pytest.mark.parametrize('path', guides, ids=[o.stem for o in guides])
+def each(paths): return pytest.mark.parametrize('path', paths, ids=[o.stem for o in paths])
+pages,tables = each(guides),each([o for o in guides if o.stem != 'gallery']) # which has pictures, and trains
 fence = re.compile(r'^```python\n(.*?)^```', re.M|re.S)
 
 
@@ -75,7 +76,7 @@ def test_models_are_in_the_zoo(path):
     named = {o for s in snippets(path) for o in re.findall(r'\b(?:mae|camae|munet|imagenet)_\w*\w\b(?!\*|\.)', s)}
     assert not named - set(list_models()), named - set(list_models())
 
-@pages
+@tables
 def test_tables_are_those_of_today(path, monkeypatch):
     "Code and files tell what is stored, but for cells that take long"
     monkeypatch.chdir(path.parent)
