@@ -47,13 +47,16 @@ def _wells(x):
 
 def _named(x, names): return AnnData(np.float32(x.X), obs=x.obs.assign(name=[*map(str, names)]))
 
+def _strongest_first(genes):
+    "Rows by their distance from the mean of all"
+    return np.argsort(-np.linalg.norm(genes.X-genes.X.mean(0), axis=1), kind='stable')
+
 def strongest(
     genes, # AnnData with one row per perturbation
     most:int=500, # How many to keep
 ): # At most that many, in the order of `genes`
     "The perturbations that are farthest from the mean of all"
-    far = np.linalg.norm(genes.X-genes.X.mean(0), axis=1)
-    return genes[np.sort(np.argsort(-far, kind='stable')[:most])]
+    return genes[np.sort(_strongest_first(genes)[:most])]
 
 # %% ../nbs/57_explore.ipynb #1913c7bf
 def place_alike(
@@ -97,8 +100,7 @@ def pictures_of(
 )->list: # For the `src` of an `img`, empty where there is none
     "A small picture for each point"
     rows = _first_sites(screen, genes.obs)
-    far = np.linalg.norm(genes.X-genes.X.mean(0), axis=1)
-    shown = {i for i in np.argsort(-far, kind='stable')[:most] if rows[i]>=0}
+    shown = {i for i in _strongest_first(genes)[:most] if rows[i]>=0}
     return [site_picture(screen, rows[i], **kwargs) if i in shown else '' for i in range(len(rows))]
 
 def _first_sites(screen, obs):
@@ -171,9 +173,8 @@ class Explorer:
         most=40, # Names at most
     ):
         "Names that are written beside points: of the strongest, where there is room for them"
-        far = np.linalg.norm(self.genes.X-self.genes.X.mean(0), axis=1)
         at,shown = self.at/np.maximum(np.ptp(self.at, axis=0), 1e-9),[]
-        for i in np.argsort(-far, kind='stable'):
+        for i in _strongest_first(self.genes):
             apart = np.abs(at[shown]-at[i])
             if len(shown)<most and not (apart<(.08,.022)).all(1).any(): shown.append(i)
         return [_short(o) if i in shown else '' for i,o in enumerate(self.names)]

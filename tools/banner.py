@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np, torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from scipy.cluster.hierarchy import leaves_list, linkage
 
+from cellmae.explore import blocks_of, map_points, strongest
 from cellmae.overview import composite
 from cellmae.plots import reconstruct
-from cellmae.profiles import aggregate, read_profiles
+from cellmae.profiles import read_profiles
 from cellmae.screen import open_screen
 from cellmae.tvn import TVN
 from cellmae.zoo import load_model
@@ -43,12 +43,8 @@ def montage(tiles, cols, gap=5):
 
 def cosines(profiles, most=90):
     "Cosines of the strongest perturbations, alike ones side by side"
-    genes = aggregate(TVN().fit_transform(profiles))
-    genes = genes[~genes.obs['control'].to_numpy(bool)] if 'control' in genes.obs else genes
-    x = genes.X[np.argsort(-np.linalg.norm(genes.X, axis=1))[:most]]
-    x = x/np.linalg.norm(x, axis=1, keepdims=True)
-    order = leaves_list(linkage(x, 'average', metric='cosine'))
-    return (x@x.T)[np.ix_(order,order)]
+    _,cos,_,_ = blocks_of(strongest(map_points(TVN().fit_transform(profiles)), most).X)
+    return cos
 
 
 def panels(screen, model, profiles, crop, seed):
