@@ -17,6 +17,7 @@ from .profiles import aggregate, controls_of, opened, to_sphere, wells_of
 from .report import Html, to_html, write_report
 from .sites import WELL
 from fastcore.basics import patch
+from functools import cached_property
 from pathlib import Path
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from sklearn.decomposition import PCA
@@ -163,6 +164,13 @@ class Explorer:
     def __len__(self): return len(self.genes)
     def __repr__(self): return f'Explorer({len(self)} points, colours by {self.columns})'
 
+    @cached_property
+    def pairs(self):
+        "Names of the strongest in cluster order, and what `blocks_of` says of them"
+        few = strongest(self.genes, self.most)
+        order,*rest = blocks_of(few.X)
+        return few.obs['name'].to_numpy(object)[order],*rest
+
     def data(self):
         "Columns for the browser; those of `obs` are `c0`, `c1`, .., whatever they are called"
         return dict(x=self.at[:,0], y=self.at[:,1], name=self.names.tolist(), near=self.near,
@@ -290,9 +298,8 @@ def matrix_view(
     "Cosines of all pairs, alike ones side by side, blocks framed"
     from bokeh.models import ColorBar, LinearColorMapper
     from bokeh.palettes import RdBu11
-    few = strongest(m.genes, m.most)
-    order,S,blocks,top = blocks_of(few.X)
-    n,names = len(S),few.obs['name'].to_numpy(object)[order]
+    names,S,blocks,top = m.pairs
+    n = len(S)
     p = _plane(x_range=(0,n), y_range=(n,0), match_aspect=True)
     mapper = LinearColorMapper(RdBu11, low=-top, high=top)
     r = p.image(image=[np.float16(S).astype(np.float32)], x=0, y=0, dw=n, dh=n, color_mapper=mapper)
@@ -339,8 +346,7 @@ def still_map(
     left.scatter(*m.at.T, s=14, c=_of_first_column(m), edgecolors='w', linewidths=.3)
     for o,(x,y) in zip(m.labels(25), m.at):
         if o: left.annotate(plain(o), (x,y), (2,2), textcoords='offset points', size=5.5)
-    few = strongest(m.genes, m.most)
-    _,S,blocks,top = blocks_of(few.X)
+    _,S,blocks,top = m.pairs
     im = right.imshow(S, cmap='RdBu_r', vmin=-top, vmax=top, interpolation='nearest')
     for a,b in blocks: right.plot(*np.array([[a,b,b,a,a],[a,a,b,b,a]])-.5, color='k', lw=.6)
     for ax in (left,right): ax.set(xticks=[], yticks=[])

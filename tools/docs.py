@@ -11,7 +11,7 @@ from execnb.nbio import read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html, nbglob
 from nbdev.serve_drv import main as process
-from llms import llms
+from llms import llms, titles, website
 from pages import Page, Shown
 
 extensions = ['attr_list', 'admonition', 'footnotes', 'md_in_html', 'tables', 'pymdownx.superfences',
@@ -29,10 +29,6 @@ links = dict(nav=dict(omitted_files='warn', not_found='warn'),
 
 re_remote = re.compile(r'<(?:(?:script|img|iframe)[^>]* src|link[^>]*stylesheet[^>]* href)="?(?:https?:)?//[^ >]*')
 re_raw_link = re.compile(r'\]\([\w./]+\.md[^)]*\)')   # a link around a name that is a link already
-re_title = re.compile(r'# (.+)\n+> (.+)')
-
-
-def website(): return yaml.safe_load(Path('_quarto.yml').read_text())['website']
 
 
 def notebooks(): return sorted(f.relative_to(get_config().nbs_path).as_posix() for f in nbglob(as_path=True))
@@ -45,7 +41,7 @@ class Book:
         self.home = f'{cfg.doc_host}{cfg.doc_baseurl}/'
         self.srcs = {k:o for o in srcs for k in (o, _nbpath2html(Path(o)).as_posix())}
         raw = {o: read_nb(cfg.nbs_path/o) for o in srcs}
-        self.titles = {o: re_title.match(nb.cells[0].source).groups() for o,nb in raw.items()}
+        self.titles = {o: titles(nb.cells[0].source) for o,nb in raw.items()}
         rooms = ((o, re.search(r'#\| *default_exp +(\w+)', c.source)) for o,nb in raw.items() for c in nb.cells)
         self.rooms = {o: m[1] for o,m in rooms if m}
         lib = '\n'.join(f.read_text() for f in sorted(cfg.lib_path.glob('*.py')))

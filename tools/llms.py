@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 "llms.txt of the site, what a language model reads before it answers about cellmae: what it is, every page in one line"
-import json
+import json, re
 from pathlib import Path
 
 import yaml
@@ -18,14 +18,20 @@ about = """Install: `pip install -e .` in a clone. The shortest use, in Python:
     wells = TVN().fit_transform(profiles)                # batches corrected on their controls
 
 `help(f)` tells what each argument of a function is. Commands: cellmae_demo, cellmae_check, cellmae_pack, cellmae_fit,
-cellmae_embed, cellmae_recall, each with --help."""
+cellmae_embed, cellmae_recall, cellmae_report, each with --help."""
+
+
+def website(): return yaml.safe_load((root/'_quarto.yml').read_text())['website']
+
+
+def titles(first):
+    "Title and subtitle in the first cell of a notebook"
+    return re.match(r'# (.+)\n+> (.+)', first).groups()
 
 
 def head(name):
     "Title and subtitle of a notebook"
-    first = ''.join(json.loads((get_config().nbs_path/name).read_text())['cells'][0]['source'])
-    title,_,rest = first.partition('\n')
-    return title.lstrip('# '),rest.strip().removeprefix('> ').partition('\n')[0]
+    return titles(''.join(json.loads((get_config().nbs_path/name).read_text())['cells'][0]['source']))
 
 
 def lines(contents, home):
@@ -41,7 +47,7 @@ def lines(contents, home):
 
 def llms():
     "The content of llms.txt"
-    cfg,web = get_config(),yaml.safe_load((root/'_quarto.yml').read_text())['website']
+    cfg,web = get_config(),website()
     pages = lines(web['sidebar']['contents'], cfg.doc_host+cfg.doc_baseurl)
     return '\n'.join((f'# {cfg.lib_name}\n\n> {cfg.description}\n\n{about}\n', *pages)) + '\n'
 
