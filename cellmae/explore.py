@@ -177,15 +177,18 @@ class Explorer:
                     picture=self.pictures, label=self.labels(),
                     **{f'c{i}': _values(self.genes.obs[k]) for i,k in enumerate(self.columns)})
 
-    def labels(self,
-        most=40, # Names at most
-    ):
-        "Names that are written beside points: of the strongest, where there is room for them"
-        at,shown = self.at/np.maximum(np.ptp(self.at, axis=0), 1e-9),[]
-        for i in _strongest_first(self.genes):
-            apart = np.abs(at[shown]-at[i])
-            if len(shown)<most and not (apart<(.08,.022)).all(1).any(): shown.append(i)
-        return [_short(o) if i in shown else '' for i,o in enumerate(self.names)]
+
+# %% ../nbs/57_explore.ipynb #0c4ccd5a
+@patch
+def labels(self:Explorer,
+    most=40, # Names at most
+):
+    "Names that are written beside points: of the strongest, where there is room for them"
+    at,shown = self.at/np.maximum(np.ptp(self.at, axis=0), 1e-9),[]
+    for i in _strongest_first(self.genes):
+        apart = np.abs(at[shown]-at[i])
+        if len(shown)<most and not (apart<(.08,.022)).all(1).any(): shown.append(i)
+    return [_short(o) if i in shown else '' for i,o in enumerate(self.names)]
 
 def _short(name, most=24): return name if len(name)<=most else name[:most-2]+'..'
 
