@@ -1,5 +1,6 @@
 "Pages as tools/docs.py draws them, from a notebook of a few cells and without MkDocs"
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
 import docs
 from nbdev.process import NBProcessor
-from pages import Page, few_losses, last_sentence, own_imports, re_losses
+from pages import Page, few_losses, last_sentence, numbered, options, own_imports, re_losses
 
 png = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 fm = '---\ndescription: What it is for\ntitle: Masking\n---'
@@ -67,7 +68,30 @@ def test_pictures_say_what_they_show(page):
     assert '![Depth: The left half of x is dark](' in s and '![Depth: The left half of x is dark (2)](' in s
     assert '![Masking: Bars (loss against step)](' in page(code("plot_bars(x, xlabel='step', ylabel='loss')", picture()))
     s = page(code('#| fig-cap: "Two cells"\nshow(x)', picture(**{'image/png': dict(width=300)})))
-    assert '![Two cells](' in s and ' width="300"' in s and '<figcaption>Two cells</figcaption>' in s
+    assert '![Two cells](' in s and ' width="300"' in s and '<figcaption aria-hidden="true">Two cells</figcaption>' in s
+
+def test_options_of_pictures_are_those_of_quarto(page):
+    two = code('#| fig-cap: ["One: a < b", "Two"]\nx', picture(), picture())
+    s = page(two)
+    assert '![One: a b](' in s and '>One: a &lt; b</figcaption>' in s and '>Two</figcaption>' in s
+    s = page(code('#| fig-cap: Above\n#| fig-alt: "Two bars, \\"a\\" and b"\nx', picture()))
+    assert '![Two bars, a and b](' in s and '<figcaption>Above</figcaption>' in s
+    s = page(code('#| fig-cap: "Two cells"\nx', picture()), site=False)
+    assert s.count('Two cells') == 2 and '\n\n*Two cells*' in s
+
+def pictures():
+    "Where each picture of the notebooks is, and what is said of it: below, or in the README in its place"
+    for f in docs.notebooks():
+        cap = 'fig-alt' if f == docs.get_config().readme_nb else 'fig-cap'
+        for c in docs.read_nb(root/'nbs'/f).cells:
+            n = sum('image/png' in o.get('data', {}) for o in c.get('outputs', []))
+            yield from ((f'{f} cell {c.id}', numbered(options(c), i)[cap]) for i in range(n))
+
+def test_every_picture_has_a_caption_of_its_own():
+    found = [*pictures()]
+    said = Counter(o for _,o in found)
+    bad = [f'{at}: {o!r}' for at,o in found if not 15 <= len(o) <= 200 or said[o] > 1]
+    assert len(found) > 100 and not bad, '\n'.join(['', *bad])
 
 def test_no_picture_of_the_notebooks_is_nameless(page):
     assert last_sentence('```\ncode\n```') == ''

@@ -66,7 +66,16 @@ def symbol_id(name): return name.lower().replace('__', '')
 def slug(title): return title.lower().replace(' ', '-')
 
 
-def options(cell): return dict(re.findall(r'^#\| *([\w-]+): *"?(.*?)"?$', cell.source, re.M))
+def options(cell):
+    "Options of `cell`, YAML as Quarto reads it, but that all values are text"
+    lines = re.findall(r'^#\| *([\w-]+: .*)$', cell.source, re.M)
+    return yaml.load('\n'.join(lines), yaml.BaseLoader) or {}
+
+
+def numbered(opts, i):
+    "`opts` of picture number `i` of a cell: of an option that is a list, its part"
+    own = lambda v: v if isinstance(v, str) else v[i] if i < len(v) else ''
+    return {k: own(opts.get(k, '')) for k in ('fig-cap','fig-alt')}
 
 
 def plain(s):
@@ -216,7 +225,7 @@ class Page:
     def alt(self, cell, opts):
         "A picture in words: its caption, or what its function says of itself, or the sentence before it, and its axes"
         about = self.book.drawn_by(cell.source) or last_sentence(self.said)
-        alt = plain(opts.get('fig-alt') or opts.get('fig-cap') or f'{self.topic}: {about}{axes(cell.source)}')
+        alt = plain(opts['fig-alt'] or opts['fig-cap'] or f'{self.topic}: {about}{axes(cell.source)}')
         self.alts.append(alt)
         n = self.alts.count(alt)
         return f'{alt} ({n})' if n > 1 else alt
@@ -224,13 +233,14 @@ class Page:
     def picture(self, cell, png, name, opts, size):
         "A stored picture, as wide as it was meant to be, with its caption"
         self.files[join(dirname(self.name), name)] = base64.b64decode(png)
-        alt,width,caption = self.alt(cell, opts),size.get('width'),opts.get('fig-cap')
+        alt,width,caption = self.alt(cell, opts),size.get('width'),opts['fig-cap']
         width = f' width="{width}"' * bool(width)
         image = f'<img src="{name}" alt="{html.escape(alt)}"{width}>'
         if not self.site: return image + f'\n\n*{caption}*' * bool(caption)
         image = f'![{alt}]({name}){{ .picture{width} }}'
         if not caption: return image
-        return f'<figure markdown="span">\n{image}\n<figcaption>{caption}</figcaption>\n</figure>'
+        unread = ' aria-hidden="true"' * (not opts['fig-alt']) # as pandoc has it: no one hears the same twice
+        return f'<figure markdown="span">\n{image}\n<figcaption{unread}>{html.escape(caption)}</figcaption>\n</figure>'
 
     def output(self, cell, i, o, opts):
         "Output number `i` of `cell`: the richest form it was stored in"
@@ -241,6 +251,8 @@ class Page:
             return (self.symbol if documented else self.text)(get('text/markdown'))
         if 'image/png' in data:
             name = f'{self.figures}_{cell.id}_{i}.png'
+            before = sum('image/png' in p.get('data', {}) for p in cell.outputs[:i])
+            opts = numbered(opts, before)
             return self.picture(cell, get('image/png'), name, opts, o.get('metadata', {}).get('image/png', {}))
         if 'text/html' in data:
             s = re.sub(r'<style[^>]*>[^<]*(?:dataframe|progress).*?</style>', '', get('text/html'), flags=re.S)
