@@ -751,11 +751,11 @@ def write_stack_screen(
     images:np.ndarray, # `(n,C,H,W)`
     table:pd.DataFrame, # Metadata, one row per image
     channels, # Names in order
-    folder:Path, # To make, for the images
+    folder, # To make, for the images
 )->Screen:
     "Write each image as a multi-page TIFF, and open them as a screen"
     from tifffile import imwrite
-    folder.mkdir(parents=True)
+    (folder := Path(folder)).mkdir(parents=True)
     files = [f'{i:04d}.tif' for i in range(len(images))]
     for f,x in zip(files, images): imwrite(folder/f, x, photometric='minisblack')
     return Screen(table.assign(file=files), channels=list(channels), root=folder)
