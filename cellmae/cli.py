@@ -7,8 +7,10 @@ __all__ = ['own_screen', 'own_cells', 'own_profiles', 'command', 'cellmae_demo',
            'cellmae_embed', 'cellmae_recall', 'cellmae_report']
 
 # %% ../nbs/60_cli.ipynb #abe2a234
-import re, sys, warnings
-from functools import wraps
+import ast, re, shlex, sys, warnings
+from contextlib import redirect_stdout
+from functools import partial, wraps
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from fastcore.basics import str_enum
@@ -16,6 +18,7 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse, store_true
 from .files import moved, write_whole
 from .labels import count_of, given
+from .sites import KEYS
 from .checks import place_of_problem
 from .screen import Screen
 from .sites import KEYS
@@ -66,10 +69,7 @@ def own_screen(
                 meta=meta, illum=illum or None, replace=_paired(replace) or None, well=well,
                 plate_shape=_shape(plate_shape))
     if pattern: return Screen.from_pattern(screen, pattern, **how, **_paired(columns))
-    try: return Screen.open(screen, **given(layout=layout, root=root), **how, **_paired(columns))
-    except FileNotFoundError as e:
-        if not Path(screen).is_dir(): raise
-        raise FileNotFoundError(f'{e} In a command that is --pattern, and --meta.') from e
+    return Screen.open(screen, **given(layout=layout, root=root), **how, **_paired(columns))
 
 # %% ../nbs/60_cli.ipynb #7c31d99d
 def own_cells(
@@ -117,37 +117,110 @@ def _may_name(column):
     "Names that several wells share?"
     return column.name not in KEYS and column.dtype.kind=='O' and 1<column.nunique()<=len(column)/2
 
+# %% ../nbs/60_cli.ipynb #8c0515eb
+def _written(v):
+    "A value of an argument as an option takes it"
+    if isinstance(v, dict): return ','.join(f'{k}={_written(o)}' for k,o in v.items())
+    if isinstance(v, tuple): return 'x'.join(map(str, v))
+    return ','.join(map(_written, v)) if isinstance(v, list) else '...' if v is ... else str(v)
+
+def _value(node):
+    "What an argument is in Python, names standing for themselves"
+    if isinstance(node, ast.Name): return node.id
+    if isinstance(node, ast.Dict): return {_value(k):_value(v) for k,v in zip(node.keys, node.values)}
+    if isinstance(node, ast.List): return [_value(o) for o in node.elts]
+    return ast.literal_eval(node)
+
+def _options(known, args):
+    "Options of a command for arguments in Python; None where it has none for one of them"
+    args = {_renamed.get(k, k):v for k,v in args.items()}
+    columns = {k: args.pop(k) for k in [*args] if k in KEYS and k not in known}
+    if columns and 'columns' in known: args['columns'] = columns
+    elif columns: return None
+    if 'resume' in args and 'restart' in known: args['restart'] = not args.pop('resume')
+    if not {*args}<={*known}: return None
+    return {f'--{k}': '' if v is True else shlex.quote(_written(v)) for k,v in args.items()}
+
+_renamed = dict(masks='cells')
+def _joined(options): return ' '.join(f'{k} {v}'.strip() for k,v in options.items())
+
+# %% ../nbs/60_cli.ipynb #2e609e13
+_calls = {'Screen.open': ('screen',), 'Screen.from_pattern': ('screen','pattern')}
+
+def _without(typed, options):
+    "What was typed, less the options that are said anew"
+    rest,words = [],iter(typed)
+    for o in words:
+        if o.partition('=')[0] not in options: rest.append(o)
+        elif '=' not in o and options[o]: next(words, None)
+    return rest
+
+def _retyped(func, call, screen):
+    "The command that was typed, with what a call of `Screen` says"
+    name = ast.unparse(call.func)
+    if name in ('append','repack','screen.check'): return _other.get(name).format(screen)
+    args = {k: _value(o) for k,o in zip(_calls[name], call.args)}
+    path = args.pop('screen')
+    options = _options(signature(func).parameters, args|{o.arg: _value(o.value) for o in call.keywords})
+    if options is None: return None
+    typed = [path if o==screen and path!='folder' else o for o in _without(sys.argv[1:], options)]
+    return f'{func.__name__} {shlex.join(typed)} {_joined(options)}'.strip()
+
+_other = {'append': '--append', 'repack': 'cellmae_pack {} --repack',
+          'screen.check': 'cellmae_check {}'}
+
+def _in_shell(func, screen, code):
+    "An argument or a call in Python, as it is typed; None if a command has nothing like it"
+    try: node = ast.parse(f'f({code.rstrip("=")+"=..." if code.endswith("=") else code})', mode='eval').body
+    except SyntaxError: return None
+    try:
+        if node.keywords and not node.args:
+            options = _options(signature(func).parameters, {o.arg: _value(o.value) for o in node.keywords})
+            return options and _joined(options)
+        if len(node.args)==1 and isinstance(node.args[0], ast.Call):
+            return _retyped(func, node.args[0], screen)
+    except (ValueError,KeyError): return None
+
 # %% ../nbs/60_cli.ipynb #c13428b5
 def command(
     func, # Function of strings and numbers with a flag `debug`, its comments the help
 ):
-    "A function as a command: in a terminal its errors and warnings are one line each"
+    "A function as a command: in a terminal it speaks options, its errors are one line each"
     @wraps(func)
     def run(*args, debug=True, **kwargs):
         if debug: return func(*args, **kwargs)
-        with warnings.catch_warnings():
-            warnings.showwarning = _note
+        told = signature(func).bind_partial(*args, **kwargs).arguments
+        speak = partial(_spoken, func, shlex.quote(str(told.get('screen'))))
+        with warnings.catch_warnings(), redirect_stdout(_Told(sys.stdout, speak)):
+            warnings.showwarning = lambda o, *_, **__: print(f'note: {speak(o)}', file=sys.stderr)
             for kind in (DeprecationWarning, FutureWarning): warnings.simplefilter('ignore', kind)
             try: return func(*args, **kwargs)
-            except (Exception, KeyboardInterrupt) as e: _stop(func.__name__, e)
+            except (Exception, KeyboardInterrupt) as e: _stop(func.__name__, e, speak)
     return call_parse(run)
 
-def _note(message, *args, **kwargs): print(f'note: {_line(message)}', file=sys.stderr)
-def _line(o):
-    return _python.sub(_option, ' '.join(str(o).split()).replace('`resume=False`', '`--restart`'))
-def _option(m):
-    name,value = m[1] or m[3],m[2] or ''
-    return f"`--{name.replace('masks', 'cells')} {value}".removesuffix(' True').rstrip()+'`'
-_python = re.compile( # an argument, which in a command is an option, or a call that is one
-    r"`(z|t|layout|well|root|channels|meta|pattern|level|cells|masks|pixel_size|archive)="
-    r"""['"]?([\w./*{}-]*)['"]?`|`(append|repack)\([^`]*\)`""")
+class _Told:
+    "A stream whose hints are those of a command"
+    def __init__(self, to, speak): self._to,self._speak = to,speak
+    def __getattr__(self, k): return getattr(self._to, k)
+    def write(self, s): return self._to.write(self._speak(s))
 
-def _stop(name, e):
+def _spoken(func, screen, text):
+    "Code within a text, as a command says it"
+    def say(m):
+        said = _in_shell(func, shlex.split(screen)[0], m[1] or m[2])
+        return m[0] if not said else f'`{said}`' if m[1] else said
+    return _code.sub(say, str(text))
+
+_code = re.compile('`([^`]+)`|(?<=The same: )(.+)')
+
+def _stop(name, e, speak):
     "Leave with one line for an error, and its exit code"
     stopped,known = isinstance(e, KeyboardInterrupt),isinstance(e, (ValueError,OSError)) and str(e)
-    said = _line(e) if known else f'{type(e).__name__}: {_line(e)} (--debug shows where)'
+    line = re.sub(r'\s*\n\s*', ' ', speak(e))
+    said = line if known else f'{type(e).__name__}: {line} (--debug shows where)'
     print(f'{name}: {"stopped" if stopped else said}', file=sys.stderr)
     sys.exit(130 if stopped else 1)
+
 
 # %% ../nbs/60_cli.ipynb #85fb325e
 @command
@@ -175,7 +248,7 @@ def _counted(problems):
     first = problems.drop_duplicates('problem').set_index('problem')
     for k,n in problems['problem'].value_counts().items():
         o = first.loc[k]
-        yield _line(f'{n:,} x {k}: {place_of_problem(o)}. {o["cure"]}'.replace(': . ', ': '))
+        yield (f'{n:,} x {k}: {place_of_problem(o)}. {o["cure"]}'.replace(': . ', ': '))
 
 @command
 @delegates(own_screen)
