@@ -122,12 +122,14 @@ def _written(v):
     "A value of an argument as an option takes it"
     if isinstance(v, dict): return ','.join(f'{k}={_written(o)}' for k,o in v.items())
     if isinstance(v, tuple): return 'x'.join(map(str, v))
-    return ','.join(map(_written, v)) if isinstance(v, list) else '...' if v is ... else str(v)
+    if isinstance(v, list): return ','.join(map(_written, v))
+    return 'NAME' if v in (..., '...') else str(v)
 
 def _value(node):
     "What an argument is in Python, names standing for themselves"
     if isinstance(node, ast.Name): return node.id
-    if isinstance(node, ast.Dict): return {_value(k):_value(v) for k,v in zip(node.keys, node.values)}
+    if isinstance(node, ast.Dict):
+        return {_value(k): _value(v) for k,v in zip(node.keys, node.values)}
     if isinstance(node, ast.List): return [_value(o) for o in node.elts]
     return ast.literal_eval(node)
 
@@ -158,24 +160,26 @@ def _without(typed, options):
 def _retyped(func, call, screen):
     "The command that was typed, with what a call of `Screen` says"
     name = ast.unparse(call.func)
-    if name in ('append','repack','screen.check'): return _other.get(name).format(screen)
+    if name in _other: return _other[name].format(shlex.quote(screen))
     args = {k: _value(o) for k,o in zip(_calls[name], call.args)}
     path = args.pop('screen')
-    options = _options(signature(func).parameters, args|{o.arg: _value(o.value) for o in call.keywords})
+    options = _options(signature(func).parameters, args|_keywords(call))
     if options is None: return None
     typed = [path if o==screen and path!='folder' else o for o in _without(sys.argv[1:], options)]
     return f'{func.__name__} {shlex.join(typed)} {_joined(options)}'.strip()
+
+def _keywords(call): return {o.arg: _value(o.value) for o in call.keywords}
 
 _other = {'append': '--append', 'repack': 'cellmae_pack {} --repack',
           'screen.check': 'cellmae_check {}'}
 
 def _in_shell(func, screen, code):
     "An argument or a call in Python, as it is typed; None if a command has nothing like it"
-    try: node = ast.parse(f'f({code.rstrip("=")+"=..." if code.endswith("=") else code})', mode='eval').body
+    try: node = ast.parse(f'f({code}{"..."*code.endswith("=")})', mode='eval').body
     except SyntaxError: return None
     try:
         if node.keywords and not node.args:
-            options = _options(signature(func).parameters, {o.arg: _value(o.value) for o in node.keywords})
+            options = _options(signature(func).parameters, _keywords(node))
             return options and _joined(options)
         if len(node.args)==1 and isinstance(node.args[0], ast.Call):
             return _retyped(func, node.args[0], screen)
