@@ -730,7 +730,7 @@ def instrument_pattern(there, well=None):
     each = found[found['share']>.05].drop_duplicates('file')['pattern']
     some = [*ways.values()] or _at_any_depth(found) or [*each] or proposed(_some_of(images, 50))
     how = ': '+' or '.join(_call(there.root, o) for o in some) if some else \
-        ", as in `Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`, with "\
-        "`well='A01'` if no name holds a well because all are of one"
+        ", as in `Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`, "\
+        "with `well='A01'` if no name holds a well because all are of one"
     raise FileNotFoundError(f'{there.root}: {len(images)} images, such as {images[0]}. '
                             f'Say how they are named{how}.')

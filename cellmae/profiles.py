@@ -683,7 +683,7 @@ def label_wells(
     x, # AnnData of wells, or a file that `read_profiles` knows
     controls=None, # Perturbations that are controls; None: a column `control`, else the usual names
     **names, # Columns under another name: `perturbation='gene', plate='barcode'`
-)->AnnData: # A copy whose `obs` has `control`, and `batch,plate,well,perturbation` where it tells them
+)->AnnData: # A copy, `obs` with `control`, and `batch,plate,well,perturbation` if it tells them
     "Say what the wells are: perturbation, batch, controls"
     p = opened(x).copy()
     p.obs = label_rows(p.obs, controls, **names)
