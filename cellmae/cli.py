@@ -93,7 +93,7 @@ def own_profiles(
     prefix:str=None, # How the names of feature columns begin
     controls:str=None, # Perturbations that are controls: 'DMSO,NTC'
     columns:str=None, # Columns under another name: 'perturbation=gene,plate=barcode'
-)->'AnnData': # With `batch`, `perturbation` and `control` in `obs`, where these can be known
+): # AnnData, with `batch`, `perturbation` and `control` in `obs`, where these can be known
     "Read profiles as a command is told"
     from cellmae.profiles import label_wells, read_profiles
     p = read_profiles(path, prefix)
