@@ -21,7 +21,6 @@ from .labels import count_of, given
 from .sites import KEYS
 from .checks import place_of_problem
 from .screen import Screen
-from .sites import KEYS
 from .cells import find_cells
 from .store import append, pack, repack, verify
 
@@ -160,7 +159,7 @@ def _without(typed, options):
 def _retyped(func, call, screen):
     "The command that was typed, with what a call of `Screen` says"
     name = ast.unparse(call.func)
-    if name in _other: return _other[name].format(shlex.quote(screen))
+    if name in _other: return _other[name].format(shlex.quote(str(screen or 'PLATES')))
     args = {k: _value(o) for k,o in zip(_calls[name], call.args)}
     path = args.pop('screen')
     options = _options(signature(func).parameters, args|_keywords(call))
@@ -194,7 +193,7 @@ def command(
     def run(*args, debug=True, **kwargs):
         if debug: return func(*args, **kwargs)
         told = signature(func).bind_partial(*args, **kwargs).arguments
-        speak = partial(_spoken, func, shlex.quote(str(told.get('screen'))))
+        speak = partial(_spoken, func, told.get('screen'))
         with warnings.catch_warnings(), redirect_stdout(_Told(sys.stdout, speak)):
             warnings.showwarning = lambda o, *_, **__: print(f'note: {speak(o)}', file=sys.stderr)
             for kind in (DeprecationWarning, FutureWarning): warnings.simplefilter('ignore', kind)
@@ -211,7 +210,7 @@ class _Told:
 def _spoken(func, screen, text):
     "Code within a text, as a command says it"
     def say(m):
-        said = _in_shell(func, shlex.split(screen)[0], m[1] or m[2])
+        said = _in_shell(func, screen, m[1] or m[2])
         return m[0] if not said else f'`{said}`' if m[1] else said
     return _code.sub(say, str(text))
 
@@ -224,7 +223,6 @@ def _stop(name, e, speak):
     said = line if known else f'{type(e).__name__}: {line} (--debug shows where)'
     print(f'{name}: {"stopped" if stopped else said}', file=sys.stderr)
     sys.exit(130 if stopped else 1)
-
 
 # %% ../nbs/60_cli.ipynb #85fb325e
 @command
@@ -252,7 +250,7 @@ def _counted(problems):
     first = problems.drop_duplicates('problem').set_index('problem')
     for k,n in problems['problem'].value_counts().items():
         o = first.loc[k]
-        yield (f'{n:,} x {k}: {place_of_problem(o)}. {o["cure"]}'.replace(': . ', ': '))
+        yield f'{n:,} x {k}: {place_of_problem(o)}. {o["cure"]}'.replace(': . ', ': ')
 
 @command
 @delegates(own_screen)

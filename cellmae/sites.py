@@ -590,12 +590,15 @@ def label_rows(
     df = _renamed(df, names)
     first = {short(c): c for c in reversed(list(df))}
     df = df.rename(columns={c:k for k,c in first.items() if k in KEYS and k not in df})
-    for k in [k for k in KEYS if k in df and df[k].dtype.kind in 'iufOU' and k!='control']:
-        df[k] = as_text(df[k])
+    for k in [*SITE,'perturbation']:
+        if k in df and not _several(df[k]).any(): df[k] = as_text(df[k])
     if 'well' in df: df['well'] = _well_names(df['well'])
     if 'plate' in df and 'batch' not in df: df['batch'] = df['plate']
-    known = df if 'perturbation' in df else df.assign(perturbation='')
-    return df.assign(control=_controls(known, controls))
+    labels = df['perturbation'] if 'perturbation' in df else pd.Series('', df.index)
+    single = df.assign(perturbation=labels.mask(_several(labels), ''))
+    return df.assign(control=_controls(single, controls))
+
+def _several(labels): return labels.map(pd.api.types.is_list_like).astype(bool)
 
 # %% ../nbs/05_sites.ipynb #a0ca2f61
 def disagreeing(
