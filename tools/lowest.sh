@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
-export OMP_NUM_THREADS=2 MPLBACKEND=agg
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} MPLBACKEND=agg
 tests=${*:-tests/test_models.py tests/test_corrections.py tests/test_store.py tests/test_planes.py tests/test_sites.py}
 first=$(.ci/venv)
 lowest=$(dirname "$first")/lowest-$(basename "$first")
