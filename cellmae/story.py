@@ -7,7 +7,7 @@ __all__ = ['PAIR', 'JOINED', 'SECTIONS', 'attempt', 'fit_tvn', 'correct_all', 'w
            'points_of', 'Findings', 'whose', 'findings', 'rehearse', 'summary', 'Story', 'need', 'describe',
            'describe_wells', 'the_screen', 'the_problems', 'the_training', 'drawing_errors', 'the_reconstructions',
            'the_errors', 'the_correction', 'the_plates', 'hit_pictures', 'the_hits', 'the_map', 'the_neighbours',
-           'the_recall', 'the_making', 'Section', 'sections_of', 'facts_of', 'write_story', 'as_wells']
+           'the_recall', 'the_making', 'Section', 'sections_of', 'told_first', 'facts_of', 'write_story', 'as_wells']
 
 # %% ../nbs/58_story.ipynb #c07ad0fd
 import html, platform, shlex, sys, time, warnings
@@ -569,6 +569,15 @@ def sections_of(
         shown[title] = [How(how), *got] if got else Aside(f'Left out: {why}')
     return shown
 
+def told_first(
+    sections:dict, # Title -> what to show, or why it is left out
+)->dict: # The same, what is left out in one table at the end
+    "What can be told, then what cannot"
+    left = {k: o.removeprefix('Left out: ') for k,o in sections.items() if isinstance(o, Aside)}
+    told = {k: o for k,o in sections.items() if k not in left}
+    if not left: return told
+    return {**told, 'What is left out': pd.DataFrame(dict(part=[*left], why=[*left.values()]))}
+
 def _tried(make, s):
     "A section, or why there is none: what cannot be drawn does not keep the rest from being told"
     with warnings.catch_warnings():
@@ -616,7 +625,7 @@ def write_story(
     if model is not None and screen is not None: errors,_ = attempt(drawing_errors, model, screen)
     s = Story(profiles, found, screen, problems, tuple(said), model, run, errors, relationships,
               why, made)
-    return write_report(out, title, sections_of(s), facts_of(s), contents=True)
+    return write_report(out, title, told_first(sections_of(s)), facts_of(s), contents=True)
 
 def as_wells(
     x, # AnnData, `(X, obs)`, a file

@@ -57,7 +57,7 @@ class Tags(HTMLParser):
 
 def left_out(page):
     "Title -> why it is left out"
-    return dict(re.findall('<h2 id="[^"]*">([^<]*)</h2>\n<p class=aside>Left out: ([^<]*)', page))
+    return dict(re.findall(r'<tr>\s*<td>([^<]*)</td>\s*<td>([^<]*)</td>', page.partition('What is left out</h2>')[2]))
 
 
 def test_a_run_is_told_whole_and_needs_nothing_else(tmp_path):
