@@ -51,9 +51,9 @@ def comments_of(
     return said
 
 # %% ../nbs/00_docstrings.ipynb #378ac596
-def _fields_of(cls):
+def fields_of(cls):
     "Comments of the fields of a named tuple or a dataclass, and of those it inherits"
-    said = _fields_of(cls.__base__) if cls.__base__ not in (object,tuple) else {}
+    said = fields_of(cls.__base__) if cls.__base__ not in (object,tuple) else {}
     lines = getlines(getattr(sys.modules.get(cls.__module__), '__file__', None) or '')
     body = [*dropwhile(lambda l: not re.match(rf'class {cls.__name__}\b', l), lines)][1:]
     for line in takewhile(lambda l: not re.match(r'\S', l), body):
@@ -127,7 +127,7 @@ def explain_class(
     record = hasattr(cls, '_fields') or '__dataclass_fields__' in vars(cls)
     if hasattr(cls, '_methods'): _without_events(cls)
     if not record and home(cls.__init__)!=home(cls): return
-    said = _fields_of(cls) if record else comments_of(cls.__init__)
+    said = fields_of(cls) if record else comments_of(cls.__init__)
     tell(cls, signature(cls).replace(return_annotation=Signature.empty), said)
 
 def _without_events(cls):

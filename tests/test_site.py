@@ -11,7 +11,7 @@ root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
 import docs
 from nbdev.process import NBProcessor
-from pages import Page, few_losses, last_sentence, numbered, options, own_imports, re_losses
+from pages import Page, few_losses, fields_shown, last_sentence, numbered, options, own_imports, re_losses
 
 png = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 fm = '---\ndescription: What it is for\ntitle: Masking\n---'
@@ -125,3 +125,10 @@ def test_quarto_gets_the_same_look():
     assert set(html['theme']) == {'light', 'dark'}
     assert all((root/'nbs'/f).exists() for f in [html['css'], *files])
     assert [docs.theme['logo'], docs.theme['favicon']] == files[::-1]
+
+
+def test_records_show_their_fields():
+    said = '[source](https://a.b/cellmae/{}.py#L9)\n\n### {}\n\n```python\ndef {}(\n    *args, **kwargs\n):\n```\n\n*What it is*'
+    section = fields_shown(said.format('story', *['Section']*2))
+    assert 'def Section(\n    title, # Its heading\n' in section and '*args' not in section and '*What it is*' in section
+    assert fields_shown(said.format('story', *['write_story']*2)) == said.format('story', *['write_story']*2)

@@ -1,6 +1,8 @@
 "A notebook that nbdev has processed, as Markdown: a page of the site, or the README"
 import ast, base64, html, re, sys
+from dataclasses import is_dataclass
 from importlib import import_module
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
@@ -13,6 +15,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, rm_export
+
+from cellmae.docstrings import fields_of
 
 kinds = dict(note='note', tip='tip', warning='warning', important='warning', caution='danger')
 asides = 'Bad input', 'The same in small' # sections that most readers pass over
@@ -58,6 +62,17 @@ def fence(s, kind):
     "A block of code around `s`, whatever backticks it holds"
     ticks = '`' * max(3, 1 + max(map(len, re.findall('`+', s)), default=0))
     return f'{ticks}{kind}\n{s.rstrip()}\n{ticks}'
+
+
+def fields_shown(s):
+    "The fields of the named tuple or dataclass that `show_doc` documents in `s`, in place of its arguments"
+    at = re.search(r'/(\w+)\.py#.*?^### (\w+)$', s, re.M|re.S)
+    cls = at and getattr(import_module(f'{get_config().lib_name}.{at[1]}'), at[2], None)
+    if not (isinstance(cls, type) and (hasattr(cls, '_fields') or is_dataclass(cls))): return s
+    if not (said := fields_of(cls)): return s
+    default = lambda p: '' if p.default is p.empty else f'={p.default!r}'
+    lines = [f'    {k}{default(p)}, # {said.get(k, "")}'.removesuffix(', # ') for k,p in signature(cls).parameters.items()]
+    return re.sub(r'(?<=^def )(\w+)\(\n.*?\n\):', lambda m: '\n'.join([f'{m[1]}(', *lines, '):']), s, count=1, flags=re.M|re.S)
 
 
 def symbol_id(name): return name.lower().replace('__', '')
@@ -215,7 +230,7 @@ class Page:
 
     def symbol(self, s):
         "What `show_doc` says: under a heading with the id that links point to, classes as such, no links within code"
-        s = re.sub(r'\A---\s*', '', s)
+        s = fields_shown(re.sub(r'\A---\s*', '', s))
         s = re.sub(r'\s*(?:(?:before|after)_\w+:NoneType=None,?\s*)+(?=\):)', '', s)   # fastai's, in every callback
         s = re.sub(r'\{target="_blank" style="[^"]*"\}', '\n{: .source }', s)
         s = re.sub(r'^```.*?^```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]), s, flags=re.M|re.S)
