@@ -585,6 +585,7 @@ def _tried(make, s):
         try: return attempt(make, s)
         except Exception as e: return None,f'{type(e).__name__}: {e}'
 
+# %% ../nbs/58_story.ipynb #ebf35f27
 def facts_of(
     s:Story, # What there is to tell
 )->Html:

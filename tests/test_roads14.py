@@ -99,7 +99,7 @@ def test_damage_is_found_and_mended(plates, tmp_path, capsys, harm):
     capsys.readouterr()
     assert call(cellmae_pack, store, '--verify') == 1
     out,err = capsys.readouterr()
-    assert 'plate P2' in out and '`--repack`' in out and '1 problem.' in err
+    assert 'plate P2' in out and f'`cellmae_pack {store} --repack`' in out and '1 problem.' in err
     assert call(cellmae_pack, store, '--repack') == 0 and f.read_bytes() == raw
     assert call(cellmae_pack, store, '--verify') == 0
 
