@@ -88,13 +88,19 @@ def short(c):
     "A title in small letters, without what stands before and behind it in tables of metadata"
     return re.sub('^(image_)?metadata_|_position$', '', str(c).strip().lower())
 
+def _by_title(df): return {short(c): c for c in reversed(list(df))}
+
+def _retitled(df, first, keys):
+    "Columns under our names, where another does not bear them"
+    return df.rename(columns={c:k for k,c in first.items() if k in keys and k not in df})
+
 def tidy(df, names):
     "Metadata columns under our names, as text"
     df = _renamed(df, names)
-    first = {short(c): c for c in reversed(list(df))}
+    first = _by_title(df)
     for k in ('fieldid','field','fov'): # what others call a site
         if k in first: first.setdefault('site', first[k])
-    df = df.rename(columns={c:k for k,c in first.items() if k in [*KEYS,'t'] and k not in df})
+    df = _retitled(df, first, [*KEYS,'t'])
     if 'well' not in df: df['well'] = _wells_by_row(df, first)
     for k in [*SITE,'t','perturbation']:
         if k in df: df[k] = (counted if k in ('site','t') else as_text)(df[k])
@@ -588,8 +594,7 @@ def label_rows(
 )->pd.DataFrame: # The same rows, with `control`, and with what else of `KEYS` it tells
     "The table of somebody else's wells, under our names"
     df = _renamed(df, names)
-    first = {short(c): c for c in reversed(list(df))}
-    df = df.rename(columns={c:k for k,c in first.items() if k in KEYS and k not in df})
+    df = _retitled(df, _by_title(df), KEYS)
     for k in [*SITE,'perturbation']:
         if k in df and not _several(df[k]).any(): df[k] = as_text(df[k])
     if 'well' in df: df['well'] = _well_names(df['well'])
