@@ -6,19 +6,20 @@
 __all__ = ['MEASURES', 'sharpness', 'measure_plane', 'Seen', 'field_counts', 'look_through', 'check_sites']
 
 # %% ../nbs/11_checks.ipynb #ff9f1862
-import json, zlib
+import json, re, zlib
 import numpy as np, pandas as pd
 from contextlib import closing
 from fastcore.basics import patch
 from functools import cached_property
 from itertools import combinations
+from pandas.api.types import is_numeric_dtype
 from pathlib import Path
 from time import monotonic
 from .labels import dates_among
 from .files import ahead, progress, write_whole
 from .images import ImageError, check_pixels, thinned
 from .planes import stamp_of
-from .sites import LABEL, SITE, WELL, disagreeing, in_words, site_key
+from .sites import KEYS, LABEL, SITE, WELL, disagreeing, in_words, site_key
 
 # %% ../nbs/11_checks.ipynb #ae58ad68
 def hole(
@@ -404,6 +405,16 @@ _few = [('no controls', 'has no control well, so it cannot be corrected: centrin
         ('two controls', 'has two control wells: enough to centre it, too few to know its spread')]
 
 # %% ../nbs/11_checks.ipynb #24f8edde
+def _told_by(t):
+    "How to name the column that says what was done to a well, and which may be meant"
+    names = [c for c in t if not _no_label.match(str(c)) and not is_numeric_dtype(t[c])
+             and t[c].nunique()>1]
+    such = f', such as {" or ".join(map(str, names[:3]))}'*(len(names)>1)
+    return f"{such}: `perturbation={names[0] if names else '...'!r}`"
+
+_no_label = re.compile(f'(?i)({"|".join(KEYS)}|file|illum|row|col|field|pos|path|url|date|time)'
+                       '|[xyzt]$')
+
 def _nameless(t):
     "Wells without a perturbation, and perturbations that look like dates"
     wells = t[WELL+LABEL].drop_duplicates(WELL)
@@ -411,7 +422,7 @@ def _nameless(t):
     dates = dates_among(wells['perturbation'].unique())
     if len(bare): yield (),'no perturbation','',(
         f'{len(bare)} of {len(wells)} wells, such as {in_words(bare.iloc[0])}: no evaluation '
-        "counts them. Name them in the plate map, or say which column does: `perturbation='...'`.")
+        f'counts them. Name them in the plate map, or say which column does{_told_by(t)}.')
     if len(dates): yield (),'dates for names','',(
         f'{", ".join(map(str, dates[:4]))}: a spreadsheet made dates of genes (SEPTIN1 is 1-Sep). '
         'Take the names from the source of the table.')

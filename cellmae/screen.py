@@ -459,6 +459,8 @@ def _tell(self:Screen, found, **given):
             f"Channels: {', '.join(self.channels)}"+', to be named: `channels=`'*numbers,
             f'Images: {self._pixels()}', *self._gaps(), *found.said]
     said += [f'Left out: {o}' for o in leftovers(found.left)]
+    if given.get('meta') is None and not self.table['perturbation'].any():
+        said += [f'May be its plate map: `meta={o!r}`' for o in found.maps[:1]]
     given = {k:v for k,v in dict(channels=self._raw, **given).items() if v is not None}
     call = found.call+''.join(f', {k}={_code(k, v)}' for k,v in given.items())
     print(*said, f'The same: {call})', sep='\n')

@@ -50,3 +50,16 @@ def test_the_report_says_which_column_names_wells(here, capsys):
     assert not call(cellmae_report, 't.csv', *hint.split())
     page = (here/'report.html').read_text()
     assert '6 control wells' in page and '2 batches' in page and '2 perturbations' in page
+
+def test_a_plate_map_that_lies_there_is_found_by_what_is_printed(here, capsys):
+    "Each printed option is added to the command, until every well has a perturbation"
+    p = plate(here/'my plate', '{well}_s{site}_{stain}.tif')
+    (p/'Plate Map.csv').write_text('WellRow,WellCol,well,line,genotype,passage\nB,2,B02,U2OS,WT,3\nC,3,C03,U2OS,Null,3\n')
+    given = [p.name, '--n', '2']
+    for hint in (r"(--meta) '(my plate/Plate Map.csv)'", '(--columns) (perturbation=genotype)'):
+        said,_ = check(capsys, *given)
+        assert (found := re.search(hint, said)), said
+        assert '1 x no perturbation' in said
+        given += found.groups()
+    said,code = check(capsys, *given, '--controls', 'WT')
+    assert not code and 'no perturbation' not in said and 'May be' not in said
