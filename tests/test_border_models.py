@@ -185,7 +185,8 @@ def batches(error):
     yield images(4,3,32,32)
     raise error
 
-@pytest.mark.parametrize('given', [batches(Stop()), batches(MemoryError()), [], [images(4,4,32,32)], [images(1,3,32,32)], [images(4,3,32,32),'x'], None], ids=str)
+@pytest.mark.parametrize('given', [batches(Stop()), batches(MemoryError()), [], [images(4,4,32,32)], [images(1,3,32,32)], [images(4,3,32,32),'x'], None],
+                         ids=['stopped','no memory','no batch','another channel','one image','a word','nothing'])
 def test_adapting_in_vain(net, given):
     before = state(net)
     with pytest.raises(BaseException): net.adapt(given)
