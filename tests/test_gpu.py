@@ -42,7 +42,8 @@ def check_training(folder):
 
 @pytest.fixture
 def training(gpu, monkeypatch, tmp_path):
-    "The second script, with screens made"
+    "The second script, with screens made; autograd's engine starts before it, since one that starts within it has threads, and later tests fork"
+    torch.ones(1, requires_grad=True).sum().backward()
     monkeypatch.setenv('WORK', str(tmp_path/'work'))
     for name in ('gpu_feed','gpu_train'): sys.modules.pop(name, None)
     import gpu_train
