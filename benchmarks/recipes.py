@@ -3,6 +3,7 @@ import argparse, json, sys, warnings
 from pathlib import Path
 
 import anndata as ad, numpy as np, pandas as pd, torch
+from cellmae.cavit import CAMAE
 from cellmae.embed import embed
 from cellmae.features import regress_features
 from cellmae.files import write_whole
@@ -47,10 +48,12 @@ RECIPES = {   # name -> model, what differs in it (`net`), options of `fit_mae`
     'energies of patches, crops of 96': dict(PATCHES, crop=96),
     'channels, short': dict(model='camae_vitt8_shared', epochs=6),
     'channels, energies, short': dict(model='camae_vitt8_energy_shared', epochs=6),
+    'channels': dict(model='camae_vitt8_shared'),
+    'channels, energies': dict(model='camae_vitt8_energy_shared'),
 }
 
 BASES = {'short': [k for k in RECIPES if k.startswith('short, energies')], 'short, energies of patches': [k for k in RECIPES if k.startswith('energies of patches')],
-         'channels, short': ['channels, energies, short']} # and what is compared with each
+         'channels, short': ['channels, energies, short'], 'channels': ['channels, energies']} # and what is compared with each
 
 def screen_of(out, name):
     "A screen by name, simulated and packed if it is not there"
@@ -60,23 +63,33 @@ def screen_of(out, name):
 
 # --- read-outs: one pass of the encoder gives all of them
 
+def pooled(t):
+    "Means and spreads `(B,4*G*D)` of tokens `(2,B,G,L,D)` after block 1 and after the last norm, of `G` groups side by side"
+    return torch.cat([*t.mean(3).flatten(2), *t.std(3, correction=0).flatten(2)], -1)
+
 def tokens_pooled(model, x):
-    "Means and spreads of tokens after block 1 and after the last norm, side by side `(B,4*D)`"
+    "All tokens as one group; those of a channel-agnostic model also as a group per channel"
     depth,norm = len(model.encoder.blocks),model.encoder.norm
     first,last = model.features(x, blocks=[1,depth])
     t = torch.stack([first, norm(last)])[:,:,1:].float() # (2,B,L,D)
-    return torch.cat([*t.mean(2), *t.std(2, correction=0)], -1)
+    groups = [1,x.shape[1]] if isinstance(model, CAMAE) else [1]
+    return [pooled(t.unflatten(2, (n,-1))) for n in groups]
 
 READ = {'meanstd': (1,3), 'mean': (1,), 'mean, spread of block 1': (1,2), 'block 1': (0,2)} # of those four
+BY = '',', by channel'
 
 def read_outs(model, screen):
     "Profiles of wells by read-out"
+    widths = []
     @torch.inference_mode()
     def encode(x):
-        with torch.autocast('cpu', torch.bfloat16): return tokens_pooled(model.eval(), x)
+        with torch.autocast('cpu', torch.bfloat16): found = tokens_pooled(model.eval(), x)
+        widths[:] = [f.shape[1] for f in found]
+        return torch.cat(found, -1)
     p = embed(encode, screen, size=model.config['img_size'], progress=False)
-    parts = np.split(p.X, 4, 1)
-    return {k: ad.AnnData(np.concatenate([parts[i] for i in which], 1), obs=p.obs) for k,which in READ.items()}
+    groups = [np.split(X, 4, 1) for X in np.split(p.X, np.cumsum(widths)[:-1], 1)]
+    return {k+by: ad.AnnData(np.concatenate([parts[i] for i in which], 1), obs=p.obs)
+            for by,parts in zip(BY, groups) for k,which in READ.items()}
 
 def statistics(out, name, size):
     "Profiles of statistics on tiles of a size, kept"
@@ -146,7 +159,7 @@ def against(runs, out, base, readout='meanstd'):
         done = own[own.recipe.isin([base,*BASES[base]]) & own.seed.isin(seeds)][['recipe','seed']].drop_duplicates()
         maps = {(r,s): ad.read_h5ad(out/'runs'/f'{r}_{screen}_{s}'/f'{readout}.h5ad') for r,s in zip(done.recipe, done.seed)}
         if done.recipe.nunique()>1: rows.append(compare_trials(maps, screen_of(out, screen)[1]/'relationships.csv', base).assign(screen=screen))
-    return pd.concat(rows)[['recipe','screen','seed','recall','base','gain','p']] if rows else pd.DataFrame()
+    return pd.concat(rows).assign(readout=readout)[['recipe','screen','seed','readout','recall','base','gain','p']] if rows else pd.DataFrame()
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
@@ -163,7 +176,7 @@ def main():
     jobs = [(r,s,k) for k in args.seeds for s in args.screens for r in args.recipes]
     run_processes({args.out/'runs'/f'{r}_{s}_{k}.json': command(r, s, k, args) for r,s,k in jobs}, args.jobs)
     runs = collect(args.out)
-    gains = pd.concat([against(runs, args.out, base) for base in BASES])
+    gains = pd.concat([against(runs, args.out, base, o) for base in BASES for o in ('meanstd', *['mean, by channel']*base.startswith('channels'))])
     for name,t in dict(runs=runs, gains=gains).items():
         write_whole(args.tables/f'{name}.csv', lambda f: t.to_csv(f, index=False, float_format='%.4g'))
 

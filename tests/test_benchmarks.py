@@ -96,7 +96,7 @@ def recipes(monkeypatch):
     small = dict(n_pathways=5, genes_per_pathway=4, n_inactive=2, n_batches=5, controls_per_batch=5)
     plain = dict(model='mae_vitt8', net=dict(depth=2, embed_dim=48), crop=32, epochs=1)
     monkeypatch.setattr(module, 'SCREENS', dict(tiny=dict(small, size=64)))
-    monkeypatch.setattr(module, 'RECIPES', {'plain': plain, 'energies': dict(plain, energy=.5)})
+    monkeypatch.setattr(module, 'RECIPES', {'plain': plain, 'energies': dict(plain, energy=.5), 'channels': dict(plain, model='camae_vitt8_shared')})
     monkeypatch.setattr(module, 'BASES', {'plain': ['energies']})
     return module
 
@@ -108,10 +108,20 @@ def test_recipes(recipes, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', argv)
     recipes.main()
     runs,gains = (pd.read_csv(tmp_path/f't/{k}.csv') for k in ('runs','gains'))
-    rows = {(k,of) for k in recipes.READ for of in ('alone','joined')}|{(k,'alone') for k in recipes.STATISTICS}
-    for _,t in runs.groupby('recipe'): assert {*zip(t.readout, t.of)}==rows and len(t)==len(rows)
-    assert runs.recall.between(0, 1).all() and set(runs.recipe)=={'plain','energies'}
+    for recipe,t in runs.groupby('recipe'):
+        reads = [k+by for by in recipes.BY[:1+(recipe=='channels')] for k in recipes.READ]
+        rows = {(k,of) for k in reads for of in ('alone','joined')}|{(k,'alone') for k in recipes.STATISTICS}
+        assert {*zip(t.readout, t.of)}==rows and len(t)==len(rows)
+    assert runs.recall.between(0, 1).all() and set(runs.recipe)=={'plain','energies','channels'}
     assert gains.recipe.tolist()==['energies'] and np.isfinite(gains.gain).all()
+
+def test_a_channel_agnostic_model_is_read_by_channel_too(recipes):
+    "The mean over all tokens is the mean of those of the channels"
+    model = recipes.create_model('camae_vitt8_shared', in_chans=3, img_size=32, depth=2, embed_dim=48).eval()
+    whole,own = recipes.tokens_pooled(model, torch.randint(0, 256, (2,3,32,32), dtype=torch.uint8))
+    assert whole.shape==(2,4*48) and own.shape==(2,4*3*48)
+    means = own[:,:2*3*48].reshape(2, 2, 3, 48).mean(2).flatten(1)
+    torch.testing.assert_close(whole[:,:2*48], means)
 
 def tiny_screen(data, cache):
     "40 genes in pairs on 3 plates: the first of 6 directions is noise alone, and large"
