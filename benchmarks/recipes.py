@@ -1,5 +1,5 @@
 "Which recipe finds most in a few CPU-minutes? Every run in a process of its own, resumable, on simulated screens"
-import argparse, json, sys, warnings
+import argparse, json, re, sys, warnings
 from pathlib import Path
 
 import anndata as ad, numpy as np, pandas as pd, torch
@@ -103,6 +103,12 @@ def statistics(out, name, size):
 
 # --- one run
 
+def machine():
+    "What the processor calls itself: seconds of two are not to be compared"
+    about = Path('/proc/cpuinfo')
+    found = re.search('model name.*: (.*)', about.read_text()) if about.exists() else None
+    return found[1] if found else 'unknown'
+
 def told(t): return {k: float(t[k]) for k in ('recall','ci_low','ci_high')}
 
 def measured(profiles, stats, files):
@@ -134,7 +140,7 @@ def execute(key, screen_name, seed, out):
     r2,_ = regress_features(*(CenterScale().fit_transform(p) for p in (profiles['meanstd'],truth)), n_boot=0)
     write_whole(at/'wells.h5ad', profiles['meanstd'].write_h5ad)
     for k,m in maps.items(): write_whole(at/f'{k}.h5ad', m.write_h5ad)
-    result = dict(recipe=key, screen=screen_name, seed=seed, cpu_s=cost, r2=r2.r2.to_dict(), history=history, rows=rows)
+    result = dict(recipe=key, screen=screen_name, seed=seed, cpu_s=cost, machine=machine(), r2=r2.r2.to_dict(), history=history, rows=rows)
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
 
 def command(key, screen, seed, args):
@@ -147,7 +153,7 @@ def collect(out):
     for f in sorted((out/'runs').glob('*.json')):
         r = json.loads(f.read_text())
         bar = next(o['recall'] for o in r['rows'] if o['readout']=='spectrum')
-        about = {k: r[k] for k in ('recipe','screen','seed','cpu_s')}
+        about = {k: r[k] for k in ('recipe','screen','seed','cpu_s','machine')}
         rows += [{**about, **o, 'gain': o['recall']-bar} for o in r['rows']]
     return pd.DataFrame(rows)
 
