@@ -733,4 +733,12 @@ def instrument_pattern(there, well=None):
         ", as in `Screen.from_pattern(folder, '{plate}/{well}_{channel}.tif', meta='map.csv')`, "\
         "with `well='A01'` if no name holds a well because all are of one"
     raise FileNotFoundError(f'{there.root}: {len(images)} images, such as {images[0]}. '
-                            f'Say how they are named{how}.')
+                            f'Say how they are named{how}.{_one_folder(there, images, some)}')
+
+# %% ../nbs/06_patterns.ipynb #6a654e39
+def _one_folder(there, images, ways):
+    "The call that opens one of several folders, where each has names of its own"
+    tops = sorted({o.partition('/')[0] for o in images if '/' in o})
+    far = there.lead or is_remote(there.root)
+    if far or min(len(ways), len(tops))<2: return ''
+    return f' Or open one folder by itself: `Screen.open({str(there.root/tops[0])!r})`.'

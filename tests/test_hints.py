@@ -63,3 +63,13 @@ def test_a_plate_map_that_lies_there_is_found_by_what_is_printed(here, capsys):
         given += found.groups()
     said,code = check(capsys, *given, '--controls', 'WT')
     assert not code and 'no perturbation' not in said and 'May be' not in said
+
+def test_a_folder_of_several_sets_says_how_to_open_one(here, capsys):
+    (here/'all').mkdir()
+    plate(here/'all/mine', '{well}_s{site}_{stain}.tif')
+    for o in plate(here/'all/the fly', '{well}_{stain}.tif').iterdir(): o.rename(o.with_name(f'01_POS0{o.name[1:3]}_{o.stem[4]}.TIF'))
+    said,code = check(capsys, 'all')
+    command = printed(said)[-1]
+    assert code and command=='cellmae_check all/mine', said
+    again,code = check(capsys, *shlex.split(command)[1:])
+    assert not code and 'Page:' in again, again
