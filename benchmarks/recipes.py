@@ -1,5 +1,5 @@
 "Which recipe finds most in a few CPU-minutes? Every run in a process of its own, resumable, on simulated screens"
-import argparse, json, re, sys, warnings
+import argparse, json, sys, warnings
 from pathlib import Path
 
 import anndata as ad, numpy as np, pandas as pd, torch
@@ -16,6 +16,7 @@ from cellmae.train import fit_mae
 from cellmae.trials import Stopwatch, compare_trials, run_processes
 from cellmae.tvn import TVN, CenterScale
 from cellmae.zoo import create_model
+from timing import processor
 
 TAILS = dict(thresholds=[(.05,.95)], n_perm=0)
 STATISTICS = 'intensity','spectrum'
@@ -67,27 +68,28 @@ def pooled(t):
     "Means and spreads `(B,4*G*D)` of tokens `(2,B,G,L,D)` after block 1 and after the last norm, of `G` groups side by side"
     return torch.cat([*t.mean(3).flatten(2), *t.std(3, correction=0).flatten(2)], -1)
 
+def groups_of(model, n_channels):
+    "Into how many groups tokens are pooled: one; in a channel-agnostic model also one per channel"
+    return [1,n_channels] if isinstance(model, CAMAE) else [1]
+
 def tokens_pooled(model, x):
-    "All tokens as one group; those of a channel-agnostic model also as a group per channel"
+    "Tokens of the encoder, pooled in each of these ways"
     depth,norm = len(model.encoder.blocks),model.encoder.norm
     first,last = model.features(x, blocks=[1,depth])
     t = torch.stack([first, norm(last)])[:,:,1:].float() # (2,B,L,D)
-    groups = [1,x.shape[1]] if isinstance(model, CAMAE) else [1]
-    return [pooled(t.unflatten(2, (n,-1))) for n in groups]
+    return [pooled(t.unflatten(2, (n,-1))) for n in groups_of(model, x.shape[1])]
 
 READ = {'meanstd': (1,3), 'mean': (1,), 'mean, spread of block 1': (1,2), 'block 1': (0,2)} # of those four
 BY = '',', by channel'
 
 def read_outs(model, screen):
     "Profiles of wells by read-out"
-    widths = []
     @torch.inference_mode()
     def encode(x):
-        with torch.autocast('cpu', torch.bfloat16): found = tokens_pooled(model.eval(), x)
-        widths[:] = [f.shape[1] for f in found]
-        return torch.cat(found, -1)
+        with torch.autocast('cpu', torch.bfloat16): return torch.cat(tokens_pooled(model.eval(), x), -1)
     p = embed(encode, screen, size=model.config['img_size'], progress=False)
-    groups = [np.split(X, 4, 1) for X in np.split(p.X, np.cumsum(widths)[:-1], 1)]
+    ends = np.cumsum(groups_of(model, len(screen.channels)))
+    groups = [np.split(X, 4, 1) for X in np.split(p.X, ends[:-1]*p.X.shape[1]//ends[-1], 1)]
     return {k+by: ad.AnnData(np.concatenate([parts[i] for i in which], 1), obs=p.obs)
             for by,parts in zip(BY, groups) for k,which in READ.items()}
 
@@ -102,12 +104,6 @@ def statistics(out, name, size):
     return found
 
 # --- one run
-
-def machine():
-    "What the processor calls itself: seconds of two are not to be compared"
-    about = Path('/proc/cpuinfo')
-    found = re.search('model name.*: (.*)', about.read_text()) if about.exists() else None
-    return found[1] if found else 'unknown'
 
 def told(t): return {k: float(t[k]) for k in ('recall','ci_low','ci_high')}
 
@@ -140,7 +136,7 @@ def execute(key, screen_name, seed, out):
     r2,_ = regress_features(*(CenterScale().fit_transform(p) for p in (profiles['meanstd'],truth)), n_boot=0)
     write_whole(at/'wells.h5ad', profiles['meanstd'].write_h5ad)
     for k,m in maps.items(): write_whole(at/f'{k}.h5ad', m.write_h5ad)
-    result = dict(recipe=key, screen=screen_name, seed=seed, cpu_s=cost, machine=machine(), r2=r2.r2.to_dict(), history=history, rows=rows)
+    result = dict(recipe=key, screen=screen_name, seed=seed, cpu_s=cost, machine=processor(), r2=r2.r2.to_dict(), history=history, rows=rows)
     write_whole(at.with_suffix('.json'), lambda f: f.write_text(json.dumps(result, default=float)))
 
 def command(key, screen, seed, args):
@@ -153,7 +149,7 @@ def collect(out):
     for f in sorted((out/'runs').glob('*.json')):
         r = json.loads(f.read_text())
         bar = next(o['recall'] for o in r['rows'] if o['readout']=='spectrum')
-        about = {k: r[k] for k in ('recipe','screen','seed','cpu_s','machine')}
+        about = {**{k: r[k] for k in ('recipe','screen','seed','cpu_s')}, 'machine': r.get('machine', 'earlier')}
         rows += [{**about, **o, 'gain': o['recall']-bar} for o in r['rows']]
     return pd.DataFrame(rows)
 

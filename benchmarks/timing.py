@@ -86,13 +86,18 @@ def markdown(rows):
     heads = list(rows[0])
     return '\n'.join(['| ' + ' | '.join(heads) + ' |', '|' + '---|'*len(heads), *['| ' + ' | '.join(str(r[h]) for h in heads) + ' |' for r in rows]])
 
+def processor():
+    "What the processor calls itself"
+    about = Path('/proc/cpuinfo')
+    lines = about.read_text().splitlines() if about.exists() else []
+    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.machine())
+
 def machine(device, packages=('torch','timm','transformers','lightly')):
     "Where and with what this was measured"
     def have(p):
         try: return version(p)
         except PackageNotFoundError: return None
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.machine()) if os.path.exists('/proc/cpuinfo') else platform.machine()
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 1), device=torch.cuda.get_device_name() if device.type=='cuda' else 'cpu', date=time.strftime('%Y-%m-%d'),
+    return dict(cpu=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 1), device=torch.cuda.get_device_name() if device.type=='cuda' else 'cpu', date=time.strftime('%Y-%m-%d'),
                 versions={p: have(p) for p in packages if have(p)})
 
 def peak_memory(names):

@@ -10,6 +10,7 @@ __all__ = ['LAYOUTS', 'Scan', 'Layout', 'layout', 'recognise', 'Plates', 'plate_
 import pandas as pd, re
 from collections import defaultdict
 from inspect import signature
+from itertools import chain
 from os.path import splitext
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -157,10 +158,11 @@ def plate_maps(
     there, # `Listing`
 )->list: # Paths, as text
     "Tables in a folder of this machine that may be its plate map, by their names"
-    if there.lead or not isinstance(there.root, Path): return []
-    return [str(there.root/o) for o in there.names if _map_like.search(o)]
+    if not there.on_disk: return []
+    tables = chain(*(there.by_suffix.get(s, ()) for s in ('.csv','.tsv','.txt','.xlsx')))
+    return [str(there.root/o) for o in sorted(tables) if _map_like.search(o)]
 
-_map_like = re.compile(r'(?i)plate[ _-]?(map|layout)[^/]*[.](csv|tsv|txt|xlsx)$')
+_map_like = re.compile(r'(?i)plate[ _-]?(map|layout)[^/]*$')
 
 # %% ../nbs/07_layouts.ipynb #9d3e4792
 def find_plates(

@@ -157,6 +157,11 @@ def _on_the_web(url):
 
 
 # %% ../nbs/06_patterns.ipynb #838818f0
+@patch(as_prop=True)
+def on_disk(self:Listing):
+    "Are these files of a folder of this machine, neither in a zip file nor on the web?"
+    return isinstance(self.root, Path) and not self.lead
+
 @patch
 def named(self:Listing,
     *globs, # `'*.HTD'`, `'Index*.xml'`
@@ -173,8 +178,7 @@ def beside(self:Listing,
     name, # Of a file
 )->list: # Names
     "What lies in the same folder, even if a single file was opened"
-    single = self.names==[name] and isinstance(self.root, Path) and not self.lead
-    if single: return sorted(os.listdir(self.root))
+    if self.on_disk and self.names==[name]: return sorted(os.listdir(self.root))
     return self.by_folder[name.rpartition('/')[0]]
 
 @patch
@@ -739,6 +743,5 @@ def instrument_pattern(there, well=None):
 def _one_folder(there, images, ways):
     "The call that opens one of several folders, where each has names of its own"
     tops = sorted({o.partition('/')[0] for o in images if '/' in o})
-    far = there.lead or is_remote(there.root)
-    if far or min(len(ways), len(tops))<2: return ''
+    if not there.on_disk or min(len(ways), len(tops))<2: return ''
     return f' Or open one folder by itself: `Screen.open({str(there.root/tops[0])!r})`.'
